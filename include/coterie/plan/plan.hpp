@@ -8,14 +8,10 @@
 #include <vector>
 
 #include "coterie/core/check.hpp"
+#include "coterie/core/interval.hpp"
 #include "coterie/core/matrix.hpp"
 
 namespace coterie {
-
-/// A half-open range of ranks in a group's key list.
-struct Interval {
-  std::int32_t begin = 0, end = 0;
-};
 
 /// How the outputs of a query row with several entries become one.
 enum class Combine {
@@ -54,8 +50,7 @@ struct AttentionPlan {
   std::vector<std::int32_t> row_begin;    ///< tokens + 1: where a row's slice of row_entries begins
   std::vector<std::int32_t> row_entries;  ///< entry numbers, row by row, ascending
   std::vector<Part> parts;                ///< in order of their entries; a group without entries has none
-  std::vector<std::int32_t>
-      task_begin;  ///< tasks + 1: a task is consecutive parts, closed once they have part_entries entries
+  std::vector<std::int32_t> task_begin;   ///< tasks + 1: a task is parts that have part_entries entries together
 
   std::vector<std::int32_t> scratch;  ///< of the builders, kept so that the next build allocates nothing; no meaning
 

@@ -1,0 +1,270 @@
+// Attention by its definition: plain loops in double, the judge of every fast path.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "coterie/attention/attention.hpp"
+
+namespace coterie {
+namespace detail {
+
+/// The definition, one query row and head at a time, written for reading and not for speed.
+class Reference {
+ public:
+  Reference(const char* function, Plans plans, ConstView<double> q, ConstView<double> k, ConstView<double> v,
+            const AttentionConfig& config, const AttentionTerms<double>& terms)
+      : plans_(plans),
+        q_(q),
+        k_(k),
+        v_(v),
+        config_(config),
+        terms_(terms),
+        heads_(config.heads),
+        kv_heads_(config.kv_heads == 0 ? config.heads : config.kv_heads) {
+    Faults faults(function);
+    faults.require(heads_ >= 1, "heads", "at least 1", heads_);
+    faults.require(kv_heads_ >= 1 && (heads_ < 1 || heads_ % kv_heads_ == 0), "kv_heads", "a divisor of heads",
+                   kv_heads_);
+    faults.require(config.scales.empty() || Index(config.scales.size()) == heads_, "scales", "none or one per head",
+                   config.scales.size());
+    faults.raise();
+    faults.require(plans.size() == 1 || plans.size() == kv_heads_ || plans.size() == heads_, "plans",
+                   "1, kv_heads or heads of them", plans.size());
+    faults.raise();
+    for (Index p = 0; p < plans.size(); ++p)
+      if (static_cast<Index>(plans[p].row_begin.size()) != plans[p].tokens + 1)
+        fail<ValueError>(function, "plans", "completed plans", join("one without row_begin at ", p));
+    d_ = q.cols() / heads_;
+    dv_ = v.cols() / kv_heads_;
+    const AttentionPlan& plan = plans[0];
+    for (Index p = 1; p < plans.size(); ++p)
+      if (plans[p].tokens != plan.tokens || plans[p].key_tokens != plan.key_tokens ||
+          plans[p].memory_tokens != plan.memory_tokens || plans[p].combine != plan.combine)
+        fail<ValueError>(function, "plans", "plans of equal sizes and combine", join("another at ", p));
+    check_shape(function, "q", q, plan.tokens, heads_ * d_);
+    check_shape(function, "k", k, plan.key_tokens, kv_heads_ * d_);
+    check_shape(function, "v", v, plan.key_tokens, kv_heads_ * dv_);
+    if (plan.memory_tokens > 0) {
+      check_shape(function, "memory_keys", terms.memory_keys, plan.memory_tokens, kv_heads_ * d_);
+      check_shape(function, "memory_values", terms.memory_values, plan.memory_tokens, kv_heads_ * dv_);
+    }
+    if (terms.bias.cols() > 0 && terms.bias.rows() != 1 && terms.bias.rows() != heads_)
+      fail<ShapeError>(function, "bias", "1 row, or one per head", terms.bias.rows());
+  }
+
+  Index d() const { return d_; }
+  Index dv() const { return dv_; }
+  Index heads() const { return heads_; }
+  Index kv_heads() const { return kv_heads_; }
+  const AttentionPlan& plan(Index head) const { return plans_.of(head, heads_); }
+  Index kv_head(Index head) const { return head / (heads_ / kv_heads_); }
+
+  double scale(Index head) const {
+    if (!config_.scales.empty()) return config_.scales[static_cast<std::size_t>(head)];
+    return config_.scale != 0 ? config_.scale : 1 / std::sqrt(static_cast<double>(d_));
+  }
+
+  /// One softmax of a query row: its keys, and the share of its result in the row's output.
+  struct Softmax {
+    std::vector<Index> keys;
+    double share = 1;
+  };
+
+  /// The softmaxes of a row that see at least one key: one over all its entries, or for the mean one per entry.
+  std::vector<Softmax> softmaxes(Index head, Index row) const {
+    const AttentionPlan& p = plan(head);
+    std::vector<Softmax> result;
+    const auto i = static_cast<std::size_t>(row);
+    for (std::int32_t j = p.row_begin[i]; j < p.row_begin[i + 1]; ++j) {
+      const auto entry = static_cast<std::size_t>(p.row_entries[static_cast<std::size_t>(j)]);
+      std::vector<Index> keys;
+      const auto see = [&](const AttentionPlan::Group& group, Interval interval) {
+        for (std::int32_t rank = interval.begin; rank < interval.end; ++rank)
+          keys.push_back(p.keys[static_cast<std::size_t>(group.key_begin + rank)]);
+      };
+      for (const AttentionPlan::Group& group : p.groups)
+        if (group.entry_begin <= Index(entry) && Index(entry) < group.entry_end) {
+          see(group, p.visible[entry]);
+          if (!p.visible_too.empty()) see(group, p.visible_too[entry]);
+        }
+      if (keys.empty()) continue;
+      if (p.combine == Combine::mean || result.empty())
+        result.push_back({keys, 1});
+      else
+        result[0].keys.insert(result[0].keys.end(), keys.begin(), keys.end());
+    }
+    for (Softmax& softmax : result) softmax.share = 1 / static_cast<double>(result.size());
+    return result;
+  }
+
+  const double* query(Index head, Index row) const { return q_.row(row) + head * d_; }
+  const double* key(Index head, Index row) const {
+    const Index own = plan(head).key_tokens;
+    return (row < own ? k_.row(row) : terms_.memory_keys.row(row - own)) + kv_head(head) * d_;
+  }
+  const double* value(Index head, Index row) const {
+    const Index own = plan(head).key_tokens;
+    return (row < own ? v_.row(row) : terms_.memory_values.row(row - own)) + kv_head(head) * dv_;
+  }
+
+  /// Row and column of a pair's element in the bias table.
+  Index bias_row(Index head) const { return terms_.bias.rows() == 1 ? 0 : head; }
+  Index bias_column(Index head, Index query_row, Index key_row) const {
+    const AttentionPlan& p = plan(head);
+    const Index from = p.query_positions.empty() ? query_row : p.query_positions[static_cast<std::size_t>(query_row)];
+    const Index to = p.key_positions.empty() ? key_row : p.key_positions[static_cast<std::size_t>(key_row)];
+    const Index column = from - to - terms_.bias_first;
+    if (column < 0) return 0;
+    return column < terms_.bias.cols() ? column : terms_.bias.cols() - 1;
+  }
+
+  /// q . k, before scale and bias.
+  double dot(Index head, Index query_row, Index key_row) const {
+    double sum = 0;
+    for (Index l = 0; l < d_; ++l) sum += query(head, query_row)[l] * key(head, key_row)[l];
+    return sum;
+  }
+
+  /// Probabilities of the softmax's keys; returns its log-sum-exp.
+  double probabilities(Index head, Index row, const Softmax& softmax, std::vector<double>& p) const {
+    p.clear();
+    double most = -std::numeric_limits<double>::infinity();
+    for (const Index key_row : softmax.keys) {
+      double logit = scale(head) * dot(head, row, key_row);
+      if (terms_.bias.cols() > 0) logit += terms_.bias(bias_row(head), bias_column(head, row, key_row));
+      p.push_back(logit);
+      most = logit > most ? logit : most;
+    }
+    double sum = 0;
+    for (double& x : p) {
+      x = std::exp(x - most);
+      sum += x;
+    }
+    for (double& x : p) x /= sum;
+    return most + std::log(sum);
+  }
+
+ private:
+  Plans plans_;
+  ConstView<double> q_, k_, v_;
+  const AttentionConfig& config_;
+  const AttentionTerms<double>& terms_;
+  Index heads_, kv_heads_, d_ = 0, dv_ = 0;
+};
+
+}  // namespace detail
+
+/// Attention along a plan by its definition: slow, plain, in double.
+/// Shapes: q tokens x heads*d, k key_tokens x kv_heads*d, v key_tokens x kv_heads*dv, out tokens x heads*dv; lse tokens
+/// x
+///   heads, or empty when it is not wanted; for Combine::mean there is none.
+/// Formula: out_i = sum_j p_ij v_j, p_i = softmax over visible j of (scale q_i.k_j + bias[i - j]), lse_i its
+///   log-sum-exp; several entries: one softmax over all (lse), or the mean over the entries that see a key (mean).
+///   A row that sees nothing: out 0, lse -inf.
+/// Requires: complete() has been called on the plans; shapes that fit, otherwise ShapeError or ValueError.
+/// Adds or overwrites: overwrites out and lse.
+inline void reference_forward(Plans plans, ConstView<double> q, ConstView<double> k, ConstView<double> v,
+                              View<double> out, View<double> lse, const AttentionConfig& config,
+                              const AttentionTerms<double>& terms = {}) {
+  const char* const function = "reference_forward";
+  const detail::Reference reference(function, plans, q, k, v, config, terms);
+  const Index dv = reference.dv(), heads = reference.heads(), tokens = plans[0].tokens;
+  const bool wants_lse = lse.cols() > 0;
+  detail::check_shape<double>(function, "out", out, tokens, heads * dv);
+  if (wants_lse && plans[0].combine == Combine::mean)
+    detail::fail<ShapeError>(function, "lse", "an empty view for Combine::mean", "a matrix");
+  if (wants_lse) detail::check_shape<double>(function, "lse", lse, tokens, heads);
+
+  std::vector<double> p;
+  for (Index h = 0; h < heads; ++h)
+    for (Index i = 0; i < tokens; ++i) {
+      for (Index l = 0; l < dv; ++l) out(i, h * dv + l) = 0;
+      if (wants_lse) lse(i, h) = -std::numeric_limits<double>::infinity();
+      for (const auto& softmax : reference.softmaxes(h, i)) {
+        const double log_sum = reference.probabilities(h, i, softmax, p);
+        if (wants_lse) lse(i, h) = log_sum;
+        // out_i += share sum_j p_ij v_j
+        for (std::size_t j = 0; j < p.size(); ++j)
+          for (Index l = 0; l < dv; ++l)
+            out(i, h * dv + l) += softmax.share * p[j] * reference.value(h, softmax.keys[j])[l];
+      }
+    }
+}
+
+/// Gradients of reference_forward, recomputing what they need.
+/// Shapes: as in reference_forward; d_out as out, d_q, d_k, d_v as q, k, v. Gradients of terms may be left out.
+/// Formula: with g = share d_out_i: dp_ij = g.v_j, ds_ij = p_ij (dp_ij - sum_l p_il dp_il + d_lse_i);
+///   d_v_j += p_ij g, d_q_i += scale ds_ij k_j, d_k_j += scale ds_ij q_i, d_scale += ds_ij q_i.k_j, d_bias += ds_ij.
+/// Requires: as reference_forward.
+/// Adds or overwrites: adds.
+inline void reference_backward(Plans plans, ConstView<double> q, ConstView<double> k, ConstView<double> v,
+                               ConstView<double> d_out, View<double> d_q, View<double> d_k, View<double> d_v,
+                               const AttentionConfig& config, const AttentionTerms<double>& terms = {},
+                               const AttentionTermGradients<double>& gradients = {}) {
+  const char* const function = "reference_backward";
+  const detail::Reference reference(function, plans, q, k, v, config, terms);
+  const Index d = reference.d(), dv = reference.dv(), heads = reference.heads();
+  const Index tokens = plans[0].tokens, key_tokens = plans[0].key_tokens;
+  const bool has_d_lse = gradients.d_lse.cols() > 0;
+  detail::check_shape<double>(function, "d_out", d_out, tokens, heads * dv);
+  detail::check_shape<double>(function, "d_q", d_q, tokens, q.cols());
+  detail::check_shape<double>(function, "d_k", d_k, key_tokens, k.cols());
+  detail::check_shape<double>(function, "d_v", d_v, key_tokens, v.cols());
+  if (has_d_lse) {
+    detail::check_shape<double>(function, "d_lse", gradients.d_lse, tokens, heads);
+    if (plans[0].combine == Combine::mean)
+      detail::fail<ShapeError>(function, "d_lse", "an empty view for Combine::mean", "a matrix");
+  }
+  if (gradients.d_bias.cols() > 0)
+    detail::check_shape<double>(function, "d_bias", gradients.d_bias, terms.bias.rows(), terms.bias.cols());
+  if (gradients.d_memory_keys.cols() > 0)
+    detail::check_shape<double>(function, "d_memory_keys", gradients.d_memory_keys, plans[0].memory_tokens, k.cols());
+  if (gradients.d_memory_values.cols() > 0)
+    detail::check_shape<double>(function, "d_memory_values", gradients.d_memory_values, plans[0].memory_tokens,
+                                v.cols());
+  if (!gradients.d_scales.empty() && static_cast<Index>(gradients.d_scales.size()) != heads)
+    detail::fail<ShapeError>(function, "d_scales", "one per head", gradients.d_scales.size());
+
+  std::vector<double> p, dp;
+  for (Index h = 0; h < heads; ++h) {
+    const double scale = reference.scale(h);
+    const Index kv_head = reference.kv_head(h);
+    for (Index i = 0; i < tokens; ++i)
+      for (const auto& softmax : reference.softmaxes(h, i)) {
+        reference.probabilities(h, i, softmax, p);
+        const double* const g = d_out.row(i) + h * dv;
+        dp.assign(p.size(), 0);
+        double mean = 0;  // sum_j p_ij dp_ij
+        for (std::size_t j = 0; j < p.size(); ++j) {
+          for (Index l = 0; l < dv; ++l) dp[j] += softmax.share * g[l] * reference.value(h, softmax.keys[j])[l];
+          mean += p[j] * dp[j];
+        }
+        for (std::size_t j = 0; j < p.size(); ++j) {
+          const Index key_row = softmax.keys[j];
+          const double ds = p[j] * (dp[j] - mean + (has_d_lse ? gradients.d_lse(i, h) : 0));
+          const double* const q_i = reference.query(h, i);
+          const double* const k_j = reference.key(h, key_row);
+          for (Index l = 0; l < d; ++l) d_q(i, h * d + l) += scale * ds * k_j[l];
+          if (key_row < key_tokens) {
+            for (Index l = 0; l < d; ++l) d_k(key_row, kv_head * d + l) += scale * ds * q_i[l];
+            for (Index l = 0; l < dv; ++l) d_v(key_row, kv_head * dv + l) += softmax.share * p[j] * g[l];
+          } else {
+            const Index row = key_row - key_tokens;
+            if (gradients.d_memory_keys.cols() > 0)
+              for (Index l = 0; l < d; ++l) gradients.d_memory_keys(row, kv_head * d + l) += scale * ds * q_i[l];
+            if (gradients.d_memory_values.cols() > 0)
+              for (Index l = 0; l < dv; ++l)
+                gradients.d_memory_values(row, kv_head * dv + l) += softmax.share * p[j] * g[l];
+          }
+          if (!gradients.d_scales.empty())
+            gradients.d_scales[static_cast<std::size_t>(h)] += ds * reference.dot(h, i, key_row);
+          if (gradients.d_bias.cols() > 0)
+            gradients.d_bias(reference.bias_row(h), reference.bias_column(h, i, key_row)) += ds;
+        }
+      }
+  }
+}
+
+}  // namespace coterie
