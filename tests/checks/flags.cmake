@@ -1,0 +1,43 @@
+# The library under the flags that users compile with: no warnings, and the same results. Where the machine cannot run the
+# instructions of a variant, it is compiled only.
+
+include(CheckCXXCompilerFlag)
+include(CheckCXXSourceRuns)
+
+check_cxx_source_runs("int main() { return __builtin_cpu_supports(\"avx2\") && __builtin_cpu_supports(\"fma\") ? 0 : 1; }"
+  COTERIE_RUNS_AVX2)
+
+function(add_flags_check name)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "COMPILE_ONLY" "" "FLAGS")
+  string(MAKE_C_IDENTIFIER "COTERIE_HAS_${name}" accepted)
+  set(CMAKE_REQUIRED_FLAGS ${arg_FLAGS})
+  check_cxx_compiler_flag("${arg_FLAGS}" ${accepted})
+  if(NOT ${accepted})
+    message(STATUS "checks.flags.${name}: not known to this compiler, left out")
+    return()
+  endif()
+  set(target check_flags_${name})
+  if(arg_COMPILE_ONLY)
+    add_library(${target} OBJECT flags.cpp)
+  else()
+    add_executable(${target} flags.cpp)
+    add_test(NAME checks.flags.${name} COMMAND ${target})
+  endif()
+  target_link_libraries(${target} PRIVATE coterie::coterie)
+  target_compile_options(${target} PRIVATE -Wall -Wextra -Wpsabi -Werror ${arg_FLAGS})
+endfunction()
+
+if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+  if(COTERIE_RUNS_AVX2)
+    set(avx2)
+  else()
+    set(avx2 COMPILE_ONLY)
+  endif()
+  add_flags_check(O0 FLAGS -O0)
+  add_flags_check(O2 FLAGS -O2)
+  add_flags_check(fast-math FLAGS -O2 -ffast-math)
+  add_flags_check(native FLAGS -O2 -march=native)
+  add_flags_check(v3 ${avx2} FLAGS -O2 -march=x86-64-v3)
+  add_flags_check(avx2 ${avx2} FLAGS -O2 -mavx2)
+  add_flags_check(avx512 COMPILE_ONLY FLAGS -O2 -mavx512f)
+endif()
