@@ -1,0 +1,113 @@
+// Layer norm without scale or bias over the head width: what the router and shared queries and keys get.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "coterie/core/context.hpp"
+#include "coterie/core/ordered_sum.hpp"
+
+namespace coterie {
+
+/// Added to the variance by normalise_rows.
+inline constexpr double normalise_epsilon = 1e-6;
+
+namespace detail {
+
+/// Rows of a task of normalise_rows.
+inline constexpr Index normalise_task_rows = 256;
+
+// y = (x - mean x) / deviation x; returns 1 / deviation. y may be x.
+template <class T>
+T normalise_row(const T* x, T* y, Index width) {
+  const T scale = T(1) / static_cast<T>(width);
+  const T mean = striped_sum<T>(width, [&](Index j) { return x[j]; }) * scale;
+  const T variance = striped_sum<T>(width, [&](Index j) { return (x[j] - mean) * (x[j] - mean); }) * scale;
+  const T inverse = T(1) / std::sqrt(variance + static_cast<T>(normalise_epsilon));
+  for (Index j = 0; j < width; ++j) y[j] = (x[j] - mean) * inverse;
+  return inverse;
+}
+
+// d_x += (d_y - mean(d_y) - y * mean(d_y * y)) * inverse: undoes normalise_row.
+template <class T>
+void normalise_row_backward(const T* y, T inverse, const T* d_y, T* d_x, Index width) {
+  const T scale = T(1) / static_cast<T>(width);
+  const T mean = striped_sum<T>(width, [&](Index j) { return d_y[j]; }) * scale;
+  const T along = striped_sum<T>(width, [&](Index j) { return d_y[j] * y[j]; }) * scale;
+  for (Index j = 0; j < width; ++j) d_x[j] += (d_y[j] - mean - y[j] * along) * inverse;
+}
+
+template <class T>
+Index check_segments(const char* function, ConstView<T> m, Index width) {
+  if (width < 1 || m.cols() % width != 0)
+    fail<ShapeError>(function, "width", join("a divisor of ", m.cols(), " columns"), width);
+  return m.cols() / width;
+}
+
+}  // namespace detail
+
+/// Layer norm of every `width` columns of every row, without scale or bias.
+///
+/// Shapes: x, y tokens x (segments * width); inverse_deviation tokens x segments, or empty when no backward follows.
+/// Formula, for each segment of each row:  y = (x - mean(x)) r,  r = inverse_deviation = 1 / sqrt(mean((x - mean(x))^2) + 1e-6).
+/// So |y| is sqrt(width), or less where x hardly varies; a constant segment gives zeros.
+/// Requires: matching shapes, and y's own storage or exactly x's (ShapeError).
+/// Overwrites y and inverse_deviation.
+/// Threads and determinism: a segment's bits depend on that segment alone.
+/// Source: paper.md 1.2 (the paper's routing heads); width below 3 is degenerate and refused by its users.
+template <class T>
+void normalise_rows(detail::Same<ConstView<T>> x, View<T> y, detail::Same<View<T>> inverse_deviation, Index width,
+                    Context& context) {
+  const char* const function = "normalise_rows";
+  const Index segments = detail::check_segments(function, x, width);
+  const bool keep = inverse_deviation.data() != nullptr;
+  detail::check_shape<T>(function, "x", x, x.rows(), x.cols());
+  detail::check_shape<T>(function, "y", y, x.rows(), x.cols());
+  const bool in_place = y.data() == x.data() && (y.stride() == x.stride() || x.rows() <= 1);
+  if (!in_place) detail::check_no_alias(function, "y", y, "x", x);
+  if (keep) {
+    detail::check_shape<T>(function, "inverse_deviation", inverse_deviation, x.rows(), segments);
+    detail::check_no_alias(function, "inverse_deviation", inverse_deviation, "x", x);
+    detail::check_no_alias<T>(function, "inverse_deviation", inverse_deviation, "y", y);
+  }
+  const Index chunk = detail::normalise_task_rows;
+  context.for_each((x.rows() + chunk - 1) / chunk, [&](Index task, Index) {
+    const Index end = std::min((task + 1) * chunk, x.rows());
+    for (Index i = task * chunk; i < end; ++i)
+      for (Index s = 0; s < segments; ++s) {
+        const T inverse = detail::normalise_row(x.row(i) + s * width, y.row(i) + s * width, width);
+        if (keep) inverse_deviation(i, s) = inverse;
+      }
+  });
+}
+
+/// Gradient of normalise_rows: undoes y = (x - mean(x)) r.
+///
+/// Shapes: y, d_y, d_x tokens x (segments * width); inverse_deviation tokens x segments.
+/// Formula:  d_x += r (d_y - mean(d_y) - y mean(d_y y)),  y and r as normalise_rows wrote them; x itself is not needed.
+/// Requires: matching shapes, d_x's own storage (ShapeError).
+/// Adds into d_x.
+/// Threads and determinism: as normalise_rows.
+template <class T>
+void normalise_rows_backward(detail::Same<ConstView<T>> y, detail::Same<ConstView<T>> inverse_deviation,
+                             detail::Same<ConstView<T>> d_y, View<T> d_x, Index width, Context& context) {
+  const char* const function = "normalise_rows_backward";
+  const Index segments = detail::check_segments(function, y, width);
+  detail::check_shape<T>(function, "y", y, y.rows(), y.cols());
+  detail::check_shape<T>(function, "inverse_deviation", inverse_deviation, y.rows(), segments);
+  detail::check_shape<T>(function, "d_y", d_y, y.rows(), y.cols());
+  detail::check_shape<T>(function, "d_x", d_x, y.rows(), y.cols());
+  detail::check_no_alias(function, "d_x", d_x, "y", y);
+  detail::check_no_alias(function, "d_x", d_x, "inverse_deviation", inverse_deviation);
+  detail::check_no_alias(function, "d_x", d_x, "d_y", d_y);
+  const Index chunk = detail::normalise_task_rows;
+  context.for_each((y.rows() + chunk - 1) / chunk, [&](Index task, Index) {
+    const Index end = std::min((task + 1) * chunk, y.rows());
+    for (Index i = task * chunk; i < end; ++i)
+      for (Index s = 0; s < segments; ++s)
+        detail::normalise_row_backward(y.row(i) + s * width, inverse_deviation(i, s), d_y.row(i) + s * width,
+                                       d_x.row(i) + s * width, width);
+  });
+}
+
+}  // namespace coterie

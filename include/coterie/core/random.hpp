@@ -1,0 +1,42 @@
+// Random numbers as a function of (seed, stream, counter): no state, so the same on every machine and in every order.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "coterie/core/matrix.hpp"
+
+namespace coterie::detail {
+
+// The finaliser of splitmix64: every input bit moves every output bit.
+constexpr std::uint64_t mix_bits(std::uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
+  return z ^ (z >> 31);
+}
+
+/// 64 random bits. Different streams of one seed, and different counters of one stream, are unrelated.
+constexpr std::uint64_t random_bits(std::uint64_t seed, std::uint64_t stream, std::uint64_t counter) {
+  const std::uint64_t step = 0x9e3779b97f4a7c15ULL;
+  return mix_bits(mix_bits(mix_bits(seed + step) + (stream + 1) * step) + (counter + 1) * step);
+}
+
+/// Uniform in [0, 1).
+constexpr double random_uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t counter) {
+  return static_cast<double>(random_bits(seed, stream, counter) >> 11) * 0x1p-53;
+}
+
+/// Uniform in [0, bound), for bounds far below 2^53.
+constexpr Index random_below(Index bound, std::uint64_t seed, std::uint64_t stream, std::uint64_t counter) {
+  return static_cast<Index>(random_uniform(seed, stream, counter) * static_cast<double>(bound));
+}
+
+/// Normal with mean 0 and variance 1 (Box and Muller's cosine half).
+inline double random_normal(std::uint64_t seed, std::uint64_t stream, std::uint64_t counter) {
+  const std::uint64_t bits = random_bits(seed, stream, counter);
+  const double radius = (static_cast<double>(bits >> 11) + 0.5) * 0x1p-53;  // in (0, 1)
+  const double turn = static_cast<double>(mix_bits(bits + 0x9e3779b97f4a7c15ULL) >> 11) * 0x1p-53;
+  return std::sqrt(-2 * std::log(radius)) * std::cos(6.283185307179586 * turn);
+}
+
+}  // namespace coterie::detail
