@@ -60,7 +60,7 @@ struct AttentionPlan {
 namespace detail {
 
 /// Calls f(part, begins_task) for every part of the plan, in order. Where a group is cut depends on the group alone.
-template<class F>
+template <class F>
 void each_part(const AttentionPlan& plan, F&& f) {
   const auto most = static_cast<std::int32_t>(AttentionPlan::part_entries);
   std::int32_t in_task = most;

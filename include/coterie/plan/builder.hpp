@@ -1,0 +1,311 @@
+// What the plan builders share: alignment, self rule, ragged sequences, and the one loop that makes groups and intervals.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "coterie/plan/plan.hpp"
+
+namespace coterie {
+
+/// Whether a query sees the key at its own (aligned) position. Where it is left out it still counts in the window.
+enum class Self {
+  visible,        ///< like any other key
+  only_if_alone,  ///< left out, unless nothing else is visible
+  never,          ///< left out
+};
+
+/// The position c(i) of query i among the keys of its sequence, where their numbers differ; c(i) = i where they do not.
+enum class Alignment {
+  bottom_right,  ///< i + keys - tokens: the last query meets the last key (caches, chunks); default of causal patterns
+  top_left,      ///< i: the first query meets the first key
+  proportional,  ///< i*keys/tokens, rounded down; default of two-sided patterns
+};
+
+namespace detail {
+
+/// One sequence of a ragged batch: its first rows and their numbers.
+struct Sequence {
+  Index query_begin = 0, tokens = 0, key_begin = 0, keys = 0;
+  Alignment alignment = Alignment::bottom_right;
+
+  /// c(i) for the query row `row`.
+  Index position(Index row) const {
+    const Index i = row - query_begin;
+    switch (alignment) {
+      case Alignment::bottom_right:
+        return i + keys - tokens;
+      case Alignment::top_left:
+        return i;
+      case Alignment::proportional:
+        break;
+    }
+    return i * keys / tokens;
+  }
+  bool has_equal_lengths() const { return tokens == keys; }
+};
+
+/// A pattern in terms that serve every builder: a query that has r of its group's keys up to its position sees the ranks
+/// [r - before, r + after).
+struct Pattern {
+  Index tokens = 0, keys = 0, clusters = 1;
+  Index before = 0, after = 0;
+  Alignment alignment = Alignment::bottom_right;
+  Self self = Self::visible;
+  std::span<const Index> offsets, key_offsets;  // empty: one sequence
+
+  Index sequences() const { return offsets.empty() ? 1 : static_cast<Index>(offsets.size()) - 1; }
+
+  Sequence sequence(Index s) const {
+    const auto slice = [s](std::span<const Index> bounds, Index rows, Index& begin, Index& count) {
+      const auto i = static_cast<std::size_t>(s);
+      begin = bounds.empty() ? 0 : bounds[i];
+      count = (bounds.empty() ? rows : bounds[i + 1]) - begin;
+    };
+    Sequence result;
+    slice(offsets, tokens, result.query_begin, result.tokens);
+    slice(key_offsets, keys, result.key_begin, result.keys);
+    result.alignment = alignment;
+    return result;
+  }
+
+  /// Sees `window` ranks up to the query's position (0: all) and `ahead` after it.
+  void see(Index window, Index ahead) {
+    const Index all = tokens + keys + 1;  // more than any rank or position is away from any other
+    before = window == 0 ? all : std::min(window, all);
+    after = std::min(ahead, all);
+  }
+};
+
+/// Collects the faults of one offsets argument; true if it can be used.
+inline bool check_offsets(Faults& faults, const char* argument, std::span<const Index> offsets, Index rows) {
+  std::string got;
+  if (offsets.size() > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max())) got = "too many";
+  for (std::size_t i = 0; i < offsets.size() && got.empty(); ++i)
+    if (i == 0 ? offsets[0] != 0 : offsets[i] < offsets[i - 1]) got = join(offsets[i], " at ", i);
+  if (got.empty() && offsets.back() != rows) got = join(offsets.back(), " at the end");
+  faults.require(got.empty(), argument, join("ascending values from 0 to ", rows), got);
+  return got.empty();
+}
+
+/// Reads and checks the fields that all configs share.
+template <class Config>
+Pattern read_pattern(Faults& faults, const Config& config, Index tokens, Index keys) {
+  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  Pattern pattern;
+  pattern.tokens = tokens;
+  pattern.keys = keys;
+  pattern.alignment = config.alignment.value_or(config.causal ? Alignment::bottom_right : Alignment::proportional);
+  pattern.self = config.self;
+  pattern.offsets = config.offsets;
+  pattern.key_offsets = config.key_offsets;
+
+  bool good = tokens >= 0 && tokens <= most && keys >= 0 && keys <= most;
+  faults.require(tokens >= 0 && tokens <= most, "tokens", join("0 to ", most), tokens);
+  faults.require(keys == tokens || (keys >= 0 && keys <= most), "keys", join("0 to ", most), keys);
+  if (good && !config.offsets.empty()) {
+    good = check_offsets(faults, "offsets", config.offsets, tokens);
+    if (config.key_offsets.empty()) {
+      faults.require(tokens == keys, "key_offsets", "offsets of the keys, for they are not as many as the tokens",
+                     "none");
+      good = good && tokens == keys;
+      pattern.key_offsets = config.offsets;
+    }
+  }
+  if (good && !config.key_offsets.empty()) {
+    const std::size_t bounds = config.offsets.empty() ? 2 : config.offsets.size();
+    faults.require(config.key_offsets.size() == bounds, "key_offsets", join(bounds, " values, as offsets"),
+                   config.key_offsets.size());
+    good = config.key_offsets.size() == bounds && check_offsets(faults, "key_offsets", config.key_offsets, keys);
+  }
+  if (good && config.self != Self::visible && pattern.alignment == Alignment::proportional)
+    for (Index s = 0; s < pattern.sequences(); ++s)
+      if (!pattern.sequence(s).has_equal_lengths()) {
+        faults.require(false, "self", "Self::visible, for proportional alignment of unequal lengths has no self",
+                       join("another in sequence ", s));
+        break;
+      }
+  return pattern;
+}
+
+/// Sorts rows stably by bucket_of(row) in [0, buckets), by counting; rows in bucket -1 are left out. The rows are those of
+/// `rows`, or 0 to count - 1 where it is null. `starts` has room for buckets + 1 numbers.
+template <class BucketOf>
+void counting_sort(const std::int32_t* rows, Index count, Index buckets, BucketOf bucket_of, std::int32_t* starts,
+                   std::vector<std::int32_t>& sorted) {
+  std::fill(starts, starts + buckets + 1, 0);
+  const auto row_at = [rows](Index i) { return rows == nullptr ? static_cast<std::int32_t>(i) : rows[i]; };
+  for (Index i = 0; i < count; ++i) {
+    const std::int32_t bucket = bucket_of(row_at(i));
+    if (bucket >= 0) ++starts[bucket + 1];
+  }
+  for (Index bucket = 0; bucket < buckets; ++bucket) starts[bucket + 1] += starts[bucket];
+  sorted.resize(static_cast<std::size_t>(starts[buckets]));
+  for (Index i = 0; i < count; ++i) {
+    const std::int32_t row = row_at(i);
+    const std::int32_t bucket = bucket_of(row);
+    if (bucket >= 0) sorted[static_cast<std::size_t>(starts[bucket]++)] = row;
+  }
+}
+
+/// Makes the plan of a pattern. Labels: one per row, in [-1, clusters); both empty: all rows are in cluster 0.
+/// Groups are the (sequence, cluster) that have a query or a key, sequence by sequence.
+class PlanBuilder {
+ public:
+  PlanBuilder(const Pattern& pattern, AttentionPlan& plan) : pattern_(pattern), plan_(plan) {}
+
+  /// Builds with labels label_of(position): the aligned position of a query, the position of a key.
+  template <class LabelOf>
+  void build_by_position(LabelOf label_of) {
+    divide_scratch(pattern_.tokens + pattern_.keys);
+    std::int32_t* const query_labels = plan_.scratch.data();
+    std::int32_t* const key_labels = query_labels + pattern_.tokens;
+    for (Index s = 0; s < pattern_.sequences(); ++s) {
+      const Sequence sequence = pattern_.sequence(s);
+      for (Index i = 0; i < sequence.tokens; ++i)
+        query_labels[sequence.query_begin + i] = label_of(sequence.position(sequence.query_begin + i));
+      for (Index j = 0; j < sequence.keys; ++j) key_labels[sequence.key_begin + j] = label_of(j);
+    }
+    build_divided({query_labels, static_cast<std::size_t>(pattern_.tokens)},
+                  {key_labels, static_cast<std::size_t>(pattern_.keys)});
+  }
+
+  void build(std::span<const std::int32_t> query_labels, std::span<const std::int32_t> key_labels) {
+    divide_scratch(0);
+    build_divided(query_labels, key_labels);
+  }
+
+ private:
+  // The plan's scratch holds `labels` labels, the sequence of every row where there are several, and the starts of the
+  // counting sorts.
+  void divide_scratch(Index labels) {
+    const Index rows = pattern_.sequences() > 1 ? pattern_.tokens + pattern_.keys : 0;
+    const Index starts = std::max(pattern_.clusters, pattern_.sequences()) + 1;
+    const auto size = static_cast<std::size_t>(labels + rows + starts);
+    if (plan_.scratch.size() < size) plan_.scratch.resize(size);
+    if (rows > 0) {
+      query_sequences_ = plan_.scratch.data() + labels;
+      key_sequences_ = query_sequences_ + pattern_.tokens;
+    }
+    starts_ = plan_.scratch.data() + labels + rows;
+  }
+
+  void build_divided(std::span<const std::int32_t> query_labels, std::span<const std::int32_t> key_labels) {
+    query_labels_ = query_labels;
+    key_labels_ = key_labels;
+    plan_.tokens = pattern_.tokens;
+    plan_.key_tokens = pattern_.keys;
+    plan_.memory_tokens = 0;
+    plan_.combine = Combine::single;
+    note_sequences();
+    sort(query_labels_, pattern_.tokens, query_sequences_, plan_.entries);
+    sort(key_labels_, pattern_.keys, key_sequences_, plan_.keys);
+    make_groups();
+    complete(plan_);
+  }
+
+  // Writes which sequence each row is in, and real positions where row numbers do not give the distances.
+  void note_sequences() {
+    bool by_rows = true;
+    for (Index s = 0; s < pattern_.sequences(); ++s) {
+      const Sequence sequence = pattern_.sequence(s);
+      by_rows = by_rows && sequence.has_equal_lengths() && sequence.query_begin == sequence.key_begin;
+      if (query_sequences_ == nullptr) continue;
+      std::fill_n(query_sequences_ + sequence.query_begin, sequence.tokens, static_cast<std::int32_t>(s));
+      std::fill_n(key_sequences_ + sequence.key_begin, sequence.keys, static_cast<std::int32_t>(s));
+    }
+    plan_.query_positions.resize(static_cast<std::size_t>(by_rows ? 0 : pattern_.tokens));
+    plan_.key_positions.resize(static_cast<std::size_t>(by_rows ? 0 : pattern_.keys));
+    if (by_rows) return;
+    for (Index s = 0; s < pattern_.sequences(); ++s) {
+      const Sequence sequence = pattern_.sequence(s);
+      for (Index i = sequence.query_begin; i < sequence.query_begin + sequence.tokens; ++i)
+        plan_.query_positions[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(sequence.position(i));
+      for (Index j = 0; j < sequence.keys; ++j)
+        plan_.key_positions[static_cast<std::size_t>(sequence.key_begin + j)] = static_cast<std::int32_t>(j);
+    }
+  }
+
+  // By cluster, then stably by sequence: linear also for many clusters and many short sequences.
+  void sort(std::span<const std::int32_t> labels, Index count, const std::int32_t* sequences,
+            std::vector<std::int32_t>& sorted) {
+    const auto cluster_of = [labels](std::int32_t row) {
+      return labels.empty() ? 0 : labels[static_cast<std::size_t>(row)];
+    };
+    if (pattern_.sequences() <= 1 || pattern_.clusters == 1) {  // rows are in order of their sequences already
+      counting_sort(nullptr, count, pattern_.clusters, cluster_of, starts_, sorted);
+      return;
+    }
+    std::vector<std::int32_t>& by_cluster = plan_.row_entries;  // free until complete() writes it
+    counting_sort(nullptr, count, pattern_.clusters, cluster_of, starts_, by_cluster);
+    counting_sort(
+        by_cluster.data(), static_cast<Index>(by_cluster.size()), pattern_.sequences(),
+        [sequences](std::int32_t row) { return sequences[row]; }, starts_, sorted);
+  }
+
+  void make_groups() {
+    constexpr Index none = std::numeric_limits<Index>::max();
+    const auto entries = static_cast<std::int32_t>(plan_.entries.size());
+    const auto keys = static_cast<std::int32_t>(plan_.keys.size());
+    const auto group_of = [this](std::span<const std::int32_t> labels, const std::int32_t* sequences,
+                                 std::int32_t row) {
+      return (sequences == nullptr ? 0 : sequences[row]) * pattern_.clusters +
+             (labels.empty() ? 0 : labels[static_cast<std::size_t>(row)]);
+    };
+    const auto of_entry = [&](std::int32_t e) {
+      return e < entries ? group_of(query_labels_, query_sequences_, plan_.entries[static_cast<std::size_t>(e)]) : none;
+    };
+    const auto of_key = [&](std::int32_t j) {
+      return j < keys ? group_of(key_labels_, key_sequences_, plan_.keys[static_cast<std::size_t>(j)]) : none;
+    };
+    plan_.groups.clear();
+    plan_.visible.resize(plan_.entries.size());
+    const bool two = pattern_.after > 0 && pattern_.self != Self::visible;
+    plan_.visible_too.resize(two ? plan_.entries.size() : 0);
+    AttentionPlan::Group group;
+    while (group.entry_end < entries || group.key_end < keys) {
+      group.entry_begin = group.entry_end;
+      group.key_begin = group.key_end;
+      const Index next = std::min(of_entry(group.entry_begin), of_key(group.key_begin));
+      while (of_entry(group.entry_end) == next) ++group.entry_end;
+      while (of_key(group.key_end) == next) ++group.key_end;
+      plan_.groups.push_back(group);
+      make_intervals(group, pattern_.sequence(next / pattern_.clusters));
+    }
+  }
+
+  void make_intervals(const AttentionPlan::Group& group, const Sequence& sequence) {
+    const std::int32_t* const keys = plan_.keys.data() + group.key_begin;
+    const Index count = group.key_end - group.key_begin;
+    Index up_to = 0;  // keys at positions up to the query's: a finger, for both lists ascend
+    for (auto e = static_cast<std::size_t>(group.entry_begin); e < static_cast<std::size_t>(group.entry_end); ++e) {
+      const Index position = sequence.position(plan_.entries[e]);
+      while (up_to < count && keys[up_to] - sequence.key_begin <= position) ++up_to;
+      // Without labels ranks are positions, and windows are cut by distance also for queries beyond the keys' ends.
+      const Index rank = query_labels_.empty() ? position + 1 : up_to;
+      const auto begin = static_cast<std::int32_t>(std::clamp<Index>(rank - pattern_.before, 0, count));
+      const auto end = static_cast<std::int32_t>(std::clamp<Index>(rank + pattern_.after, 0, count));
+      const bool has_self = up_to > 0 && keys[up_to - 1] - sequence.key_begin == position;
+      const bool leaves_out =
+          has_self && pattern_.self != Self::visible && (pattern_.self == Self::never || end - begin > 1);
+      const auto after_self = static_cast<std::int32_t>(up_to);
+      plan_.visible[e] = {begin, leaves_out ? after_self - 1 : end};
+      if (!plan_.visible_too.empty()) plan_.visible_too[e] = {leaves_out ? after_self : end, end};
+    }
+  }
+
+  const Pattern& pattern_;
+  AttentionPlan& plan_;
+  std::span<const std::int32_t> query_labels_, key_labels_;
+  std::int32_t* query_sequences_ = nullptr;
+  std::int32_t* key_sequences_ = nullptr;
+  std::int32_t* starts_ = nullptr;
+};
+
+}  // namespace detail
+}  // namespace coterie
