@@ -37,5 +37,7 @@ target_link_libraries(coterie_kernels PUBLIC coterie_dev)
 target_compile_definitions(coterie_kernels INTERFACE COTERIE_EXTERN_KERNELS)
 
 # Kernels are optimised even in debug builds, and go without UBSan, which multiplies their compile time.
-set_source_files_properties(${PROJECT_SOURCE_DIR}/tests/kernels.cpp PROPERTIES
-  COMPILE_OPTIONS "$<$<CONFIG:Debug>:-O2>;$<$<BOOL:${COTERIE_SANITIZE}>:-fno-sanitize=undefined>")
+if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+  set_source_files_properties(${PROJECT_SOURCE_DIR}/tests/kernels.cpp PROPERTIES
+    COMPILE_OPTIONS "$<$<CONFIG:Debug>:-O2>;-fno-sanitize=undefined")
+endif()

@@ -10,7 +10,7 @@
 # them, must compile: so a wrong include or a typing error outside the cases is no success.
 
 set(compile ${CMAKE_CXX_COMPILER} -std=c++20 -fsyntax-only
-  "-I$<JOIN:$<TARGET_PROPERTY:coterie,INTERFACE_INCLUDE_DIRECTORIES>,;-I>")
+  "-I$<JOIN:$<TARGET_PROPERTY:coterie,INTERFACE_INCLUDE_DIRECTORIES>,$<SEMICOLON>-I>")
 
 file(GLOB sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/tests/compile_fail/*.cpp)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${sources})
