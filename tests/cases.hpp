@@ -1,0 +1,251 @@
+#pragma once
+
+// The attention cases that drive correctness, gradients and benchmarks. A new pattern belongs in here.
+
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "coterie/plan/clustered.hpp"
+#include "coterie/plan/dense.hpp"
+#include "coterie/plan/local.hpp"
+#include "coterie/plan/strided.hpp"
+#include "random.hpp"
+
+namespace test {
+
+using namespace coterie;
+
+/// Sizes of the cases: small for tests, larger for benchmarks.
+struct CaseSizes {
+  Index tokens = 37;
+  Index window = 6;
+  Index clusters = 4;
+  Index d = 5;
+};
+
+struct AttentionCase {
+  std::string name;
+  std::function<void(AttentionPlan&)> fill;  ///< writes and completes the plan; sizes of the matrices follow from it
+  Index heads = 1;
+  Index kv_heads = 1;
+  Index d = 5;
+  Index dv = 5;
+  bool causal = false;       ///< row i depends on rows up to i only
+  Index bias_distances = 0;  ///< columns of a bias table; 0: none
+  Index bias_first = 0;
+  bool has_lse = true;
+};
+
+/// A plan by hand: the rows of each cluster, given as lists. Causal rows see their cluster up to themselves.
+inline void fill_members(const std::vector<std::vector<std::int32_t>>& members, Index tokens, Combine combine,
+                         bool causal, AttentionPlan& plan) {
+  plan = AttentionPlan{};
+  plan.tokens = plan.key_tokens = tokens;
+  plan.combine = combine;
+  for (const auto& rows : members) {
+    const auto begin = static_cast<std::int32_t>(plan.entries.size());
+    const auto count = static_cast<std::int32_t>(rows.size());
+    plan.groups.push_back({begin, begin + count, begin, begin + count});
+    plan.entries.insert(plan.entries.end(), rows.begin(), rows.end());
+    plan.keys.insert(plan.keys.end(), rows.begin(), rows.end());
+    for (std::int32_t rank = 0; rank < count; ++rank) plan.visible.push_back({0, causal ? rank + 1 : count});
+  }
+  complete(plan);
+}
+
+/// Clusters that overlap: a row is in some of them, one or none.
+inline std::vector<std::vector<std::int32_t>> overlapping_members(Index tokens, Index clusters, std::uint64_t seed) {
+  Random random(seed);
+  std::vector<std::vector<std::int32_t>> members(static_cast<std::size_t>(clusters));
+  for (auto& rows : members)
+    for (Index i = 0; i < tokens; ++i)
+      if (random.below(clusters) < 2) rows.push_back(static_cast<std::int32_t>(i));
+  return members;
+}
+
+/// The first `sinks` keys and a causal window, as two intervals of one list.
+inline void fill_sinks(Index tokens, Index sinks, Index window, AttentionPlan& plan) {
+  plan_local({.tokens = tokens, .window = window, .causal = true}, plan);
+  plan.visible_too = plan.visible;
+  for (std::size_t e = 0; e < plan.visible.size(); ++e) {
+    const std::int32_t begin = plan.visible[e].begin;
+    plan.visible[e] = {0, std::min(begin, static_cast<std::int32_t>(sinks))};
+  }
+  complete(plan);
+}
+
+/// A causal window, and `memory` rows of the second source that every query sees.
+inline void fill_memory(Index tokens, Index memory, Index window, AttentionPlan& plan) {
+  plan_local({.tokens = tokens, .window = window, .causal = true}, plan);
+  plan.memory_tokens = memory;
+  for (Index i = 0; i < memory; ++i) plan.keys.push_back(static_cast<std::int32_t>(tokens + i));
+  if (tokens > 0) plan.groups[0].key_end = static_cast<std::int32_t>(plan.keys.size());
+  plan.visible_too.clear();
+  for (Index i = 0; i < tokens; ++i)
+    plan.visible_too.push_back({static_cast<std::int32_t>(tokens), static_cast<std::int32_t>(tokens + memory)});
+  complete(plan);
+}
+
+inline std::vector<AttentionCase> attention_cases(const CaseSizes& sizes = {}) {
+  const Index n = sizes.tokens, w = sizes.window, k = sizes.clusters, d = sizes.d;
+  const auto labels = [n, k](std::int32_t lowest) { return Random(5).labels(n, k, lowest); };
+  const std::vector<Index> offsets = {0, n / 3, n / 3, n / 3 + 1, n};
+  const std::vector<Index> key_offsets = {0, n / 2, n / 2 + 2, n / 2 + 2, n + 7};
+  std::vector<AttentionCase> cases;
+  const auto add = [&cases, d](AttentionCase added) {
+    if (added.d == 0) added.d = d;
+    if (added.dv == 0) added.dv = d;
+    cases.push_back(std::move(added));
+  };
+  const Index same = 0;  // as sizes.d
+
+  add({.name = "dense", .fill = [=](AttentionPlan& p) { plan_dense({.tokens = n}, p); }, .d = same, .dv = same});
+  add({.name = "dense causal",
+       .fill = [=](AttentionPlan& p) { plan_dense({.tokens = n, .causal = true}, p); },
+       .heads = 2,
+       .kv_heads = 2,
+       .d = same,
+       .dv = same,
+       .causal = true});
+  add({.name = "dense causal, grouped queries, wide values",
+       .fill = [=](AttentionPlan& p) { plan_dense({.tokens = n, .causal = true}, p); },
+       .heads = 4,
+       .kv_heads = 2,
+       .d = same,
+       .dv = d + 2,
+       .causal = true});
+  add({.name = "local causal",
+       .fill = [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .causal = true}, p); },
+       .heads = 2,
+       .kv_heads = 1,
+       .d = same,
+       .dv = same,
+       .causal = true,
+       .bias_distances = w,
+       .bias_first = 0});
+  add({.name = "local two-sided",
+       .fill = [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .lookahead = w / 2}, p); },
+       .heads = 2,
+       .kv_heads = 2,
+       .d = same,
+       .dv = same,
+       .bias_distances = w,
+       .bias_first = -w / 2});
+  add({.name = "local causal, never itself",
+       .fill =
+           [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .causal = true, .self = Self::never}, p); },
+       .d = same,
+       .dv = same,
+       .causal = true});
+  add({.name = "local two-sided, never itself",
+       .fill =
+           [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .lookahead = 2, .self = Self::never}, p); },
+       .d = same,
+       .dv = same});
+  add({.name = "clustered causal",
+       .fill = [=, l = labels(0)](
+                   AttentionPlan& p) { plan_clustered(l, l, {.clusters = k, .window = w, .causal = true}, p); },
+       .heads = 2,
+       .kv_heads = 2,
+       .d = same,
+       .dv = same,
+       .causal = true});
+  add({.name = "clustered causal, itself only if alone, some in no cluster",
+       .fill =
+           [=, l = labels(-1)](AttentionPlan& p) {
+             plan_clustered(l, l, {.clusters = k, .window = w, .causal = true, .self = Self::only_if_alone}, p);
+           },
+       .heads = 2,
+       .kv_heads = 2,
+       .d = same,
+       .dv = same,
+       .causal = true});
+  add({.name = "clustered two-sided, never itself, other labels for keys",
+       .fill = [=, l = labels(-1), m = Random(6).labels(n, k, -1)](
+                   AttentionPlan& p) { plan_clustered(l, m, {.clusters = k, .window = w, .self = Self::never}, p); },
+       .d = same,
+       .dv = same,
+       .bias_distances = 9,
+       .bias_first = -4});
+  add({.name = "clustered causal ragged",
+       .fill =
+           [=, l = labels(0)](AttentionPlan& p) {
+             plan_clustered(l, l, {.clusters = k, .window = w, .causal = true, .offsets = offsets}, p);
+           },
+       .d = same,
+       .dv = same,
+       .causal = true});
+  add({.name = "random",
+       .fill =
+           [=](AttentionPlan& p) {
+             plan_random({.tokens = n, .clusters = k, .window = w, .causal = true, .seed = 3}, p);
+           },
+       .d = same,
+       .dv = same,
+       .causal = true});
+  add({.name = "strided",
+       .fill = [=](AttentionPlan& p) { plan_strided({.tokens = n, .stride = k, .window = w, .causal = true}, p); },
+       .d = same,
+       .dv = same,
+       .causal = true});
+  add({.name = "unequal lengths, causal",
+       .fill = [=](AttentionPlan& p) { plan_dense({.tokens = n, .keys = n + 5, .causal = true}, p); },
+       .d = same,
+       .dv = same,
+       .bias_distances = n,
+       .bias_first = -3});
+  add({.name = "fewer keys than queries, causal",
+       .fill = [=](AttentionPlan& p) { plan_dense({.tokens = n, .keys = n / 2 + 1, .causal = true}, p); },
+       .d = same,
+       .dv = same});
+  add({.name = "ragged cross, local, proportional",
+       .fill =
+           [=](AttentionPlan& p) {
+             plan_local({.tokens = n,
+                         .keys = n + 7,
+                         .window = w,
+                         .lookahead = 3,
+                         .offsets = offsets,
+                         .key_offsets = key_offsets},
+                        p);
+           },
+       .heads = 2,
+       .kv_heads = 2,
+       .d = same,
+       .dv = same,
+       .bias_distances = 5,
+       .bias_first = -1});
+  add({.name = "overlapping clusters, mean",
+       .fill = [=](AttentionPlan& p) { fill_members(overlapping_members(n, k, 1), n, Combine::mean, true, p); },
+       .heads = 2,
+       .kv_heads = 2,
+       .d = same,
+       .dv = same,
+       .causal = true,
+       .has_lse = false});
+  add({.name = "overlapping clusters, lse",
+       .fill = [=](AttentionPlan& p) { fill_members(overlapping_members(n, k, 2), n, Combine::lse, false, p); },
+       .heads = 2,
+       .kv_heads = 1,
+       .d = same,
+       .dv = same,
+       .bias_distances = 7,
+       .bias_first = -3});
+  add({.name = "sinks and window",
+       .fill = [=](AttentionPlan& p) { fill_sinks(n, 2, w, p); },
+       .d = same,
+       .dv = same,
+       .causal = true});
+  add({.name = "memory and window",
+       .fill = [=](AttentionPlan& p) { fill_memory(n, 3, w, p); },
+       .heads = 2,
+       .kv_heads = 1,
+       .d = same,
+       .dv = d + 1,
+       .causal = true});
+  return cases;
+}
+
+}  // namespace test
