@@ -1,0 +1,111 @@
+// What a routing attention layer is made of: heads, plans, positions, routing.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+
+#include "coterie/core/check.hpp"
+#include "coterie/core/matrix.hpp"
+#include "coterie/plan/clustered.hpp"
+
+namespace coterie {
+
+/// The plan of the routed ("content") heads.
+enum class Routing {
+  learned,  ///< clusters of the layer's k-means routers
+  random,   ///< clusters drawn from (seed, step, head, position): the paper's baseline
+  dense,    ///< every head sees everything (causal: everything before it)
+};
+
+/// Positions of local heads. Routed heads and induction heads have none.
+enum class LocalPositions {
+  rotary,  ///< rotations of queries and keys by the position in the sequence
+  bias,    ///< a learned number per head and distance, added to the logit
+  none,
+};
+
+/// Settings of a RoutingAttention; designated initialisers in this order.
+struct RoutingAttentionConfig {
+  Index model_dim = 0;     ///< columns of x and y; required
+  Index heads = 0;         ///< local and routed heads together; required
+  Index kv_heads = 0;      ///< key/value heads; 0: as heads. Others are not there yet
+  Index head_dim = 0;      ///< columns of a head; 0: model_dim / heads
+  Index routed_heads = 0;  ///< the last so many heads go by content, the ones before are local
+  Index clusters = 0;      ///< clusters of a routed head, for learned and random; 2 * tokens / window is a good number
+  Index window = 0;        ///< keys that a query sees at most, itself included; required but for dense routing
+  Index local_window = 0;  ///< the same for local heads; 0: as window
+  Index lookahead = 0;     ///< later keys that a query of a local head sees as well; two-sided only
+  bool causal = false;     ///< nothing depends on later tokens
+  Routing routing = Routing::learned;
+  std::optional<bool> shared_qk = {};  ///< routed heads: keys are the normalised queries; automatic: when causal
+  std::optional<Self> self = {};       ///< routed heads: whether a token sees itself; automatic: only_if_alone when
+                                       ///< shared, never when induction, else visible
+  bool induction = false;        ///< routed heads are induction heads: a key carries the value of the next position
+  bool local_induction = false;  ///< so are the local ones, within their window: the fair control
+  Index key_taps = 0;            ///< taps of the convolution of induction queries; 0: none, 8 is a good number
+  double gain = 3;               ///< start of the logit gain of heads that share normalised queries and keys
+  bool bias = false;             ///< biases of the four projections
+  LocalPositions local_positions = LocalPositions::rotary;
+  double decay = 0.999;    ///< of the centroids, reached by the schedule min(decay, (1 + t) / (10 + t))
+  std::uint64_t seed = 0;  ///< of weights, centroids and random routing
+
+  bool operator==(const RoutingAttentionConfig&) const = default;
+};
+
+namespace detail {
+
+/// The config with every automatic value filled in.
+/// Requires: settings that make sense together; otherwise ValueError, which names all faults.
+inline RoutingAttentionConfig resolve(RoutingAttentionConfig c) {
+  Faults faults("RoutingAttentionConfig");
+  faults.require(c.model_dim >= 1, "model_dim", "at least 1", c.model_dim);
+  faults.require(c.heads >= 1, "heads", "at least 1", c.heads);
+  faults.require(c.kv_heads == 0 || c.kv_heads == c.heads, "kv_heads",
+                 "0 or as many as heads (grouped-query heads are not there yet)", c.kv_heads);
+  faults.require(c.head_dim >= 0, "head_dim", "at least 1, or 0 for model_dim / heads", c.head_dim);
+  if (c.head_dim == 0 && c.model_dim >= 1 && c.heads >= 1) {
+    faults.require(c.model_dim % c.heads == 0, "model_dim", join("a multiple of heads = ", c.heads, ", or a head_dim"),
+                   c.model_dim);
+    c.head_dim = c.model_dim / c.heads;
+  }
+  faults.require(c.routed_heads >= 0 && c.routed_heads <= c.heads, "routed_heads", join("0 to heads = ", c.heads),
+                 c.routed_heads);
+  const bool any_routed = c.routed_heads > 0, any_local = c.routed_heads < c.heads;
+  const bool clustered = any_routed && c.routing != Routing::dense;
+  faults.require(c.clusters >= 0 && (!clustered || c.clusters >= 1), "clusters",
+                 "at least 1 with learned or random routing (2 * tokens / window is a good number)", c.clusters);
+  if (c.local_window == 0) c.local_window = c.window;
+  faults.require(c.window >= 0 && (!clustered || c.window >= 1), "window",
+                 "at least 1 (as long as the longest sequence: no limit)", c.window);
+  faults.require(c.local_window >= 0 && (!any_local || c.local_window >= 1), "local_window",
+                 "at least 1, or a window to take", c.local_window);
+  faults.require(c.lookahead >= 0, "lookahead", "at least 0", c.lookahead);
+  faults.require(!c.causal || c.lookahead <= 0, "lookahead", "0 with causal (it shows later tokens)", c.lookahead);
+
+  const bool asked_self = c.self.has_value();
+  faults.require(!c.induction || c.causal, "induction", "causal (a key carries the value of the next position)",
+                 "a two-sided layer");
+  faults.require(!c.local_induction || c.causal, "local_induction",
+                 "causal (a key carries the value of the next position)", "a two-sided layer");
+  faults.require(!c.induction || c.shared_qk.value_or(true), "shared_qk", "true or automatic with induction", "false");
+  if (!c.shared_qk) c.shared_qk = c.causal || c.induction;
+  if (!c.self) c.self = c.induction ? Self::never : *c.shared_qk ? Self::only_if_alone : Self::visible;
+  faults.require(!c.induction || !asked_self || *c.self == Self::never, "self",
+                 "never or automatic with induction (a token's own key carries the next token)", "another");
+  faults.require(c.key_taps >= 0, "key_taps", "at least 0", c.key_taps);
+  faults.require(c.key_taps <= 0 || c.induction || c.local_induction, "key_taps",
+                 "0 without induction or local_induction (only their queries are convolved)", c.key_taps);
+  const bool normalises =
+      (any_routed && (*c.shared_qk || c.routing == Routing::learned)) || (any_local && c.local_induction);
+  faults.require(!normalises || c.head_dim >= 3 || c.head_dim <= 0, "head_dim",
+                 "at least 3 where queries and keys are normalised (a layer norm over fewer leaves only signs)",
+                 c.head_dim);
+  faults.require(std::isfinite(c.gain), "gain", "a finite number", c.gain);
+  faults.require(c.decay > 0 && c.decay < 1, "decay", "above 0 and below 1", c.decay);
+  faults.raise();
+  return c;
+}
+
+}  // namespace detail
+}  // namespace coterie

@@ -1,0 +1,289 @@
+// One group of heads of a layer: projections, routing, attention, output; forward and backward side by side.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <span>
+#include <vector>
+
+#include "coterie/attention/attention.hpp"
+#include "coterie/core/normalise.hpp"
+#include "coterie/kernel/positions.hpp"
+#include "coterie/kernel/product.hpp"
+#include "coterie/layer/input.hpp"
+#include "coterie/layer/rows.hpp"
+#include "coterie/layer/tape.hpp"
+#include "coterie/plan/clustered.hpp"
+#include "coterie/plan/dense.hpp"
+#include "coterie/plan/local.hpp"
+#include "coterie/router/kmeans.hpp"
+
+namespace coterie::detail {
+
+/// What a layer owns.
+template <class T>
+struct LayerParts {
+  RoutingAttentionConfig config;  ///< resolved
+  Heads heads;
+  Parameters<T> parameters;
+  Rotary rotary;
+  std::vector<OnlineKMeans<T>> routers;  ///< one per routed head, if learned
+
+  bool rotates(const HeadGroup& group) const {
+    return !group.routed && !group.shared && config.local_positions == LocalPositions::rotary;
+  }
+  bool biases_distances(const HeadGroup& group) const {
+    return !group.routed && !group.shared && config.local_positions == LocalPositions::bias;
+  }
+};
+
+/// An input whose arguments have been checked, with the place of every row in its sequence.
+template <class T>
+struct CheckedInput {
+  const Input<T>& input;
+  std::span<const std::int32_t> positions;
+};
+
+/// Logit scales of a group of heads with a gain, in scratch of the context: gain/sqrt(d); empty for the others: 1/sqrt(d).
+template <class T>
+std::span<const double> logit_scales(const LayerParts<T>& layer, const HeadGroup& group, Arena& arena) {
+  if (!group.shared) return {};
+  double* const scales = arena.take<double>(group.count);
+  for (Index h = 0; h < group.count; ++h)
+    scales[h] = static_cast<double>(layer.parameters.gain(0, group.gain_first + h)) /
+                std::sqrt(static_cast<double>(group.head_dim));
+  return {scales, static_cast<std::size_t>(group.count)};
+}
+
+template <class T>
+AttentionTerms<T> attention_terms(const LayerParts<T>& layer, const HeadGroup& group) {
+  AttentionTerms<T> terms;
+  if (layer.biases_distances(group)) {
+    terms.bias = layer.parameters.distance_bias;
+    terms.bias_first = -layer.config.lookahead;
+  }
+  return terms;
+}
+
+/// The values that attention reads: of induction heads, key j carries the value of row j + 1.
+template <class M>
+M carried_values(const HeadGroup& group, M v, Index tokens) {
+  return v.rows(group.induction ? 1 : 0, tokens);
+}
+
+/// q, k, v = x w + b, of the group's columns.
+template <class T>
+void project(const LayerParts<T>& layer, const HeadGroup& group, ConstView<T> x, const HeadsMatrices<T>& m,
+             Context& context) {
+  const Parameters<T>& p = layer.parameters;
+  const Index first = group.first_col(), cols = group.cols(), key_first = group.key_first * group.head_dim;
+  const bool bias = layer.config.bias;
+  // q = x w_q + b_q
+  product<T>(x, view(p.w_q).columns(first, cols), m.q, context);
+  if (bias) add_bias(m.q, p.b_q.data() + first, context);
+  if (!group.shared) {
+    // k = x w_k + b_k
+    product<T>(x, view(p.w_k).columns(key_first, cols), m.k, context);
+    if (bias) add_bias(m.k, p.b_k.data() + key_first, context);
+  }
+  // v = x w_v + b_v
+  const View<T> v = m.v.rows(0, x.rows());
+  product<T>(x, view(p.w_v).columns(first, cols), v, context);
+  if (bias) add_bias(v, p.b_v.data() + first, context);
+  if (group.induction) m.v.rows(x.rows(), 1).fill(0);  // the last row has no next value, and nobody sees it
+}
+
+/// Undoes project: adds into d_x and the gradients of its weights.
+template <class T>
+void project_backward(const LayerParts<T>& layer, const HeadGroup& group, ConstView<T> x, ConstView<T> d_q,
+                      ConstView<T> d_k, ConstView<T> d_v, View<T> d_x, Parameters<T>& gradients, Context& context) {
+  const Parameters<T>& p = layer.parameters;
+  const Index first = group.first_col(), cols = group.cols(), key_first = group.key_first * group.head_dim;
+  const auto undo = [&](const RowMatrix<T>& w, Index from, ConstView<T> d, RowMatrix<T>& d_w, RowMatrix<T>& d_b) {
+    product_weight_gradient<T>(x, d, view(d_w).columns(from, cols), context);
+    product_input_gradient<T>(d, view(w).columns(from, cols), d_x, context, true);
+    if (layer.config.bias) add_bias_backward(d, d_b.data() + from, context);
+  };
+  undo(p.w_q, first, d_q, gradients.w_q, gradients.b_q);
+  if (!group.shared) undo(p.w_k, key_first, d_k, gradients.w_k, gradients.b_k);
+  undo(p.w_v, first, d_v, gradients.w_v, gradients.b_v);
+}
+
+/// Labels of the routed heads, from the input, drawn, or by their routers.
+template <class T>
+void label(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, const HeadsMatrices<T>& m,
+           HeadsPlans& plans, Context& context) {
+  const Index n = in.input.x.rows(), d = group.head_dim, all = group.count * n;
+  const auto of_head = [n](std::span<std::int32_t> labels, Index h) {
+    return labels.subspan(static_cast<std::size_t>(h * n), static_cast<std::size_t>(n));
+  };
+  const std::span<std::int32_t> queries = HeadsPlans::grow(plans.query_labels, all);
+  const bool learned = layer.config.routing == Routing::learned && in.input.routes.empty();
+  const bool own_keys = learned && !group.shared;
+  const std::span<std::int32_t> keys = HeadsPlans::grow(plans.key_labels, own_keys ? all : 0);
+
+  if (!in.input.routes.empty()) {
+    std::copy(in.input.routes.begin(), in.input.routes.end(), queries.begin());
+  } else if (!learned) {
+    const auto stream = static_cast<std::uint64_t>(LayerStream::routes);
+    const std::uint64_t step = random_bits(layer.config.seed, stream, in.input.step);
+    for (Index h = 0; h < group.count; ++h) {
+      const std::uint64_t seed = random_bits(step, stream, static_cast<std::uint64_t>(h));
+      const std::span<std::int32_t> labels = of_head(queries, h);
+      for (std::size_t i = 0; i < labels.size(); ++i)
+        labels[i] = random_label(seed, in.positions[i], layer.config.clusters);
+    }
+  } else {
+    Arena& arena = context.workspace().shared();
+    Arena::Scope scope(arena);
+    const View<T> rows = own_keys ? arena.matrix<T>(n, d) : View<T>();
+    for (Index h = 0; h < group.count; ++h) {
+      const OnlineKMeans<T>& router = layer.routers[static_cast<std::size_t>(h)];
+      const auto assign = [&](View<T> from, std::span<std::int32_t> labels) {
+        if (own_keys) normalise_rows<T>(from.columns(h * d, d), rows, View<T>(), d, context);
+        router.assign(own_keys ? rows : from.columns(h * d, d), labels, context);
+      };
+      assign(own_keys ? m.q : m.u, of_head(queries, h));
+      if (own_keys) assign(m.k, of_head(keys, h));
+    }
+  }
+}
+
+/// The plans of a group.
+template <class T>
+void plan(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, const HeadsMatrices<T>& m,
+          HeadsPlans& plans, Context& context) {
+  const RoutingAttentionConfig& c = layer.config;
+  const Index n = in.input.x.rows();
+  const std::span<const Index> offsets = in.input.offsets;
+  if (!group.routed) {
+    plan_local({.tokens = n,
+                .window = c.local_window,
+                .lookahead = c.lookahead,
+                .causal = c.causal,
+                .self = group.induction ? Self::never : Self::visible,
+                .offsets = offsets},
+               plans.use(1)[0]);
+  } else if (c.routing == Routing::dense) {
+    plan_dense({.tokens = n, .causal = c.causal, .self = *c.self, .offsets = offsets}, plans.use(1)[0]);
+  } else {
+    label(layer, group, in, m, plans, context);
+    const std::span<AttentionPlan> built = plans.use(static_cast<std::size_t>(group.count));
+    context.for_each(group.count, [&](Index h, Index) {
+      const auto of_head = [&](std::span<const std::int32_t> labels) {
+        return labels.subspan(static_cast<std::size_t>(h * n), static_cast<std::size_t>(n));
+      };
+      const auto queries = of_head(plans.query_labels);
+      const auto keys = plans.key_labels.empty() ? queries : of_head(plans.key_labels);
+      plan_clustered(
+          queries, keys,
+          {.clusters = c.clusters, .window = c.window, .causal = c.causal, .self = *c.self, .offsets = offsets},
+          built[static_cast<std::size_t>(h)]);
+    });
+  }
+}
+
+/// y (+)= the group's share of the output. `add`: another group has written y. With a tape, keeps what backward needs.
+template <class T>
+void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, View<T> y, bool add,
+                   HeadsTape<T>* tape, HeadsPlans& plans, Context& context) {
+  const Index n = in.input.x.rows(), d = group.head_dim, cols = group.cols();
+  Arena& arena = context.workspace().shared();
+  Arena::Scope scope(arena);
+  HeadsMatrices<T> m;
+  const auto take = [&](Buffer<T> HeadsTape<T>::*buffer, Index rows, Index columns) {
+    return tape ? (tape->*buffer).matrix(rows, columns) : arena.matrix<T>(rows, columns);
+  };
+  m.q = take(&HeadsTape<T>::q, n, cols);
+  if (!group.shared) m.k = take(&HeadsTape<T>::k, n, cols);
+  m.v = take(&HeadsTape<T>::v, n + (group.induction ? 1 : 0), cols);
+  m.out = take(&HeadsTape<T>::out, n, cols);
+  m.u = group.taps > 0 ? take(&HeadsTape<T>::u, n, cols) : m.q;
+  if (group.shared) m.inverse = take(&HeadsTape<T>::inverse, n, group.count);
+
+  project(layer, group, in.input.x, m, context);
+  if (group.shared) {
+    // u = normalise(convolve(q))
+    if (group.taps > 0)
+      convolve<T>(m.q, view(layer.parameters.taps).rows(group.taps_first, group.count * group.taps), group.taps,
+                  in.positions, m.u, context);
+    normalise_rows<T>(m.u, m.u, m.inverse, d, context);
+  } else if (layer.rotates(group)) {
+    layer.rotary.forward(m.q, group.count, in.positions, context);
+    layer.rotary.forward(m.k, group.count, in.positions, context);
+  }
+  plan(layer, group, in, m, plans, context);
+
+  AttentionConfig config;
+  config.heads = group.count;
+  config.scales = logit_scales(layer, group, arena);
+  const AttentionTerms<T> terms = attention_terms(layer, group);
+  const ConstView<T> q = m.u, k = group.shared ? m.u : m.k, v = carried_values(group, m.v, n);
+  if (tape)
+    attention_forward(Plans(plans.used()), q, k, v, m.out, tape->attention, config, context, terms);
+  else
+    attention_forward(Plans(plans.used()), q, k, v, m.out, config, context, terms);
+  // y (+)= out w_o
+  product<T>(m.out, view(layer.parameters.w_o).rows(group.first_col(), cols), y, context, add);
+  if (tape) tape->matrices = m;
+}
+
+/// Undoes heads_forward: adds into d_x and the gradients.
+template <class T>
+void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
+                    const HeadsTape<T>& tape, ConstView<T> d_y, View<T> d_x, Parameters<T>& gradients,
+                    Context& context) {
+  const Index n = in.input.x.rows(), d = group.head_dim, cols = group.cols();
+  const Parameters<T>& p = layer.parameters;
+  const HeadsMatrices<T>& m = tape.matrices;
+  Arena& arena = context.workspace().shared();
+  Arena::Scope scope(arena);
+
+  // y += out w_o
+  const View<T> d_out = arena.matrix<T>(n, cols);
+  product_weight_gradient<T>(m.out, d_y, view(gradients.w_o).rows(group.first_col(), cols), context);
+  product_input_gradient<T>(d_y, view(p.w_o).rows(group.first_col(), cols), d_out, context);
+
+  // out = attention(q, k, v)
+  const View<T> d_q = arena.matrix<T>(n, cols), d_k = arena.matrix<T>(n, cols);
+  const View<T> d_v = arena.matrix<T>(m.v.rows(), cols);
+  for (const View<T>& zeroed : {d_q, d_k, d_v}) fill_rows(zeroed, T(0), context);
+  AttentionConfig config;
+  config.heads = group.count;
+  config.scales = logit_scales(layer, group, arena);
+  AttentionTermGradients<T> d_terms;
+  if (group.shared) {
+    double* const d_scales = arena.take<double>(group.count);
+    std::fill(d_scales, d_scales + group.count, 0.0);
+    d_terms.d_scales = {d_scales, static_cast<std::size_t>(group.count)};
+  }
+  if (layer.biases_distances(group)) d_terms.d_bias = gradients.distance_bias;
+  const ConstView<T> q = m.u, k = group.shared ? m.u : m.k, v = carried_values(group, m.v, n);
+  attention_backward(Plans(tape.plans.used()), q, k, v, ConstView<T>(m.out), tape.attention, ConstView<T>(d_out), d_q,
+                     d_k, carried_values(group, d_v, n), config, context, attention_terms(layer, group), d_terms);
+
+  ConstView<T> d_projected = d_q;
+  if (group.shared) {
+    // scale = gain / sqrt(d)
+    for (Index h = 0; h < group.count; ++h)
+      gradients.gain(0, group.gain_first + h) +=
+          static_cast<T>(d_terms.d_scales[static_cast<std::size_t>(h)] / std::sqrt(static_cast<double>(d)));
+    // q = k = u = normalise(convolve(projected)): d_k takes the gradient of the convolved, then d_q of the projected
+    add_rows<T>(d_q, d_k, context);
+    fill_rows(d_k, T(0), context);
+    normalise_rows_backward<T>(m.u, m.inverse, d_q, d_k, d, context);
+    d_projected = d_k;
+    if (group.taps > 0) {
+      const Index rows = group.count * group.taps;
+      convolve_backward<T>(m.q, view(p.taps).rows(group.taps_first, rows), group.taps, in.positions, d_k, d_q,
+                           view(gradients.taps).rows(group.taps_first, rows), context);
+      d_projected = d_q;
+    }
+  } else if (layer.rotates(group)) {
+    layer.rotary.backward(d_q, group.count, in.positions, context);
+    layer.rotary.backward(d_k, group.count, in.positions, context);
+  }
+  project_backward<T>(layer, group, in.input.x, d_projected, d_k, d_v.rows(0, n), d_x, gradients, context);
+}
+
+}  // namespace coterie::detail

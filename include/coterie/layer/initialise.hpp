@@ -1,0 +1,106 @@
+// Which heads a layer has, and the first values of its weights.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "coterie/core/random.hpp"
+#include "coterie/layer/parameters.hpp"
+
+namespace coterie::detail {
+
+/// Consecutive heads of one kind: all the local ones, or all the routed ones.
+struct HeadGroup {
+  Index first = 0, count = 0;  ///< heads
+  Index head_dim = 0;
+  bool routed = false;
+  bool shared = false;     ///< keys are the normalised queries, with a logit gain
+  bool induction = false;  ///< shared, convolved, and a key carries the next position's value
+  Index key_first = 0;     ///< first of these heads in w_k, unless shared
+  Index gain_first = 0;    ///< first of these heads in gain, if shared
+  Index taps_first = 0;    ///< first row of these heads in taps, if induction
+  Index taps = 0;          ///< per head
+
+  Index cols() const { return count * head_dim; }
+  Index first_col() const { return first * head_dim; }
+};
+
+/// The heads of a layer.
+struct Heads {
+  HeadGroup local, routed;
+  Index key_heads = 0, gains = 0, taps_rows = 0;
+
+  /// Requires a resolved config.
+  explicit Heads(const RoutingAttentionConfig& c) {
+    local.count = c.heads - c.routed_heads;
+    local.shared = local.induction = c.local_induction;
+    routed.first = local.count;
+    routed.count = c.routed_heads;
+    routed.routed = true;
+    routed.shared = *c.shared_qk;
+    routed.induction = c.induction;
+    for (HeadGroup* group : {&local, &routed}) {
+      group->head_dim = c.head_dim;
+      group->taps = group->induction ? c.key_taps : 0;
+      group->key_first = key_heads;
+      group->gain_first = gains;
+      group->taps_first = taps_rows;
+      if (!group->shared) key_heads += group->count;
+      if (group->shared) gains += group->count;
+      taps_rows += group->count * group->taps;
+    }
+  }
+};
+
+/// What a layer draws random numbers for; each has a stream of its seed of its own.
+enum class LayerStream : std::uint64_t { w_q = 1, w_k, w_v, w_o, taps, centroids, routes };
+
+/// Parameters of the shapes of a resolved config, all zero.
+template <class T>
+Parameters<T> zero_parameters(const RoutingAttentionConfig& c) {
+  const Heads heads(c);
+  const Index cols = c.heads * c.head_dim, key_cols = heads.key_heads * c.head_dim;
+  Parameters<T> p;
+  p.w_q.setZero(c.model_dim, cols);
+  p.w_k.setZero(key_cols > 0 ? c.model_dim : 0, key_cols);
+  p.w_v.setZero(c.model_dim, cols);
+  p.w_o.setZero(cols, c.model_dim);
+  if (c.bias) {
+    p.b_q.setZero(1, cols);
+    p.b_k.setZero(key_cols > 0 ? 1 : 0, key_cols);
+    p.b_v.setZero(1, cols);
+    p.b_o.setZero(1, c.model_dim);
+  }
+  if (heads.gains > 0) p.gain.setZero(1, heads.gains);
+  if (heads.taps_rows > 0) p.taps.setZero(heads.taps_rows, c.head_dim);
+  if (heads.local.count > 0 && !heads.local.induction && c.local_positions == LocalPositions::bias)
+    p.distance_bias.setZero(heads.local.count, c.local_window + c.lookahead);
+  return p;
+}
+
+/// First values: weights uniform in +-1/sqrt(rows), taps N(0, 1) * 0.9^t, gains config.gain, biases 0. The number at
+/// (i, j) is drawn by the counter i * cols + j, in double, so that float and double layers of a seed agree up to rounding.
+template <class T>
+Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
+  Parameters<T> p = zero_parameters<T>(c);
+  const auto uniform = [&](RowMatrix<T>& w, LayerStream stream) {
+    const double bound = w.rows() > 0 ? 1 / std::sqrt(static_cast<double>(w.rows())) : 0;
+    for (Index i = 0; i < w.size(); ++i)
+      w.data()[i] = static_cast<T>(
+          bound * (2 * random_uniform(c.seed, static_cast<std::uint64_t>(stream), static_cast<std::uint64_t>(i)) - 1));
+  };
+  uniform(p.w_q, LayerStream::w_q);
+  uniform(p.w_k, LayerStream::w_k);
+  uniform(p.w_v, LayerStream::w_v);
+  uniform(p.w_o, LayerStream::w_o);
+  p.gain.setConstant(static_cast<T>(c.gain));
+  for (Index row = 0; row < p.taps.rows(); ++row) {
+    const double factor = std::pow(0.9, static_cast<double>(row % c.key_taps));
+    for (Index j = 0; j < p.taps.cols(); ++j)
+      p.taps(row, j) = static_cast<T>(factor * random_normal(c.seed, static_cast<std::uint64_t>(LayerStream::taps),
+                                                             static_cast<std::uint64_t>(row * p.taps.cols() + j)));
+  }
+  return p;
+}
+
+}  // namespace coterie::detail

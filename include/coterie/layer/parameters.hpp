@@ -1,0 +1,104 @@
+// The weights of a routing attention layer by name, and gradients of the same shapes.
+#pragma once
+
+#include <array>
+#include <string_view>
+
+#include "coterie/layer/config.hpp"
+
+namespace coterie {
+
+/// Weights or gradients of one layer; a tensor that the layer does not have is empty and not visited.
+///
+/// Shapes, in the order of visit(), with D = model_dim, H = heads, d = head_dim, L local heads, K heads that have keys
+/// of their own (all but those that share normalised queries and keys), G = H - K, I induction heads; a product is
+/// y = x w, head h owns the columns [h*d, (h+1)*d), and lists of heads keep the order local, routed:
+///
+///     w_q     D x H*d      queries
+///     w_k     D x K*d      keys of the heads that have their own
+///     w_v     D x H*d      values
+///     w_o     H*d x D      output
+///     b_q     1 x H*d      with config.bias
+///     b_k     1 x K*d      with config.bias
+///     b_v     1 x H*d      with config.bias
+///     b_o     1 x D        with config.bias
+///     gain    1 x G        logits of heads with shared queries and keys are gain/sqrt(d) * q.k
+///     taps    I*key_taps x d   row i*key_taps + t: factors of the query t positions back, of the i-th induction head
+///     distance_bias  L x (local_window + lookahead)   column c: distance c - lookahead back; LocalPositions::bias
+template <class T>
+struct Parameters {
+  RowMatrix<T> w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, gain, taps, distance_bias;
+
+  /// Name and member of a tensor.
+  struct Tensor {
+    std::string_view name;
+    RowMatrix<T> Parameters::*member;
+  };
+  /// All tensors that a layer can have, in the order above.
+  static constexpr std::array<Tensor, 11> tensors() {
+    return {{{"w_q", &Parameters::w_q},
+             {"w_k", &Parameters::w_k},
+             {"w_v", &Parameters::w_v},
+             {"w_o", &Parameters::w_o},
+             {"b_q", &Parameters::b_q},
+             {"b_k", &Parameters::b_k},
+             {"b_v", &Parameters::b_v},
+             {"b_o", &Parameters::b_o},
+             {"gain", &Parameters::gain},
+             {"taps", &Parameters::taps},
+             {"distance_bias", &Parameters::distance_bias}}};
+  }
+
+  /// Calls f(name, View<T>) for every tensor that the layer has, in the order above.
+  template <class F>
+  void visit(F&& f) {
+    for (const Tensor& tensor : tensors())
+      if (RowMatrix<T>& m = this->*tensor.member; m.size() > 0) f(tensor.name, View<T>(m));
+  }
+  /// Calls f(name, ConstView<T>) for every tensor that the layer has, in the order above.
+  template <class F>
+  void visit(F&& f) const {
+    for (const Tensor& tensor : tensors())
+      if (const RowMatrix<T>& m = this->*tensor.member; m.size() > 0) f(tensor.name, ConstView<T>(m));
+  }
+
+  /// Numbers in all tensors together.
+  Index size() const {
+    Index sum = 0;
+    for (const Tensor& tensor : tensors()) sum += (this->*tensor.member).size();
+    return sum;
+  }
+
+  /// Sets every number.
+  void fill(T value) {
+    for (const Tensor& tensor : tensors()) (this->*tensor.member).setConstant(value);
+  }
+};
+
+namespace detail {
+
+/// Requires tensors of the same shapes, otherwise ShapeError.
+template <class T>
+void check_same_shapes(const char* function, const char* argument, const Parameters<T>& got,
+                       const Parameters<T>& like) {
+  for (const auto& tensor : Parameters<T>::tensors()) {
+    const RowMatrix<T>&g = got.*tensor.member, &l = like.*tensor.member;
+    if (g.rows() != l.rows() || g.cols() != l.cols())
+      fail<ShapeError>(function, join(argument, ".", tensor.name).c_str(), join(l.rows(), " x ", l.cols()),
+                       join(g.rows(), " x ", g.cols()));
+  }
+}
+
+}  // namespace detail
+
+/// Calls f(name, View<T> parameter, ConstView<T> gradient) for every tensor: what an optimiser needs.
+/// Requires: equal shapes, otherwise ShapeError.
+template <class T, class F>
+void visit(Parameters<T>& parameters, const Parameters<T>& gradients, F&& f) {
+  detail::check_same_shapes("visit", "gradients", gradients, parameters);
+  for (const auto& tensor : Parameters<T>::tensors())
+    if (RowMatrix<T>& m = parameters.*tensor.member; m.size() > 0)
+      f(tensor.name, View<T>(m), ConstView<T>(gradients.*tensor.member));
+}
+
+}  // namespace coterie

@@ -1,0 +1,254 @@
+// Multi-head attention whose heads look nearby or, by content, anywhere.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <vector>
+
+#include "coterie/layer/heads.hpp"
+
+namespace coterie {
+
+/// A layer of local heads and routed heads, with its weights and the centroids of its routers.
+///
+///     RoutingAttention<float> layer({.model_dim = 256, .heads = 8, .routed_heads = 4,
+///                                    .clusters = 32, .window = 256, .causal = true, .seed = 1});
+///     layer.forward(x, y, context);                           // evaluation
+///     layer.forward(x, y, tape, context);                     // training: forward, backward, then the routers
+///     layer.backward(x, tape, d_y, d_x, gradients, context);
+///     layer.update_router(tape, context);
+///
+/// Formula: y = sum over heads h of attention_h w_o[h] + b_o. Local heads see their window; with rotary positions, a
+/// learned bias per distance, or neither. Routed heads see the members of their query's cluster, or everything:
+///   shared (causal default): q = k = normalise(x w_q), logits gain/sqrt(d) q.k;
+///   otherwise q = x w_q, k = x w_k, logits q.k/sqrt(d), routed by their normalised rows;
+///   induction: q = k = normalise(convolve(x w_q)), and key j carries the value of position j + 1 (zero keys: zero).
+/// Routing passes no gradient.
+/// Allocates: nothing in forward, backward and update_router, once tape and workspace have grown to the sizes in use.
+/// Threads and determinism: const calls with different tapes and contexts may run at the same time. A row's bits depend
+///   on what that row sees and not on other sequences, later tokens (causal) or the number of workers.
+/// Errors: what is wrong with an argument is thrown before anything is written.
+/// Source: Roy et al. 2021, sections 4 and 5; routing by nearest centroid, shared heads' gain and induction are ours.
+template <class T>
+class RoutingAttention {
+ public:
+  using Tape = RoutingAttentionTape<T>;
+
+  /// Draws the weights and centroids from the seed; see Parameters for shapes.
+  /// Requires: a config that makes sense, otherwise ValueError, which names all its faults.
+  explicit RoutingAttention(const RoutingAttentionConfig& config)
+      : RoutingAttention(Resolved{detail::resolve(config)}) {}
+
+  /// The settings, with every automatic one filled in.
+  const RoutingAttentionConfig& config() const { return parts_.config; }
+
+  Parameters<T>& parameters() { return parts_.parameters; }
+  const Parameters<T>& parameters() const { return parts_.parameters; }
+
+  /// Zeros of the parameters' shapes, for backward to add into.
+  Parameters<T> zero_gradients() const { return detail::zero_parameters<T>(parts_.config); }
+
+  /// The routers of the routed heads; empty unless routing is learned. Their centroids are state, not parameters.
+  std::span<const OnlineKMeans<T>> routers() const { return parts_.routers; }
+  std::span<OnlineKMeans<T>> routers() { return parts_.routers; }
+
+  /// y = layer(x), for evaluation: the bits of the other forward, and nothing kept.
+  /// Shapes: x, y tokens x model_dim.
+  /// Requires: matching shapes, y apart from x (ShapeError); offsets ascending from 0 to tokens, routes in [-1, clusters),
+  ///   no source (ValueError).
+  /// Overwrites y.
+  void forward(const Input<T>& input, View<T> y, Context& context) const {
+    check_forward(input, y);
+    Scratch& scratch = context.workspace().template object<Scratch>();
+    run(input, y, nullptr, scratch.positions, scratch.plans, scratch.plans, context);
+  }
+
+  /// The same, keeping on the tape what backward and update_router need.
+  void forward(const Input<T>& input, View<T> y, Tape& tape, Context& context) const {
+    check_forward(input, y);
+    tape.tokens_ = -1;  // no longer what it was, should something throw
+    tape.config_ = parts_.config;
+    run(input, y, &tape, tape.positions_, tape.local_.plans, tape.routed_.plans, context);
+    tape.tokens_ = input.x.rows();
+  }
+
+  /// Adds the gradients of forward's input and parameters for the gradient d_y of its output.
+  /// Shapes: d_y, d_x tokens x model_dim; gradients as parameters.
+  /// Requires: the input and tape of one forward pass since which the parameters have not changed; matching shapes, d_x
+  ///   apart from x and d_y (ShapeError); a tape of a layer with this config (ValueError).
+  /// Adds into d_x and gradients.
+  void backward(const Input<T>& input, const Tape& tape, detail::Same<ConstView<T>> d_y, InputGradient<T> d_x,
+                Parameters<T>& gradients, Context& context) const {
+    const char* const function = "RoutingAttention::backward";
+    const Index n = input.x.rows();
+    check_input(function, input);
+    check_tape(function, tape);
+    if (tape.tokens_ != n) detail::fail<ShapeError>(function, "tape", detail::join(n, " tokens"), tape.tokens_);
+    detail::check_shape<T>(function, "d_y", d_y, n, config().model_dim);
+    detail::check_shape<T>(function, "d_x", d_x.d_x, n, config().model_dim);
+    detail::check_no_alias<T>(function, "d_x", d_x.d_x, "x", input.x);
+    detail::check_no_alias<T>(function, "d_x", d_x.d_x, "d_y", d_y);
+    if (d_x.d_source.rows() > 0) detail::fail<ValueError>(function, "d_source", "none: no source is taken", "one");
+    detail::check_same_shapes(function, "gradients", gradients, parameters());
+
+    if (n == 0) return;
+    // y += b_o
+    if (config().bias) detail::add_bias_backward<T>(d_y, gradients.b_o.data(), context);
+    const detail::CheckedInput<T> in{input, tape.positions_};
+    const detail::Heads& heads = parts_.heads;
+    if (heads.local.count > 0)
+      detail::heads_backward<T>(parts_, heads.local, in, tape.local_, d_y, d_x.d_x, gradients, context);
+    if (heads.routed.count > 0)
+      detail::heads_backward<T>(parts_, heads.routed, in, tape.routed_, d_y, d_x.d_x, gradients, context);
+  }
+
+  /// Moves the centroids by the rows and labels of a forward pass; the only kind of call that does. Without learned
+  /// routing it does nothing.
+  void update_router(const Tape& tape, Context& context) {
+    check_tape("RoutingAttention::update_router", tape);
+    if (parts_.routers.empty()) return;
+    if (statistics_.heads() == 0) statistics_ = zero_statistics();
+    statistics_.clear();
+    observe(tape, statistics_, context);
+    update_router(statistics_);
+  }
+
+  /// Empty statistics of the routers' shapes (no heads unless routing is learned).
+  RouterStatistics<T> zero_statistics() const {
+    if (parts_.routers.empty()) return {};
+    return RouterStatistics<T>(config().routed_heads, config().clusters, config().head_dim);
+  }
+
+  /// Adds the normalised rows of a forward pass, by their labels, to the statistics: queries, and keys unless shared.
+  /// Requires: a tape of a layer with this config (ValueError), statistics of its shapes (ShapeError).
+  void observe(const Tape& tape, RouterStatistics<T>& statistics, Context& context) const {
+    const char* const function = "RoutingAttention::observe";
+    check_tape(function, tape);
+    check_statistics(function, statistics);
+    if (parts_.routers.empty()) return;
+    const Index d = config().head_dim, n = tape.tokens_;
+    const detail::HeadsMatrices<T>& m = tape.routed_.matrices;
+    context.for_each(config().routed_heads, [&](Index h, Index worker) {
+      const OnlineKMeans<T>& router = parts_.routers[static_cast<std::size_t>(h)];
+      if (parts_.heads.routed.shared) {
+        router.observe(m.u.columns(h * d, d), tape.labels(h), statistics, h);
+        return;
+      }
+      Arena& arena = context.workspace().worker(worker);
+      Arena::Scope scope(arena);
+      const View<T> rows = arena.matrix<T>(n, d);
+      const auto observe_rows = [&](View<T> from, std::span<const std::int32_t> labels) {
+        for (Index i = 0; i < n; ++i) detail::normalise_row(from.row(i) + h * d, rows.row(i), d);
+        router.observe(rows, labels, statistics, h);
+      };
+      observe_rows(m.q, tape.labels(h));
+      observe_rows(m.k, tape.key_labels(h));
+    });
+  }
+
+  /// Moves the centroids by what was observed, on this machine or, with block() summed, on several.
+  void update_router(const RouterStatistics<T>& statistics) {
+    check_statistics("RoutingAttention::update_router", statistics);
+    for (std::size_t h = 0; h < parts_.routers.size(); ++h) parts_.routers[h].update(statistics, static_cast<Index>(h));
+  }
+
+  /// While frozen, update_router does nothing.
+  void freeze_router(bool frozen) {
+    for (OnlineKMeans<T>& router : parts_.routers) router.freeze(frozen);
+  }
+
+ private:
+  struct Resolved {
+    RoutingAttentionConfig config;
+  };
+  // What forward without a tape keeps in the workspace, for its memory only.
+  struct Scratch {
+    std::vector<std::int32_t> positions;
+    detail::HeadsPlans plans;
+  };
+
+  explicit RoutingAttention(const Resolved& resolved)
+      : parts_{
+            resolved.config, detail::Heads(resolved.config), detail::initial_parameters<T>(resolved.config), {}, {}} {
+    const RoutingAttentionConfig& c = config();
+    if (parts_.heads.local.count > 0 && parts_.rotates(parts_.heads.local)) parts_.rotary = Rotary(c.head_dim);
+    if (c.routing != Routing::learned) return;
+    const auto stream = static_cast<std::uint64_t>(detail::LayerStream::centroids);
+    for (Index h = 0; h < c.routed_heads; ++h)
+      parts_.routers.emplace_back(
+          KMeansConfig{.clusters = c.clusters,
+                       .dim = c.head_dim,
+                       .decay = c.decay,
+                       .seed = detail::random_bits(c.seed, stream, static_cast<std::uint64_t>(h))});
+  }
+
+  void check_input(const char* function, const Input<T>& input) const {
+    const Index n = input.x.rows();
+    detail::check_shape<T>(function, "x", input.x, n, config().model_dim);
+    detail::check_count(function, "tokens", n);
+    detail::Faults faults(function);
+    if (!input.offsets.empty()) detail::check_offsets(faults, "offsets", input.offsets, n);
+    faults.require(input.source.rows() == 0 && input.source_offsets.empty(), "source",
+                   "none: attention to another source is not there yet", "one");
+    if (!input.routes.empty()) {
+      const bool routed = config().routed_heads > 0 && config().routing != Routing::dense;
+      faults.require(routed, "routes", "none without learned or random routing", "some");
+      faults.require(!routed || static_cast<Index>(input.routes.size()) == config().routed_heads * n, "routes",
+                     detail::join("routed_heads * tokens = ", config().routed_heads * n, " labels"),
+                     input.routes.size());
+      for (const std::int32_t label : input.routes)
+        if (routed && (label < -1 || label >= config().clusters)) {
+          faults.require(false, "routes", detail::join("labels in [-1, ", config().clusters, ")"), label);
+          break;
+        }
+    }
+    faults.raise();
+  }
+
+  void check_forward(const Input<T>& input, View<T> y) const {
+    const char* const function = "RoutingAttention::forward";
+    check_input(function, input);
+    detail::check_shape<T>(function, "y", y, input.x.rows(), config().model_dim);
+    detail::check_no_alias<T>(function, "y", y, "x", input.x);
+  }
+
+  void check_tape(const char* function, const Tape& tape) const {
+    if (tape.tokens_ < 0) detail::fail<ValueError>(function, "tape", "the tape of a forward pass", "an empty one");
+    if (!(tape.config_ == config()))
+      detail::fail<ValueError>(function, "tape", "the tape of this layer", "that of a layer with another config");
+  }
+
+  void check_statistics(const char* function, const RouterStatistics<T>& s) const {
+    if (parts_.routers.empty()) return;
+    const RoutingAttentionConfig& c = config();
+    if (s.heads() != c.routed_heads || s.clusters() != c.clusters || s.dim() != c.head_dim)
+      detail::fail<ShapeError>(function, "statistics",
+                               detail::join(c.routed_heads, " x ", c.clusters, " x ", c.head_dim),
+                               detail::join(s.heads(), " x ", s.clusters(), " x ", s.dim()));
+  }
+
+  void run(const Input<T>& input, View<T> y, Tape* tape, std::vector<std::int32_t>& positions,
+           detail::HeadsPlans& local_plans, detail::HeadsPlans& routed_plans, Context& context) const {
+    const Index n = input.x.rows();
+    positions.resize(static_cast<std::size_t>(n));
+    for (std::size_t s = 0; s + 1 < std::max<std::size_t>(input.offsets.size(), 2); ++s) {
+      const Index begin = input.offsets.empty() ? 0 : input.offsets[s];
+      const Index end = input.offsets.empty() ? n : input.offsets[s + 1];
+      for (Index i = begin; i < end; ++i) positions[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(i - begin);
+    }
+    const detail::CheckedInput<T> in{input, positions};
+    const detail::Heads& heads = parts_.heads;
+    if (heads.local.count > 0)
+      detail::heads_forward(parts_, heads.local, in, y, false, tape ? &tape->local_ : nullptr, local_plans, context);
+    if (heads.routed.count > 0)
+      detail::heads_forward(parts_, heads.routed, in, y, heads.local.count > 0, tape ? &tape->routed_ : nullptr,
+                            routed_plans, context);
+    if (config().bias) detail::add_bias(y, parts_.parameters.b_o.data(), context);
+  }
+
+  detail::LayerParts<T> parts_;
+  RouterStatistics<T> statistics_;  // of update_router(tape, context), for its memory only
+};
+
+}  // namespace coterie

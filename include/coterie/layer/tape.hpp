@@ -1,0 +1,137 @@
+// What a forward pass of a layer leaves behind.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <span>
+#include <vector>
+
+#include "coterie/attention/attention.hpp"
+#include "coterie/core/workspace.hpp"
+#include "coterie/layer/initialise.hpp"
+
+namespace coterie {
+
+namespace detail {
+
+/// Numbers that outlive a call: grows, never shrinks, keeps nothing when it grows.
+template <class T>
+class Buffer {
+ public:
+  /// A rows x cols matrix, uninitialised.
+  View<T> matrix(Index rows, Index cols) {
+    if (rows * cols > capacity_) {
+      data_.reset();
+      data_.reset(static_cast<T*>(::operator new[](static_cast<std::size_t>(rows * cols) * sizeof(T), alignment)));
+      capacity_ = rows * cols;
+    }
+    return {data_.get(), rows, cols};
+  }
+
+ private:
+  static constexpr std::align_val_t alignment{Arena::alignment};
+  struct Free {
+    void operator()(T* p) const { ::operator delete[](p, alignment); }
+  };
+  std::unique_ptr<T, Free> data_;
+  Index capacity_ = 0;
+};
+
+/// Labels and plans of a group of heads; vectors keep their memory from call to call.
+struct HeadsPlans {
+  std::vector<std::int32_t> query_labels, key_labels;  ///< heads x tokens; key_labels empty: as query_labels
+  std::vector<AttentionPlan> plans;
+  std::size_t count = 0;  ///< plans in use: 1 for all heads, or one per head
+
+  std::span<const AttentionPlan> used() const { return {plans.data(), count}; }
+  /// The first `number` plans, to be built.
+  std::span<AttentionPlan> use(std::size_t number) {
+    if (plans.size() < number) plans.resize(number);
+    count = number;
+    return {plans.data(), number};
+  }
+  static std::span<std::int32_t> grow(std::vector<std::int32_t>& v, Index size) {
+    v.resize(static_cast<std::size_t>(size));
+    return v;
+  }
+};
+
+/// The matrices of a group of heads in a forward pass; d head width, c = heads * d.
+template <class T>
+struct HeadsMatrices {
+  View<T> q;        ///< tokens x c: projected queries; rotated where rotary; normalised where shared without taps
+  View<T> u;        ///< tokens x c: normalised queries and keys of shared heads; q itself unless convolved
+  View<T> k;        ///< tokens x c: keys, if not shared; rotated where rotary
+  View<T> v;        ///< tokens x c: values; one row of zeros more for induction
+  View<T> out;      ///< tokens x c: what attention gave
+  View<T> inverse;  ///< tokens x heads: 1 / deviation of the rows of u, if shared
+};
+
+/// A group of heads on a tape.
+template <class T>
+struct HeadsTape {
+  HeadsMatrices<T> matrices;
+  HeadsPlans plans;
+  AttentionTape<T> attention;
+  Buffer<T> q, u, k, v, out, inverse;
+};
+
+}  // namespace detail
+
+template <class T>
+class RoutingAttention;
+
+/// What backward and update_router need of a forward pass, and diagnostics: labels, plans, cluster sizes.
+/// Make it once and use it for every step; its memory grows to the largest step and stays.
+template <class T>
+class RoutingAttentionTape {
+ public:
+  RoutingAttentionTape() = default;
+  RoutingAttentionTape(RoutingAttentionTape&&) noexcept = default;
+  RoutingAttentionTape& operator=(RoutingAttentionTape&&) noexcept = default;
+
+  /// Tokens of the forward pass; -1 before the first.
+  Index tokens() const { return tokens_; }
+
+  /// Clusters of the queries of a routed head, one per token (-1: none); empty for dense routing. Heads are counted
+  /// among the routed ones.
+  std::span<const std::int32_t> labels(Index routed_head) const {
+    return slice("Tape::labels", routed_.plans.query_labels, routed_head);
+  }
+  /// Clusters of the keys of a routed head; those of the queries where they are shared.
+  std::span<const std::int32_t> key_labels(Index routed_head) const {
+    const auto& keys = routed_.plans.key_labels;
+    return slice("Tape::key_labels", keys.empty() ? routed_.plans.query_labels : keys, routed_head);
+  }
+  /// How many queries each cluster of a routed head has; allocates.
+  std::vector<double> cluster_sizes(Index routed_head) const {
+    std::vector<double> sizes(static_cast<std::size_t>(config_.clusters), 0.0);
+    for (const std::int32_t label : labels(routed_head))
+      if (label >= 0) sizes[static_cast<std::size_t>(label)] += 1;
+    return sizes;
+  }
+
+  /// The plans of the routed heads: one each, or one for all where routing is dense.
+  std::span<const AttentionPlan> plans() const { return routed_.plans.used(); }
+  /// The plan of all local heads, in a span of one; empty when there are none.
+  std::span<const AttentionPlan> local_plans() const { return local_.plans.used(); }
+
+ private:
+  friend class RoutingAttention<T>;
+
+  std::span<const std::int32_t> slice(const char* function, std::span<const std::int32_t> all, Index head) const {
+    if (head < 0 || head >= config_.routed_heads || tokens_ < 0)
+      detail::fail<ValueError>(function, "routed_head", detail::join("0 to ", config_.routed_heads, " - 1"), head);
+    if (all.empty()) return {};
+    return all.subspan(static_cast<std::size_t>(head * tokens_), static_cast<std::size_t>(tokens_));
+  }
+
+  Index tokens_ = -1;
+  RoutingAttentionConfig config_;        // of the layer that wrote it
+  std::vector<std::int32_t> positions_;  // place of every row in its sequence
+  detail::HeadsTape<T> local_, routed_;
+};
+
+}  // namespace coterie
