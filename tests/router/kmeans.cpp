@@ -169,7 +169,7 @@ TEMPLATE_TEST_CASE("a dead cluster is revived and lives on where it is", "", flo
   REQUIRE(router.assign(RowMatrix<TestType>(revived))[0] == victim);
   router.kmeans.observe(rows.topRows(1), std::vector<std::int32_t>{victim}, router.statistics, 0, router.context);
   router.kmeans.update(router.statistics, 0);
-  const auto now = router.copy().middleRows(victim, 1);
+  const RowMatrix<TestType> now = router.copy().middleRows(victim, 1);
   REQUIRE(now != revived);
   REQUIRE((now - revived).norm() < TestType(0.2) * (rows.topRows(1) - revived).norm());
 }
