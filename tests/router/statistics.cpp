@@ -1,7 +1,8 @@
+#include "coterie/router/kmeans.hpp"
+
 #include <set>
 
 #include "catch.hpp"
-#include "coterie/router/kmeans.hpp"
 #include "rows.hpp"
 
 using namespace coterie;
