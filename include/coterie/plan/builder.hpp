@@ -89,8 +89,9 @@ inline bool check_offsets(Faults& faults, const char* argument, std::span<const 
   for (std::size_t i = 0; i < offsets.size() && got.empty(); ++i)
     if (i == 0 ? offsets[0] != 0 : offsets[i] < offsets[i - 1]) got = join(offsets[i], " at ", i);
   if (got.empty() && offsets.back() != rows) got = join(offsets.back(), " at the end");
-  faults.require(got.empty(), argument, join("ascending values from 0 to ", rows), got);
-  return got.empty();
+  if (got.empty()) return true;
+  faults.require(false, argument, join("ascending values from 0 to ", rows), got);
+  return false;
 }
 
 /// Reads and checks the fields that all configs share.
@@ -106,8 +107,8 @@ Pattern read_pattern(Faults& faults, const Config& config, Index tokens, Index k
   pattern.key_offsets = config.key_offsets;
 
   bool good = tokens >= 0 && tokens <= most && keys >= 0 && keys <= most;
-  faults.require(tokens >= 0 && tokens <= most, "tokens", join("0 to ", most), tokens);
-  faults.require(keys == tokens || (keys >= 0 && keys <= most), "keys", join("0 to ", most), keys);
+  faults.require(tokens >= 0 && tokens <= most, "tokens", "0 to 2147483647", tokens);
+  faults.require(keys == tokens || (keys >= 0 && keys <= most), "keys", "0 to 2147483647", keys);
   if (good && !config.offsets.empty()) {
     good = check_offsets(faults, "offsets", config.offsets, tokens);
     if (config.key_offsets.empty()) {
@@ -119,9 +120,9 @@ Pattern read_pattern(Faults& faults, const Config& config, Index tokens, Index k
   }
   if (good && !config.key_offsets.empty()) {
     const std::size_t bounds = config.offsets.empty() ? 2 : config.offsets.size();
-    faults.require(config.key_offsets.size() == bounds, "key_offsets", join(bounds, " values, as offsets"),
-                   config.key_offsets.size());
-    good = config.key_offsets.size() == bounds && check_offsets(faults, "key_offsets", config.key_offsets, keys);
+    good = config.key_offsets.size() == bounds;
+    if (!good) faults.require(false, "key_offsets", join(bounds, " values, as offsets"), config.key_offsets.size());
+    good = good && check_offsets(faults, "key_offsets", config.key_offsets, keys);
   }
   if (good && config.self != Self::visible && pattern.alignment == Alignment::proportional)
     for (Index s = 0; s < pattern.sequences(); ++s)
