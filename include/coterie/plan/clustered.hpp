@@ -1,6 +1,7 @@
 // Clustered attention: queries see the keys of their cluster; clusters come from a router, or from a seed.
 #pragma once
 
+#include "coterie/core/random.hpp"
 #include "coterie/plan/builder.hpp"
 
 namespace coterie {
@@ -57,15 +58,9 @@ inline void check_labels(const char* function, const char* argument, std::span<c
       fail<ValueError>(function, join(argument, "[", i, "]").c_str(), join("-1 to ", clusters - 1), labels[i]);
 }
 
-/// The cluster of a position: the counter-based generator splitmix64 at (seed, position).
+/// The cluster of a position: uniform in [0, clusters), a function of its arguments alone.
 inline std::int32_t random_label(std::uint64_t seed, Index position, Index clusters) {
-  const auto mix = [](std::uint64_t z) {
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-  };
-  constexpr std::uint64_t golden = 0x9e3779b97f4a7c15u;
-  const std::uint64_t bits = mix(mix(seed + golden) + static_cast<std::uint64_t>(position) * golden);
+  const std::uint64_t bits = random_bits(seed, 0, static_cast<std::uint64_t>(position));
   return static_cast<std::int32_t>(((bits >> 32) * static_cast<std::uint64_t>(clusters)) >> 32);
 }
 
