@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <type_traits>
 #include <vector>
@@ -22,10 +23,18 @@ namespace detail {
 template <class T>
 bool finite_row(const T* x, Index d) {
   using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
-  const Bits exponent = sizeof(T) == 4 ? Bits(0x7f800000u) : Bits(0x7ff0000000000000ull);
-  bool finite = true;
-  for (Index j = 0; j < d; ++j) finite &= (std::bit_cast<Bits>(x[j]) & exponent) != exponent;
-  return finite;
+  constexpr int digits = sizeof(T) == 4 ? 23 : 52;  // of the fraction
+  constexpr Bits exponent = std::numeric_limits<Bits>::max() >> 1 >> digits << digits;
+  // One more carries into the sign bit where the exponent is all ones, and nowhere else.
+  Bits carried = 0;
+  for (Index j = 0; j < d; ++j) carried |= (std::bit_cast<Bits>(x[j]) & exponent) + (Bits(1) << digits);
+  return carried >> (8 * sizeof(T) - 1) == 0;
+}
+
+// sum += x. Out of line: inside the loop over rows g++ makes a slow scalar loop of it.
+template <class T>
+[[gnu::noinline]] void add_row(const T* x, Index count, double* sum) {
+  for (Index j = 0; j < count; ++j) sum[j] += static_cast<double>(x[j]);
 }
 
 }  // namespace detail
@@ -278,13 +287,14 @@ class OnlineKMeans {
     check_observe(x, labels, statistics, head);
     double* const sums = statistics.sums_of(head);
     double* const counts = statistics.counts_of(head);
+    const Index d = dim();
     for (Index i = 0; i < x.rows(); ++i) {
       const std::int32_t label = labels[static_cast<std::size_t>(i)];
-      if (label < 0 || !detail::finite_row(x.row(i), dim())) continue;
+      const T* const row = x.row(i);
+      if (label < 0 || !detail::finite_row(row, d)) continue;
       counts[label] += 1;
-      double* const sum = sums + label * dim();
-      for (Index j = 0; j < dim(); ++j) sum[j] += static_cast<double>(x(i, j));
-      statistics.offer(head, x.row(i), config_.seed, updates_);
+      detail::add_row(row, d, sums + label * d);
+      statistics.offer(head, row, config_.seed, updates_);
     }
   }
 
