@@ -5,7 +5,7 @@
 #include <limits>
 #include <vector>
 
-#include "coterie/attention/attention.hpp"
+#include "coterie/attention/config.hpp"
 
 namespace coterie {
 namespace detail {

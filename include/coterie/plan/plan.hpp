@@ -59,6 +59,12 @@ struct AttentionPlan {
 
 namespace detail {
 
+/// Whether an entry sees any key.
+inline bool sees_key(const AttentionPlan& plan, Index entry) {
+  const auto e = static_cast<std::size_t>(entry);
+  return plan.visible[e].size() > 0 || (!plan.visible_too.empty() && plan.visible_too[e].size() > 0);
+}
+
 /// Calls f(part, begins_task) for every part of the plan, in order. Where a group is cut depends on the group alone.
 template <class F>
 void each_part(const AttentionPlan& plan, F&& f) {

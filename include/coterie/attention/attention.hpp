@@ -1,0 +1,275 @@
+// Attention along a plan, forward and backward.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <span>
+#include <vector>
+
+#include "coterie/attention/call.hpp"
+#include "coterie/attention/config.hpp"
+#include "coterie/attention/partial_sums.hpp"
+#include "coterie/attention/tape.hpp"
+#include "coterie/core/context.hpp"
+#include "coterie/kernel/dispatch.hpp"
+#include "coterie/plan/plan.hpp"
+
+namespace coterie {
+namespace detail {
+inline namespace COTERIE_FLAGS_NAMESPACE {
+
+/// The forward pass: heads' parts in any order, then rows that have none or several entries.
+template <class T>
+void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, Context& context) {
+  const KernelTable<T>& kernel = kernels<T>(context.instructions());
+  const bool single = call.combine() == Combine::single;
+  View<T> lse;
+  if (tape) lse = tape->prepare(call.tokens(), call.heads(), call.combine());
+  Arena::Scope scope(context.workspace().shared());
+  Arena& shared = context.workspace().shared();
+
+  // Several entries per row: every head's entries get rows of their own first.
+  for (Index head_begin = 0; head_begin < call.heads();) {
+    const Index head_end = single ? call.heads() : head_begin + 1;
+    Arena::Scope head_scope(shared);
+    const Index entries = static_cast<Index>(call.plan(head_begin).entries.size());
+    View<T> entry_out, entry_lse;
+    if (!single) {
+      const bool kept = tape && call.combine() == Combine::mean;
+      entry_out =
+          kept ? tape->entry_out(head_begin, entries, call.dv()) : shared.template matrix<T>(entries, call.dv());
+      entry_lse = kept ? tape->entry_lse(head_begin, entries) : shared.template matrix<T>(entries, 1);
+    }
+    const HeadTasks tasks(call.plans(), call.heads(), head_begin, head_end, shared);
+    context.for_each(tasks.count(), [&](Index i, Index worker) {
+      Arena& arena = context.workspace().worker(worker);
+      Arena::Scope task_scope(arena);
+      T* scratch = arena.template take<T>(kernel.forward_scratch(call.d(), call.dv(), call.bias_count()));
+      const auto [head, task] = tasks[i];
+      const AttentionPlan& plan = call.plan(head);
+      for (Index p = plan.task_begin[std::size_t(task)]; p < plan.task_begin[std::size_t(task) + 1]; ++p) {
+        const AttentionPlan::Part& piece = plan.parts[std::size_t(p)];
+        AttentionPart<T> part = call.part(head, piece);
+        if (single) {
+          part.out = out.data() + head * call.dv();
+          part.out_stride = out.stride();
+          part.lse = lse.data() ? lse.data() + head : nullptr;
+          part.lse_stride = lse.stride();
+        } else {
+          part.by_entry = true;
+          part.out = entry_out.row(piece.entry_begin);
+          part.out_stride = entry_out.stride();
+          part.lse = entry_lse.row(piece.entry_begin);
+          part.lse_stride = 1;
+        }
+        kernel.forward(part, scratch);
+      }
+    });
+    for (Index head = head_begin; head < head_end; ++head)
+      combine_rows(call, head, out, lse, entry_out, entry_lse, context);
+    head_begin = head_end;
+  }
+}
+
+/// The backward pass: wave after wave of tasks fills partial sums of d_k and d_v, which are then added part by part.
+template <class T>
+void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTape<T>& tape, ConstView<T> d_out,
+              View<T> d_q, View<T> d_k, View<T> d_v, const AttentionTermGradients<T>& gradients, Context& context) {
+  const KernelTable<T>& kernel = kernels<T>(context.instructions());
+  const bool single = call.combine() == Combine::single, mean = call.combine() == Combine::mean;
+  Arena& shared = context.workspace().shared();
+
+  for (Index head_begin = 0; head_begin < call.heads();) {
+    const Index head_end = single ? call.heads() : head_begin + 1;
+    Arena::Scope head_scope(shared);
+    const Index entries = static_cast<Index>(call.plan(head_begin).entries.size());
+    View<T> entry_d_q;
+    T* weight = nullptr;
+    if (!single) {
+      entry_d_q = shared.template matrix<T>(entries, call.d());
+      entry_d_q.fill(0);
+    }
+    if (mean) weight = entry_weights(call.plan(head_begin), shared.template take<T>(entries));
+
+    const HeadTasks tasks(call.plans(), call.heads(), head_begin, head_end, shared);
+    for (Index begin = 0; begin < tasks.count();) {
+      Arena::Scope wave_scope(shared);
+      const Wave<T> wave(call, tasks, begin, gradients, context.workers(), shared);
+      context.for_each(wave.tasks(), [&](Index i, Index worker) {
+        Arena& arena = context.workspace().worker(worker);
+        Arena::Scope task_scope(arena);
+        T* scratch = arena.template take<T>(kernel.backward_scratch(call.d(), call.dv(), call.bias_count()));
+        for (const PartialSums<T>& sums : wave.task(i)) {
+          sums.clear();
+          AttentionPart<T> part = call.part(sums.head, *sums.part);
+          const Index first = sums.part->entry_begin;
+          // The kernel reads out and lse of a part that forward wrote.
+          part.by_entry = mean;
+          const ConstView<T> from = mean ? tape.entry_out(sums.head) : out.columns(sums.head * call.dv(), call.dv());
+          const ConstView<T> lse = mean ? tape.entry_lse(sums.head) : tape.lse().columns(sums.head, 1);
+          part.out = const_cast<T*>(mean ? from.row(first) : from.data());
+          part.out_stride = from.stride();
+          part.lse = const_cast<T*>(mean ? lse.row(first) : lse.data());
+          part.lse_stride = lse.stride();
+          AttentionPartGradients<T> g = sums.kernel_arguments();
+          g.d_out = d_out.data() + sums.head * call.dv();
+          g.d_out_stride = d_out.stride();
+          g.weight = weight ? weight + first : nullptr;
+          g.d_lse = gradients.d_lse.data() ? gradients.d_lse.data() + sums.head : nullptr;
+          g.d_lse_stride = gradients.d_lse.stride();
+          g.by_entry = !single;
+          g.d_q = single ? d_q.data() + sums.head * call.d() : entry_d_q.row(first);
+          g.d_q_stride = single ? d_q.stride() : entry_d_q.stride();
+          kernel.backward(part, g, scratch);
+        }
+      });
+      wave.add(call, d_k, d_v, gradients, context);
+      begin += wave.tasks();
+    }
+    if (!single)
+      add_entry_rows(call.plan(head_begin), entry_d_q, d_q.columns(head_begin * call.d(), call.d()), context);
+    head_begin = head_end;
+  }
+}
+
+template <class T>
+void checked_forward(const Plans& plans, ConstView<T> q, ConstView<T> k, ConstView<T> v, View<T> out,
+                     AttentionTape<T>* tape, const AttentionConfig& config, Context& context,
+                     const AttentionTerms<T>& terms) {
+  const char* const function = "attention_forward";
+  const AttentionCall<T> call(function, plans, q, k, v, config, terms);
+  call.check_output(function, "out", out, call.tokens(), call.heads() * call.dv());
+  resolve(context.instructions());
+  forward(call, out, tape, context);
+}
+
+template <class T>
+void checked_backward(const Plans& plans, ConstView<T> q, ConstView<T> k, ConstView<T> v, ConstView<T> out,
+                      const AttentionTape<T>& tape, ConstView<T> d_out, View<T> d_q, View<T> d_k, View<T> d_v,
+                      const AttentionConfig& config, Context& context, const AttentionTerms<T>& terms,
+                      const AttentionTermGradients<T>& gradients) {
+  const char* const function = "attention_backward";
+  const AttentionCall<T> call(function, plans, q, k, v, config, terms);
+  check_backward(function, call, out, tape, d_out, d_q, d_k, d_v, gradients);
+  resolve(context.instructions());
+  backward(call, out, tape, d_out, d_q, d_k, d_v, gradients, context);
+}
+
+}  // namespace COTERIE_FLAGS_NAMESPACE
+}  // namespace detail
+
+inline namespace COTERIE_FLAGS_NAMESPACE {
+
+/// out = softmax(scale q k^T + bias) v over the keys that the plan lets each query see.
+///
+/// Shapes: q tokens x heads*d, k key_tokens x kv_heads*d, v key_tokens x kv_heads*dv, out tokens x heads*dv; any d and dv.
+/// Formula: out_i = sum_j p_ij v_j, p_i = softmax over visible j of (scale q_i.k_j + bias[i - j]), lse_i its log-sum-exp.
+///   A row with several entries: one softmax over all (Combine::lse), or the mean over entries that see a key (mean).
+///   A row that sees no key: out 0, lse minus infinity. NaN and infinity reach the rows that see them and no others.
+/// Requires: completed plans; shapes that fit; out overlaps no input; otherwise ShapeError or ValueError, and nothing is
+///   written.
+/// Adds or overwrites: overwrites out, and the tape.
+/// Allocates: nothing after warm-up.
+/// Threads and determinism: the same bits for any number of workers. The row invariant: a row's bits depend on its query,
+///   its visible keys and their ranks in the group's key list, the instruction set and the build.
+/// Cost: 4 d operations per visible pair, and index reads; memory beside the arguments does not depend on cluster sizes.
+/// Accuracy: at most twice the error of the plain formula in the same scalar type.
+/// Source: Roy et al. 2021 (clusters); Milakov and Gimelshein 2018 (online softmax).
+inline void attention_forward(const Plans& plans, ConstView<float> q, ConstView<float> k, ConstView<float> v,
+                              View<float> out, AttentionTape<float>& tape, const AttentionConfig& config,
+                              Context& context, const AttentionTerms<float>& terms = {}) {
+  detail::checked_forward<float>(plans, q, k, v, out, &tape, config, context, terms);
+}
+inline void attention_forward(const Plans& plans, ConstView<double> q, ConstView<double> k, ConstView<double> v,
+                              View<double> out, AttentionTape<double>& tape, const AttentionConfig& config,
+                              Context& context, const AttentionTerms<double>& terms = {}) {
+  detail::checked_forward<double>(plans, q, k, v, out, &tape, config, context, terms);
+}
+
+/// The same without a tape: for evaluation.
+inline void attention_forward(const Plans& plans, ConstView<float> q, ConstView<float> k, ConstView<float> v,
+                              View<float> out, const AttentionConfig& config, Context& context,
+                              const AttentionTerms<float>& terms = {}) {
+  detail::checked_forward<float>(plans, q, k, v, out, nullptr, config, context, terms);
+}
+inline void attention_forward(const Plans& plans, ConstView<double> q, ConstView<double> k, ConstView<double> v,
+                              View<double> out, const AttentionConfig& config, Context& context,
+                              const AttentionTerms<double>& terms = {}) {
+  detail::checked_forward<double>(plans, q, k, v, out, nullptr, config, context, terms);
+}
+
+/// Gradients of attention_forward; undoes out = softmax(scale q k^T + bias) v, recomputing the probabilities from lse.
+///
+/// Shapes: as in attention_forward; d_out as out, d_q, d_k, d_v as q, k, v.
+/// Formula: dp_ij = d_out_i.v_j, ds_ij = p_ij (dp_ij - d_out_i.out_i + d_lse_i); d_v_j += p_ij d_out_i,
+///   d_q_i += scale ds_ij k_j, d_k_j += scale ds_ij q_i, d_bias[i - j] += ds_ij, d_scale += ds_ij q_i.k_j.
+/// Requires: the arguments, out and tape of the forward call; outputs overlap no input and not each other.
+/// Adds or overwrites: adds.
+/// Allocates: nothing after warm-up.
+/// Threads and determinism: the same bits for any number of workers: partial sums of parts are added in order.
+/// Cost: 10 d operations per visible pair.
+/// Source: Dao et al. 2022 (recomputation from log-sum-exp).
+inline void attention_backward(const Plans& plans, ConstView<float> q, ConstView<float> k, ConstView<float> v,
+                               ConstView<float> out, const AttentionTape<float>& tape, ConstView<float> d_out,
+                               View<float> d_q, View<float> d_k, View<float> d_v, const AttentionConfig& config,
+                               Context& context, const AttentionTerms<float>& terms = {},
+                               const AttentionTermGradients<float>& gradients = {}) {
+  detail::checked_backward<float>(plans, q, k, v, out, tape, d_out, d_q, d_k, d_v, config, context, terms, gradients);
+}
+inline void attention_backward(const Plans& plans, ConstView<double> q, ConstView<double> k, ConstView<double> v,
+                               ConstView<double> out, const AttentionTape<double>& tape, ConstView<double> d_out,
+                               View<double> d_q, View<double> d_k, View<double> d_v, const AttentionConfig& config,
+                               Context& context, const AttentionTerms<double>& terms = {},
+                               const AttentionTermGradients<double>& gradients = {}) {
+  detail::checked_backward<double>(plans, q, k, v, out, tape, d_out, d_q, d_k, d_v, config, context, terms, gradients);
+}
+
+}  // namespace COTERIE_FLAGS_NAMESPACE
+
+namespace detail {
+
+template <class T>
+void merge(View<T> out, View<T> lse, ConstView<T> other_out, ConstView<T> other_lse) {
+  const char* const function = "attention_merge";
+  const Index tokens = lse.rows(), heads = lse.cols();
+  check_shape<T>(function, "lse", lse, tokens, heads);
+  if (heads < 1 || out.cols() % heads != 0)
+    fail<ShapeError>(function, "out", join("a multiple of ", heads, " columns"), out.cols());
+  check_shape<T>(function, "out", out, tokens, out.cols());
+  check_shape<T>(function, "other_out", other_out, tokens, out.cols());
+  check_shape<T>(function, "other_lse", other_lse, tokens, heads);
+  check_no_alias<T>(function, "out", out, "other_out", other_out);
+  check_no_alias<T>(function, "lse", lse, "other_lse", other_lse);
+  const Index dv = out.cols() / heads;
+  for (Index i = 0; i < tokens; ++i)
+    for (Index h = 0; h < heads; ++h) {
+      const T a = lse(i, h), b = other_lse(i, h);
+      if (b < -std::numeric_limits<T>::max()) continue;  // nothing seen: the identity
+      const T most = a > b ? a : b;
+      const T weight = std::exp(a - most), other_weight = std::exp(b - most), sum = weight + other_weight;
+      for (Index c = h * dv; c < (h + 1) * dv; ++c)
+        out(i, c) = (weight * out(i, c) + other_weight * other_out(i, c)) / sum;
+      lse(i, h) = most + std::log(sum);
+    }
+}
+
+}  // namespace detail
+
+/// Merges attention over other keys into (out, lse), as if one softmax had seen both sets of keys.
+///
+/// Shapes: out and other_out tokens x heads*dv, lse and other_lse tokens x heads.
+/// Formula: lse' = log(e^lse + e^other_lse), out' = (e^lse out + e^other_lse other_out) / e^lse'.
+///   Minus infinity with zeros is the identity on both sides.
+/// Requires: shapes that fit, no overlap; otherwise ShapeError.
+/// Adds or overwrites: out and lse.
+/// Source: FlashInfer's attention state; Milakov and Gimelshein 2018.
+inline void attention_merge(View<float> out, View<float> lse, ConstView<float> other_out, ConstView<float> other_lse) {
+  detail::merge<float>(out, lse, other_out, other_lse);
+}
+inline void attention_merge(View<double> out, View<double> lse, ConstView<double> other_out,
+                            ConstView<double> other_lse) {
+  detail::merge<double>(out, lse, other_out, other_lse);
+}
+
+}  // namespace coterie

@@ -1,0 +1,286 @@
+// One checked call of attention: its arguments, its tasks, and what becomes of rows with no or several entries.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "coterie/attention/config.hpp"
+#include "coterie/attention/tape.hpp"
+#include "coterie/core/context.hpp"
+#include "coterie/kernel/tile.hpp"
+
+namespace coterie::detail {
+
+/// The arguments of attention_forward and attention_backward, checked.
+template <class T>
+class AttentionCall {
+ public:
+  AttentionCall(const char* function, const Plans& plans, ConstView<T> q, ConstView<T> k, ConstView<T> v,
+                const AttentionConfig& config, const AttentionTerms<T>& terms)
+      : plans_(plans),
+        q_(q),
+        k_(k),
+        v_(v),
+        config_(config),
+        terms_(terms),
+        heads_(config.heads),
+        kv_heads_(config.kv_heads == 0 ? config.heads : config.kv_heads) {
+    Faults faults(function);
+    faults.require(heads_ >= 1, "heads", "at least 1", heads_);
+    faults.require(kv_heads_ >= 1 && (heads_ < 1 || heads_ % kv_heads_ == 0), "kv_heads", "a divisor of heads",
+                   kv_heads_);
+    faults.require(std::isfinite(config.scale), "scale", "a finite number", config.scale);
+    faults.require(config.scales.empty() || Index(config.scales.size()) == heads_, "scales",
+                   "none, or one for each head", config.scales.size());
+    faults.raise();
+    if (plans.size() != 1 && plans.size() != kv_heads_ && plans.size() != heads_)
+      fail<ShapeError>(function, "plans", join("1, ", kv_heads_, " or ", heads_, " plans"), plans.size());
+    const AttentionPlan& plan = plans[0];
+    for (Index p = 0; p < plans.size(); ++p) {
+      if (Index(plans[p].row_begin.size()) != plans[p].tokens + 1 ||
+          plans[p].row_entries.size() != plans[p].entries.size())
+        fail<ValueError>(function, "plan", "a plan that a builder or complete() has completed", "an incomplete one");
+      if (plans[p].tokens != plan.tokens || plans[p].key_tokens != plan.key_tokens ||
+          plans[p].memory_tokens != plan.memory_tokens || plans[p].combine != plan.combine)
+        fail<ShapeError>(function, "plans", "plans of the same sizes and combine", join("other ones at ", p));
+    }
+    d_ = columns_per_head(function, "q", q, heads_);
+    dv_ = columns_per_head(function, "v", v, kv_heads_);
+    check_shape<T>(function, "q", q, plan.tokens, heads_ * d_);
+    check_shape<T>(function, "k", k, plan.key_tokens, kv_heads_ * d_);
+    check_shape<T>(function, "v", v, plan.key_tokens, kv_heads_ * dv_);
+    check_shape<T>(function, "memory_keys", terms.memory_keys, plan.memory_tokens,
+                   plan.memory_tokens ? kv_heads_ * d_ : terms.memory_keys.cols());
+    check_shape<T>(function, "memory_values", terms.memory_values, plan.memory_tokens,
+                   plan.memory_tokens ? kv_heads_ * dv_ : terms.memory_values.cols());
+    if (bias_count() > 0) {
+      if (terms.bias.rows() != 1 && terms.bias.rows() != heads_)
+        fail<ShapeError>(function, "bias", join("1 row, or one for each of ", heads_, " heads"), terms.bias.rows());
+      check_shape<T>(function, "bias", terms.bias, terms.bias.rows(), terms.bias.cols());
+    }
+  }
+
+  void check_output(const char* function, const char* name, View<T> out, Index rows, Index cols) const {
+    check_shape<T>(function, name, out, rows, cols);
+    check_no_alias<T>(function, name, out, "q", q_);
+    check_no_alias<T>(function, name, out, "k", k_);
+    check_no_alias<T>(function, name, out, "v", v_);
+    check_no_alias<T>(function, name, out, "bias", terms_.bias);
+    check_no_alias<T>(function, name, out, "memory_keys", terms_.memory_keys);
+    check_no_alias<T>(function, name, out, "memory_values", terms_.memory_values);
+  }
+
+  const Plans& plans() const { return plans_; }
+  const AttentionPlan& plan(Index head) const { return plans_.of(head, heads_); }
+  Combine combine() const { return plans_[0].combine; }
+  Index tokens() const { return plans_[0].tokens; }
+  Index key_tokens() const { return plans_[0].key_tokens; }
+  Index memory_tokens() const { return plans_[0].memory_tokens; }
+  Index heads() const { return heads_; }
+  Index kv_heads() const { return kv_heads_; }
+  Index kv_head(Index head) const { return head / (heads_ / kv_heads_); }
+  Index d() const { return d_; }
+  Index dv() const { return dv_; }
+  Index bias_count() const { return terms_.bias.rows() > 0 ? terms_.bias.cols() : 0; }
+  Index bias_row(Index head) const { return terms_.bias.rows() == 1 ? 0 : head; }
+  const AttentionTerms<T>& terms() const { return terms_; }
+
+  /// What the kernel reads for a part; outputs are left to the caller.
+  AttentionPart<T> part(Index head, const AttentionPlan::Part& piece) const {
+    const AttentionPlan& p = plan(head);
+    const Index kv = kv_head(head);
+    AttentionPart<T> part;
+    part.entries = piece.entry_end - piece.entry_begin;
+    part.rows = p.entries.data() + piece.entry_begin;
+    part.visible = p.visible.data() + piece.entry_begin;
+    part.visible_too = p.visible_too.empty() ? nullptr : p.visible_too.data() + piece.entry_begin;
+    part.keys = p.keys.data() + p.groups[std::size_t(piece.group)].key_begin;
+    part.q = {q_.data() + head * d_, q_.stride(), q_.rows(), nullptr, 0};
+    part.k = source(k_, terms_.memory_keys, kv * d_);
+    part.v = source(v_, terms_.memory_values, kv * dv_);
+    part.d = d_;
+    part.dv = dv_;
+    const double scale = !config_.scales.empty() ? config_.scales[std::size_t(head)]
+                         : config_.scale != 0    ? config_.scale
+                                                 : 1 / std::sqrt(double(d_));
+    part.scale = static_cast<T>(scale);
+    if (bias_count() > 0) {
+      part.bias = terms_.bias.row(bias_row(head));
+      part.bias_first = terms_.bias_first;
+      part.bias_count = terms_.bias.cols();
+    }
+    part.query_positions = p.query_positions.empty() ? nullptr : p.query_positions.data();
+    part.key_positions = p.key_positions.empty() ? nullptr : p.key_positions.data();
+    return part;
+  }
+
+ private:
+  static Index columns_per_head(const char* function, const char* argument, ConstView<T> m, Index heads) {
+    if (m.cols() < heads || m.cols() % heads != 0)
+      fail<ShapeError>(function, argument, join("a positive multiple of ", heads, " columns, one block for each head"),
+                       join(m.cols(), " columns"));
+    return m.cols() / heads;
+  }
+
+  static RowSource<T> source(ConstView<T> rows, ConstView<T> memory, Index column) {
+    return {rows.data() + column, rows.stride(), rows.rows(), memory.data() ? memory.data() + column : nullptr,
+            memory.stride()};
+  }
+
+  Plans plans_;
+  ConstView<T> q_, k_, v_;
+  AttentionConfig config_;
+  AttentionTerms<T> terms_;
+  Index heads_, kv_heads_, d_ = 0, dv_ = 0;
+};
+
+/// The tasks of heads [head_begin, head_end), head by head.
+class HeadTasks {
+ public:
+  HeadTasks(const Plans& plans, Index heads, Index head_begin, Index head_end, Arena& arena)
+      : head_begin_(head_begin), heads_(head_end - head_begin), ends_(arena.take<Index>(heads_)) {
+    Index end = 0;
+    for (Index i = 0; i < heads_; ++i) ends_[i] = end += plans.of(head_begin + i, heads).tasks();
+  }
+
+  Index count() const { return heads_ == 0 ? 0 : ends_[heads_ - 1]; }
+
+  /// (head, task of its plan)
+  std::pair<Index, Index> operator[](Index i) const {
+    const Index head = std::upper_bound(ends_, ends_ + heads_, i) - ends_;
+    return {head_begin_ + head, head == 0 ? i : i - ends_[head - 1]};
+  }
+
+ private:
+  Index head_begin_, heads_;
+  Index* ends_;
+};
+
+/// Rows of a task that walks all rows of a call.
+inline constexpr Index row_chunk = 1024;
+
+/// Calls f(begin, end) for chunks of rows.
+template <class F>
+void for_each_chunk(Index rows, Context& context, F&& f) {
+  context.for_each((rows + row_chunk - 1) / row_chunk,
+                   [&](Index i, Index) { f(i * row_chunk, std::min(rows, (i + 1) * row_chunk)); });
+}
+
+/// Writes the rows of a head that no single entry has written: those without an entry, and those with several to combine.
+template <class T>
+void combine_rows(const AttentionCall<T>& call, Index head, View<T> out, View<T> lse, View<T> entry_out,
+                  View<T> entry_lse, Context& context) {
+  const AttentionPlan& plan = call.plan(head);
+  const bool single = plan.combine == Combine::single;
+  if (single && Index(plan.entries.size()) == plan.tokens) return;
+  const Index dv = call.dv();
+  constexpr T nothing = -std::numeric_limits<T>::infinity();
+  for_each_chunk(plan.tokens, context, [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) {
+      const std::int32_t* entries = plan.row_entries.data() + plan.row_begin[std::size_t(i)];
+      const Index count = plan.row_begin[std::size_t(i) + 1] - plan.row_begin[std::size_t(i)];
+      if (single && count == 1) continue;
+      T* to = out.row(i) + head * dv;
+      std::fill_n(to, dv, T(0));
+      T most = std::numeric_limits<T>::lowest(), sum = 0;
+      Index seeing = 0;
+      for (Index e = 0; e < count; ++e)
+        if (sees_key(plan, entries[e])) {
+          ++seeing;
+          most = std::max(most, entry_lse(entries[e], 0));
+        }
+      for (Index e = 0; e < count; ++e) {
+        if (!sees_key(plan, entries[e])) continue;
+        // mean: out = sum_e out_e / m; lse: out = sum_e e^(lse_e - lse) out_e
+        const T weight = plan.combine == Combine::mean ? T(1) : std::exp(entry_lse(entries[e], 0) - most);
+        sum += weight;
+        const T* from = entry_out.row(entries[e]);
+        for (Index c = 0; c < dv; ++c) to[c] += weight * from[c];
+      }
+      if (seeing > 0)
+        for (Index c = 0; c < dv; ++c) to[c] /= sum;
+      if (lse.data()) lse(i, head) = seeing > 0 ? most + std::log(sum) : nothing;
+    }
+  });
+}
+
+/// Per entry of a Combine::mean plan: 1 / (entries of its row that see a key).
+template <class T>
+T* entry_weights(const AttentionPlan& plan, T* weights) {
+  for (Index i = 0; i < plan.tokens; ++i) {
+    Index seeing = 0;
+    const Index begin = plan.row_begin[std::size_t(i)], end = plan.row_begin[std::size_t(i) + 1];
+    for (Index j = begin; j < end; ++j) seeing += sees_key(plan, plan.row_entries[std::size_t(j)]);
+    for (Index j = begin; j < end; ++j)
+      weights[plan.row_entries[std::size_t(j)]] = seeing > 0 ? T(1) / static_cast<T>(seeing) : T(0);
+  }
+  return weights;
+}
+
+/// d_q of a row += the gradients of its entries, in order.
+template <class T>
+void add_entry_rows(const AttentionPlan& plan, View<T> entry_d_q, View<T> d_q, Context& context) {
+  for_each_chunk(plan.tokens, context, [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i)
+      for (Index j = plan.row_begin[std::size_t(i)]; j < plan.row_begin[std::size_t(i) + 1]; ++j) {
+        const T* from = entry_d_q.row(plan.row_entries[std::size_t(j)]);
+        for (Index c = 0; c < d_q.cols(); ++c) d_q(i, c) += from[c];
+      }
+  });
+}
+
+/// The arguments of attention_backward beyond those of the forward call.
+template <class T>
+void check_backward(const char* function, const AttentionCall<T>& call, ConstView<T> out, const AttentionTape<T>& tape,
+                    ConstView<T> d_out, View<T> d_q, View<T> d_k, View<T> d_v,
+                    const AttentionTermGradients<T>& gradients) {
+  const Index tokens = call.tokens(), keys = call.key_tokens(), memory = call.memory_tokens(), heads = call.heads();
+  check_shape<T>(function, "out", out, tokens, heads * call.dv());
+  check_shape<T>(function, "d_out", d_out, tokens, heads * call.dv());
+  if (tape.tokens() != tokens || tape.heads() != heads || tape.combine() != call.combine())
+    fail<ShapeError>(function, "tape",
+                     join("the tape of a forward call with ", tokens, " tokens and ", heads, " heads"),
+                     join("one of ", tape.tokens(), " and ", tape.heads()));
+  if (call.combine() == Combine::mean)
+    for (Index h = 0; h < heads; ++h)
+      if (tape.entry_out(h).rows() != Index(call.plan(h).entries.size()) || tape.entry_out(h).cols() != call.dv())
+        fail<ShapeError>(function, "tape", "the tape of a forward call with the same plans", "another one");
+
+  struct Output {
+    const char* name;
+    View<T> view;
+    Index rows, cols;
+    bool wanted;
+  };
+  const auto wanted = [](View<T> m) { return m.rows() > 0 && m.cols() > 0; };
+  const Output outputs[] = {
+      {"d_q", d_q, tokens, heads * call.d(), true},
+      {"d_k", d_k, keys, call.kv_heads() * call.d(), true},
+      {"d_v", d_v, keys, call.kv_heads() * call.dv(), true},
+      {"d_bias", gradients.d_bias, call.terms().bias.rows(), call.bias_count(), wanted(gradients.d_bias)},
+      {"d_memory_keys", gradients.d_memory_keys, memory, call.kv_heads() * call.d(), wanted(gradients.d_memory_keys)},
+      {"d_memory_values", gradients.d_memory_values, memory, call.kv_heads() * call.dv(),
+       wanted(gradients.d_memory_values)},
+  };
+  for (const Output& output : outputs) {
+    if (!output.wanted) continue;
+    call.check_output(function, output.name, output.view, output.rows, output.cols);
+    check_no_alias<T>(function, output.name, output.view, "out", out);
+    check_no_alias<T>(function, output.name, output.view, "d_out", d_out);
+    check_no_alias<T>(function, output.name, output.view, "d_lse", gradients.d_lse);
+    for (const Output* other = outputs; other != &output; ++other)
+      if (other->wanted) check_no_alias<T>(function, output.name, output.view, other->name, other->view);
+  }
+  if (!gradients.d_scales.empty() && Index(gradients.d_scales.size()) != heads)
+    fail<ShapeError>(function, "d_scales", join("none, or one for each of ", heads, " heads"),
+                     gradients.d_scales.size());
+  if (gradients.d_lse.rows() > 0) {
+    if (call.combine() == Combine::mean)
+      fail<ValueError>(function, "d_lse", "none for Combine::mean, which has no lse", "a matrix");
+    check_shape<T>(function, "d_lse", gradients.d_lse, tokens, heads);
+  }
+}
+
+}  // namespace coterie::detail

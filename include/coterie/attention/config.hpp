@@ -1,0 +1,55 @@
+// What attention is asked to do: heads, scale, plans, and the terms added to the plain formula.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "coterie/core/matrix.hpp"
+#include "coterie/plan/plan.hpp"
+
+namespace coterie {
+
+/// Heads and logit scale of a call. q has heads*d columns, head h in columns [h*d, (h+1)*d); k and v have kv_heads of them.
+struct AttentionConfig {
+  Index heads = 1;     ///< query heads
+  Index kv_heads = 0;  ///< key/value heads; 0: as heads. Divides heads; head h reads kv head h / (heads/kv_heads)
+  double scale = 0;    ///< factor of q.k; 0: 1/sqrt(d)
+  std::span<const double> scales = {};  ///< one factor per head, instead of `scale`
+};
+
+/// One plan for all heads, or one for every key/value head, or one for every head. Refers to the plans, does not own them.
+class Plans {
+ public:
+  Plans(const AttentionPlan& plan) : plans_(&plan, 1) {}             // NOLINT: converts on purpose
+  Plans(std::span<const AttentionPlan> plans) : plans_(plans) {}     // NOLINT
+  Plans(const std::vector<AttentionPlan>& plans) : plans_(plans) {}  // NOLINT
+  Index size() const { return static_cast<Index>(plans_.size()); }
+  const AttentionPlan& operator[](Index i) const { return plans_[static_cast<std::size_t>(i)]; }
+  /// The plan of query head `head` of `heads`.
+  const AttentionPlan& of(Index head, Index heads) const { return (*this)[head * size() / heads]; }
+
+ private:
+  std::span<const AttentionPlan> plans_;
+};
+
+/// What is added to the plain formula; every member may be left out.
+template <class T>
+struct AttentionTerms {
+  ConstView<T> bias = {};  ///< (heads or 1) x distances: added to the logit of a pair by its distance
+  Index bias_first =
+      0;  ///< the distance (query position - key position) of column 0; distances outside take the nearest column
+  ConstView<T> memory_keys = {};    ///< memory_tokens x kv_heads*d
+  ConstView<T> memory_values = {};  ///< memory_tokens x kv_heads*dv
+};
+
+/// Gradients of AttentionTerms and of the scales, added to; and the gradient that comes in through lse.
+template <class T>
+struct AttentionTermGradients {
+  View<T> d_bias = {};              ///< as bias
+  View<T> d_memory_keys = {};       ///< as memory_keys
+  View<T> d_memory_values = {};     ///< as memory_values
+  std::span<double> d_scales = {};  ///< one per head: gradient of the logit scale
+  ConstView<T> d_lse = {};          ///< tokens x heads: gradient of tape.lse(), read
+};
+
+}  // namespace coterie

@@ -1,0 +1,193 @@
+// Gradients of keys and values, summed part by part in a fixed order.
+//
+// Several parts may see the same key. Each adds its gradients into rows of its own, and those rows are added to d_k and
+// d_v part after part, column slices side by side: no atomics, and the same bits for any number of workers.
+#pragma once
+
+#include <algorithm>
+#include <span>
+
+#include "coterie/attention/call.hpp"
+
+namespace coterie::detail {
+
+/// The partial sums of one part.
+template <class T>
+struct PartialSums {
+  Index head = 0;
+  const AttentionPlan::Part* part = nullptr;
+  const std::int32_t* keys = nullptr;  // key row of each rank of the group
+  std::span<PartialRange> ranges;      // key blocks that the part sees
+  Index key_count = 0, rows = 0, d = 0, dv = 0, bias_count = 0;
+  T *d_k = nullptr, *d_v = nullptr, *d_bias = nullptr, *d_scale = nullptr;
+
+  void clear() const {
+    std::fill_n(d_k, rows * padded(d), T(0));
+    std::fill_n(d_v, rows * padded(dv), T(0));
+    std::fill_n(d_bias, bias_count, T(0));
+    *d_scale = 0;
+  }
+
+  AttentionPartGradients<T> kernel_arguments() const {
+    AttentionPartGradients<T> g;
+    g.ranges = ranges.data();
+    g.range_count = Index(ranges.size());
+    g.d_k = d_k;
+    g.d_v = d_v;
+    g.d_bias = bias_count > 0 ? d_bias : nullptr;
+    g.d_scale = d_scale;
+    return g;
+  }
+
+  /// Calls f(key row, row of the partial sums) for every key that the part may have seen, ascending by rank.
+  template <class F>
+  void each_key(F&& f) const {
+    for (const PartialRange& range : ranges) {
+      const Index begin = Index(range.block_begin) * key_block;
+      const Index end = std::min(key_count, Index(range.block_end) * key_block);
+      for (Index rank = begin; rank < end; ++rank) f(Index(keys[rank]), range.row + rank - begin);
+    }
+  }
+};
+
+/// A few consecutive tasks with their partial sums. How tasks are cut into waves changes no bit.
+template <class T>
+class Wave {
+ public:
+  /// Takes tasks from `begin` on until memory for their sums reaches a limit; at least one.
+  Wave(const AttentionCall<T>& call, const HeadTasks& tasks, Index begin, const AttentionTermGradients<T>& gradients,
+       Index workers, Arena& arena) {
+    constexpr Index limit = Index(16) << 20;  // numbers
+    const Index most = std::min(tasks.count() - begin, 8 * workers);
+    task_begin_ = arena.take<Index>(most + 1);
+    Index part_count = 0;
+    for (Index i = 0; i < most; ++i) {
+      const auto [head, task] = tasks[begin + i];
+      part_count += parts_of(call.plan(head), task);
+    }
+    parts_ = arena.take<PartialSums<T>>(part_count);
+    Index parts = 0, numbers = 0;
+    for (; tasks_ < most && (tasks_ == 0 || numbers < limit); ++tasks_) {
+      task_begin_[tasks_] = parts;
+      const auto [head, task] = tasks[begin + tasks_];
+      const AttentionPlan& plan = call.plan(head);
+      for (Index p = 0; p < parts_of(plan, task); ++p) {
+        PartialSums<T>& sums = *new (parts_ + parts++) PartialSums<T>;
+        sums.head = head;
+        sums.part = &plan.parts[std::size_t(plan.task_begin[std::size_t(task)] + p)];
+        const AttentionPlan::Group& group = plan.groups[std::size_t(sums.part->group)];
+        sums.keys = plan.keys.data() + group.key_begin;
+        sums.key_count = group.key_end - group.key_begin;
+        find_ranges(plan, sums, arena);
+        sums.d = call.d();
+        sums.dv = call.dv();
+        sums.bias_count = gradients.d_bias.rows() > 0 ? call.bias_count() : 0;
+        sums.d_k = arena.take<T>(sums.rows * padded(sums.d));
+        sums.d_v = arena.take<T>(sums.rows * padded(sums.dv));
+        sums.d_bias = arena.take<T>(sums.bias_count);
+        sums.d_scale = arena.take<T>(1);
+        numbers += sums.rows * (padded(sums.d) + padded(sums.dv));
+      }
+    }
+    task_begin_[tasks_] = parts;
+  }
+
+  Index tasks() const { return tasks_; }
+
+  std::span<const PartialSums<T>> task(Index i) const {
+    return {parts_ + task_begin_[i], std::size_t(task_begin_[i + 1] - task_begin_[i])};
+  }
+
+  /// d_k, d_v and the terms' gradients += the wave's partial sums, part after part.
+  void add(const AttentionCall<T>& call, View<T> d_k, View<T> d_v, const AttentionTermGradients<T>& gradients,
+           Context& context) const {
+    constexpr Index slice = 16;
+    const Index d = call.d(), dv = call.dv();
+    const Index k_slices = (d + slice - 1) / slice, v_slices = (dv + slice - 1) / slice;
+    context.for_each(k_slices + v_slices, [&](Index i, Index) {
+      if (i < k_slices)
+        add_slice(call, d_k, gradients.d_memory_keys, d, i * slice, std::min(slice, d - i * slice),
+                  &PartialSums<T>::d_k);
+      else
+        add_slice(call, d_v, gradients.d_memory_values, dv, (i - k_slices) * slice,
+                  std::min(slice, dv - (i - k_slices) * slice), &PartialSums<T>::d_v);
+    });
+    for (const PartialSums<T>* sums = parts_; sums != parts_ + task_begin_[tasks_]; ++sums) {
+      for (Index c = 0; c < sums->bias_count; ++c) gradients.d_bias(call.bias_row(sums->head), c) += sums->d_bias[c];
+      if (!gradients.d_scales.empty()) gradients.d_scales[std::size_t(sums->head)] += double(*sums->d_scale);
+    }
+  }
+
+ private:
+  static Index parts_of(const AttentionPlan& plan, Index task) {
+    return plan.task_begin[std::size_t(task) + 1] - plan.task_begin[std::size_t(task)];
+  }
+
+  /// Columns [column, column + count) of every head.
+  void add_slice(const AttentionCall<T>& call, View<T> to, View<T> memory, Index width, Index column, Index count,
+                 T* PartialSums<T>::*from) const {
+    const Index stride = padded(width);
+    for (const PartialSums<T>* sums = parts_; sums != parts_ + task_begin_[tasks_]; ++sums) {
+      const Index first = call.kv_head(sums->head) * width + column;
+      sums->each_key([&](Index key, Index row) {
+        T* y = nullptr;
+        if (key < call.key_tokens())
+          y = to.row(key);
+        else if (memory.rows() > 0)
+          y = memory.row(key - call.key_tokens());
+        else
+          return;
+        const T* x = sums->*from + row * stride + column;
+        for (Index c = 0; c < count; ++c) y[first + c] += x[c];
+      });
+    }
+  }
+
+  /// The key blocks that a part's entries see, as ascending ranges without overlap.
+  static void find_ranges(const AttentionPlan& plan, PartialSums<T>& sums, Arena& arena) {
+    const Index entries = sums.part->entry_end - sums.part->entry_begin;
+    PartialRange* ranges = arena.take<PartialRange>(2 * entries);
+    Index count = 0;
+    bool ascending = true;
+    for (const std::vector<Interval>* visible : {&plan.visible, &plan.visible_too}) {
+      if (visible->empty()) continue;
+      for (Index e = sums.part->entry_begin; e < sums.part->entry_end; ++e) {
+        const Interval seen = (*visible)[std::size_t(e)];
+        if (seen.begin == seen.end) continue;
+        const PartialRange range{seen.begin / key_block, (seen.end - 1) / key_block + 1, 0};
+        // Mostly the entry sees what its neighbour sees, and a little more.
+        if (count > 0 && range.block_begin >= ranges[count - 1].block_begin &&
+            range.block_begin <= ranges[count - 1].block_end) {
+          ranges[count - 1].block_end = std::max(ranges[count - 1].block_end, range.block_end);
+        } else {
+          ascending = ascending && (count == 0 || range.block_begin > ranges[count - 1].block_end);
+          ranges[count++] = range;
+        }
+      }
+    }
+    if (!ascending) {
+      std::sort(ranges, ranges + count,
+                [](const PartialRange& a, const PartialRange& b) { return a.block_begin < b.block_begin; });
+      Index merged = 0;
+      for (Index i = 1; i < count; ++i) {
+        if (ranges[i].block_begin <= ranges[merged].block_end)
+          ranges[merged].block_end = std::max(ranges[merged].block_end, ranges[i].block_end);
+        else
+          ranges[++merged] = ranges[i];
+      }
+      count = merged + 1;
+    }
+    for (Index i = 0; i < count; ++i) {
+      ranges[i].row = sums.rows;
+      sums.rows +=
+          std::min(sums.key_count, Index(ranges[i].block_end) * key_block) - Index(ranges[i].block_begin) * key_block;
+    }
+    sums.ranges = {ranges, std::size_t(count)};
+  }
+
+  Index tasks_ = 0;
+  Index* task_begin_ = nullptr;
+  PartialSums<T>* parts_ = nullptr;
+};
+
+}  // namespace coterie::detail

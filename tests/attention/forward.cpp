@@ -1,0 +1,129 @@
+#include "coterie/attention/attention.hpp"
+
+#include "attention/setup.hpp"
+#include "catch.hpp"
+
+using namespace test;
+
+namespace {
+
+// The plain formula in T: what a careful user would write in three loops. Its error is the measure of the kernels'.
+template <class T>
+double plain_error(const Inputs<T>& in, const Outputs<double>& expected) {
+  const AttentionPlan& plan = in.plan;
+  const Index kv_heads = in.config.kv_heads, group = in.config.heads / kv_heads;
+  const Index d = in.q.cols() / in.config.heads, dv = in.v.cols() / kv_heads;
+  if (plan.combine != Combine::single || plan.memory_tokens > 0) return 1e2 * double(std::numeric_limits<T>::epsilon());
+  double most = 0;
+  for (const AttentionPlan::Group& g : plan.groups)
+    for (Index e = g.entry_begin; e < g.entry_end; ++e)
+      for (Index h = 0; h < in.config.heads; ++h) {
+        const Index row = plan.entries[std::size_t(e)], kv = h / group;
+        std::vector<Index> keys;
+        const auto see = [&](Interval s) {
+          for (Index r = s.begin; r < s.end; ++r) keys.push_back(plan.keys[std::size_t(g.key_begin + r)]);
+        };
+        see(plan.visible[std::size_t(e)]);
+        if (!plan.visible_too.empty()) see(plan.visible_too[std::size_t(e)]);
+        if (keys.empty()) continue;
+        std::vector<T> p;
+        T best = std::numeric_limits<T>::lowest(), sum = 0;
+        for (Index key : keys) {
+          T s = 0;
+          for (Index c = 0; c < d; ++c) s += in.q(row, h * d + c) * in.k(key, kv * d + c);
+          s *= T(1) / std::sqrt(T(d));
+          if (in.bias.cols() > 0) {
+            const Index from = plan.query_positions.empty() ? row : plan.query_positions[std::size_t(row)];
+            const Index to = plan.key_positions.empty() ? key : plan.key_positions[std::size_t(key)];
+            s += in.bias(h, std::clamp<Index>(from - to - in.bias_first, 0, in.bias.cols() - 1));
+          }
+          p.push_back(s);
+          best = std::max(best, s);
+        }
+        for (T& x : p) sum += x = std::exp(x - best);
+        for (Index c = 0; c < dv; ++c) {
+          T out = 0;
+          for (std::size_t j = 0; j < keys.size(); ++j) out += p[j] / sum * in.v(keys[j], kv * dv + c);
+          most = std::max(most, std::abs(double(out) - expected.out(row, h * dv + c)));
+        }
+      }
+  return most;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("attention_forward: every case, on every instruction set, as the reference", "", float, double) {
+  for (const CaseSizes sizes : {CaseSizes{}, CaseSizes{200, 40, 3, 16}, CaseSizes{333, 70, 2, 33}})
+    for (const AttentionCase& c : attention_cases(sizes))
+      for (double size : {1.0, 6.0}) {
+        const Inputs<TestType> in(c, 1, size);
+        const Outputs<double> expected = run_reference(in.template cast<double>(), false);
+        const double floor = double(std::numeric_limits<TestType>::epsilon()) * 16;
+        // In double the reference is no better than the plain formula: logits of size^2 d carry its rounding.
+        const double allowed = 2 * plain_error(in, expected) + floor * (sizeof(TestType) == 8 ? 2 * size * size : 1);
+        for (InstructionSet set : instruction_sets()) {
+          Context context(set);
+          const Outputs<TestType> got = run(in, context, false);
+          INFO(c.name << ", " << sizes.tokens << " tokens, instruction set " << int(set) << ", size " << size);
+          CHECK(largest_difference(got.out, expected.out) <= allowed);
+          CHECK(largest_difference(got.lse, expected.lse) <= size * size * 2 * floor);
+          RowMatrix<TestType> untaped = RowMatrix<TestType>::Constant(got.out.rows(), got.out.cols(), 7);
+          attention_forward(in.plan, in.q, in.k, in.v, untaped, in.config, context, in.terms());
+          CHECK(untaped == got.out);
+        }
+      }
+}
+
+TEST_CASE("attention_forward: scale and scales") {
+  const Inputs<float> base(attention_cases()[1], 3);
+  Context context;
+  Inputs<float> in = base;
+  in.config.scale = 0.3;
+  const Outputs<float> one = run(in, context, false);
+  const std::vector<double> scales = {0.3, 0.3};
+  in.config.scale = 0;
+  in.config.scales = scales;
+  CHECK(run(in, context, false).out == one.out);
+  CHECK(largest_difference(one.out, run_reference(in.cast<double>(), false).out) < 1e-6);
+  CHECK(run(base, context, false).out != one.out);
+}
+
+TEST_CASE("attention_forward: one plan for every head equals a plan for all") {
+  const Inputs<float> in(attention_cases()[2], 4);  // 4 heads, 2 key/value heads
+  Context context;
+  const RowMatrix<float> expected = run(in, context, false).out;
+  for (std::size_t count : {2u, 4u}) {
+    const std::vector<AttentionPlan> plans(count, in.plan);
+    RowMatrix<float> out(expected.rows(), expected.cols());
+    attention_forward(plans, in.q, in.k, in.v, out, in.config, context);
+    CHECK(out == expected);
+  }
+}
+
+TEST_CASE("attention_merge: any split of the keys, merged by log-sum-exp, equals the whole") {
+  Random random(5);
+  const Index n = 20, m = 150, heads = 2, d = 8;
+  const RowMatrix<double> q = random.matrix<double>(n, heads * d), k = random.matrix<double>(m, heads * d),
+                          v = random.matrix<double>(m, heads * d);
+  Context context;
+  const auto attend = [&](Index first, Index count, RowMatrix<double>& out, RowMatrix<double>& lse) {
+    AttentionPlan plan;
+    plan_dense({.tokens = n, .keys = count}, plan);
+    AttentionTape<double> tape;
+    attention_forward(plan, q, k.middleRows(first, count), v.middleRows(first, count), out, tape, {.heads = heads},
+                      context);
+    lse = tape.lse().eigen();
+  };
+  RowMatrix<double> whole(n, heads * d), lse;
+  attend(0, m, whole, lse);
+  const RowMatrix<double> nothing = RowMatrix<double>::Zero(n, heads * d);
+  const RowMatrix<double> nothing_lse = RowMatrix<double>::Constant(n, heads, -std::numeric_limits<double>::infinity());
+  for (Index cut : {Index(0), Index(1), Index(63), Index(64), Index(100), m}) {
+    RowMatrix<double> a = nothing, b = nothing, a_lse = nothing_lse, b_lse = nothing_lse;
+    if (cut > 0) attend(0, cut, a, a_lse);
+    if (cut < m) attend(cut, m - cut, b, b_lse);
+    attention_merge(a, a_lse, b, b_lse);
+    CHECK(largest_difference(a, whole) < 1e-14);
+    CHECK(largest_difference(a_lse, lse) < 1e-13);
+  }
+}
