@@ -21,7 +21,18 @@ void note() { count.fetch_add(1, std::memory_order_relaxed); }
 
 long test::allocations() { return count.load(); }
 
-#if defined(__GLIBC__) && !defined(SANITIZED)
+#if defined(SANITIZED)
+
+// As in <sanitizer/allocator_interface.h>, which g++ does not bring.
+extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*)(const volatile void*, std::size_t),
+                                                         void (*)(const volatile void*));
+
+namespace {
+[[maybe_unused]] const int installed = __sanitizer_install_malloc_and_free_hooks(
+    [](const volatile void*, std::size_t) { note(); }, [](const volatile void*) {});
+}  // namespace
+
+#elif defined(__GLIBC__)
 
 // The program's own malloc goes before the C library's; operator new, std::vector and Eigen all end here.
 extern "C" {
@@ -89,6 +100,14 @@ void* operator new(std::size_t size) { return take(size); }
 void* operator new[](std::size_t size) { return take(size); }
 void* operator new(std::size_t size, std::align_val_t alignment) { return take(size, alignment); }
 void* operator new[](std::size_t size, std::align_val_t alignment) { return take(size, alignment); }
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
+  note();
+  return std::malloc(size == 0 ? 1 : size);
+}
+void* operator new[](std::size_t size, const std::nothrow_t&) noexcept {
+  note();
+  return std::malloc(size == 0 ? 1 : size);
+}
 void operator delete(void* p) noexcept { std::free(p); }
 void operator delete[](void* p) noexcept { std::free(p); }
 void operator delete(void* p, std::size_t) noexcept { std::free(p); }

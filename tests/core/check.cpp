@@ -1,0 +1,44 @@
+#include "coterie/core/check.hpp"
+
+#include <type_traits>
+
+#include "catch.hpp"
+#include "errors.hpp"
+
+using namespace coterie;
+using namespace test;
+
+TEST_CASE("errors are what the standard's handlers expect") {
+  STATIC_REQUIRE(std::is_base_of_v<std::invalid_argument, ShapeError>);
+  STATIC_REQUIRE(std::is_base_of_v<std::invalid_argument, ValueError>);
+  STATIC_REQUIRE(std::is_base_of_v<std::runtime_error, FileError>);
+  STATIC_REQUIRE(!std::is_base_of_v<ShapeError, ValueError>);
+}
+
+TEST_CASE("fail names function, argument, what was expected and what was there") {
+  REQUIRE(message_of<ShapeError>([] { detail::fail<ShapeError>("f", "q", "4 x 2", detail::join(3, " x ", 2)); }) ==
+          "f: q: expected 4 x 2, got 3 x 2");
+  REQUIRE_THROWS_AS(detail::fail<ValueError>("f", "heads", 1, 0), ValueError);
+}
+
+TEST_CASE("faults come together, or not at all") {
+  detail::Faults none("f");
+  none.require(true, "a", 1, 2);
+  none.raise();
+  detail::Faults two("f");
+  two.require(false, "a", 1, 2);
+  two.require(true, "b", 1, 2);
+  two.require(false, "c", "at least 1", -1.5);
+  REQUIRE(message_of<ValueError>([&] { two.raise(); }) == "f: a: expected 1, got 2; c: expected at least 1, got -1.5");
+}
+
+TEST_CASE("texts do not depend on the program's locale") {
+  struct Grouped : std::numpunct<char> {
+    char do_thousands_sep() const override { return '.'; }
+    std::string do_grouping() const override { return "\3"; }
+  };
+  const std::locale before = std::locale::global(std::locale(std::locale::classic(), new Grouped));
+  const std::string text = detail::join(1234567);
+  std::locale::global(before);
+  REQUIRE(text == "1234567");
+}
