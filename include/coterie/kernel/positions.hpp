@@ -1,6 +1,7 @@
 // Positions in queries and keys: rotary embeddings, forward and backward.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <span>
@@ -35,13 +36,14 @@ class Rotary {
       }
   }
 
-  /// d/2: angles of a position.
+  /// d/2: how many angles a position has.
   Index half() const { return half_; }
 
   /// Turns every row of x by its position, in place.
-  /// Shapes: x tokens x heads*d, positions tokens (>= 0).
-  /// Formula: (x_j, x_j+h) <- (x_j cos - x_j+h sin, x_j+h cos + x_j sin).
+  /// Shapes: x tokens x heads*d, positions tokens, not negative.
+  /// Formula: (x_j, x_j+h) = (x_j cos a - x_j+h sin a, x_j+h cos a + x_j sin a), a = position * base^(-j/h).
   /// Requires: shapes that fit, otherwise ShapeError.
+  /// Overwrites x.
   /// Threads and determinism: a row's bits depend on that row and its position alone.
   /// Accuracy: cosines and sines are sums of two tabled angles in double, within 1e-15 + 2e-16 * angle of the exact ones.
   template <class T>
@@ -49,17 +51,11 @@ class Rotary {
     rotate<T>("Rotary::forward", x, heads, positions, 1, context);
   }
 
-  /// Turns every row of d_x back by its position, in place: the gradient of forward's input.
+  /// Turns every row of d_x back by its position, in place: what was the gradient of forward's output becomes that of its
+  /// input.
   template <class T>
   void backward(View<T> d_x, Index heads, std::span<const std::int32_t> positions, Context& context) const {
     rotate<T>("Rotary::backward", d_x, heads, positions, -1, context);
-  }
-
-  /// The same for one row; scratch 4 * half() doubles. sign 1: forward, -1: backward.
-  template <class T>
-  void row(T* x, Index width, Index heads, Index position, double sign, double* scratch) const {
-    Angles angles{scratch, scratch + half_, scratch + 2 * half_, scratch + 3 * half_, -1};
-    turn(x, width, heads, position, sign, angles);
   }
 
  private:

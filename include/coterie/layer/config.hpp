@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
 
 #include "coterie/core/check.hpp"
@@ -73,8 +74,10 @@ inline RoutingAttentionConfig resolve(RoutingAttentionConfig c) {
                  c.routed_heads);
   const bool any_routed = c.routed_heads > 0, any_local = c.routed_heads < c.heads;
   const bool clustered = any_routed && c.routing != Routing::dense;
-  faults.require(c.clusters >= 0 && (!clustered || c.clusters >= 1), "clusters",
-                 "at least 1 with learned or random routing (2 * tokens / window is a good number)", c.clusters);
+  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  faults.require(c.clusters <= most && c.clusters >= (clustered ? 1 : 0), "clusters",
+                 join("1 to ", most, " with learned or random routing (2 * tokens / window is a good number)"),
+                 c.clusters);
   if (c.local_window == 0) c.local_window = c.window;
   faults.require(c.window >= 0 && (!clustered || c.window >= 1), "window",
                  "at least 1 (as long as the longest sequence: no limit)", c.window);

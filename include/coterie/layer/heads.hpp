@@ -111,8 +111,8 @@ void project_backward(const LayerParts<T>& layer, const HeadGroup& group, ConstV
 
 /// Labels of the routed heads, from the input, drawn, or by their routers.
 template <class T>
-void label(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, const HeadsMatrices<T>& m,
-           HeadsPlans& plans, Context& context) {
+void assign_labels(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
+                   const HeadsMatrices<T>& m, HeadsPlans& plans, Context& context) {
   const Index n = in.input.x.rows(), d = group.head_dim, all = group.count * n;
   const auto of_head = [n](std::span<std::int32_t> labels, Index h) {
     return labels.subspan(static_cast<std::size_t>(h * n), static_cast<std::size_t>(n));
@@ -151,8 +151,8 @@ void label(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInpu
 
 /// The plans of a group.
 template <class T>
-void plan(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, const HeadsMatrices<T>& m,
-          HeadsPlans& plans, Context& context) {
+void build_plans(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
+                 const HeadsMatrices<T>& m, HeadsPlans& plans, Context& context) {
   const RoutingAttentionConfig& c = layer.config;
   const Index n = in.input.x.rows();
   const std::span<const Index> offsets = in.input.offsets;
@@ -167,7 +167,7 @@ void plan(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput
   } else if (c.routing == Routing::dense) {
     plan_dense({.tokens = n, .causal = c.causal, .self = *c.self, .offsets = offsets}, plans.use(1)[0]);
   } else {
-    label(layer, group, in, m, plans, context);
+    assign_labels(layer, group, in, m, plans, context);
     const std::span<AttentionPlan> built = plans.use(static_cast<std::size_t>(group.count));
     context.for_each(group.count, [&](Index h, Index) {
       const auto of_head = [&](std::span<const std::int32_t> labels) {
@@ -212,7 +212,7 @@ void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const Che
     layer.rotary.forward(m.q, group.count, in.positions, context);
     layer.rotary.forward(m.k, group.count, in.positions, context);
   }
-  plan(layer, group, in, m, plans, context);
+  build_plans(layer, group, in, m, plans, context);
 
   AttentionConfig config;
   config.heads = group.count;

@@ -1,8 +1,8 @@
 // Multi-head attention whose heads look nearby or, by content, anywhere.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <span>
 #include <vector>
 
@@ -191,18 +191,18 @@ class RoutingAttention {
     if (!input.offsets.empty()) detail::check_offsets(faults, "offsets", input.offsets, n);
     faults.require(input.source.rows() == 0 && input.source_offsets.empty(), "source",
                    "none: attention to another source is not there yet", "one");
-    if (!input.routes.empty()) {
-      const bool routed = config().routed_heads > 0 && config().routing != Routing::dense;
-      faults.require(routed, "routes", "none without learned or random routing", "some");
-      faults.require(!routed || static_cast<Index>(input.routes.size()) == config().routed_heads * n, "routes",
-                     detail::join("routed_heads * tokens = ", config().routed_heads * n, " labels"),
-                     input.routes.size());
+    // Phrases are put together where something is wrong only: a good call allocates nothing.
+    const Index labels = static_cast<Index>(input.routes.size()), expected = config().routed_heads * n;
+    if (labels > 0 && (config().routed_heads == 0 || config().routing == Routing::dense))
+      faults.require(false, "routes", "none without learned or random routing", labels);
+    else if (labels > 0 && labels != expected)
+      faults.require(false, "routes", detail::join("routed_heads * tokens = ", expected, " labels"), labels);
+    else
       for (const std::int32_t label : input.routes)
-        if (routed && (label < -1 || label >= config().clusters)) {
+        if (label < -1 || label >= config().clusters) {
           faults.require(false, "routes", detail::join("labels in [-1, ", config().clusters, ")"), label);
           break;
         }
-    }
     faults.raise();
   }
 
@@ -226,6 +226,12 @@ class RoutingAttention {
       detail::fail<ShapeError>(function, "statistics",
                                detail::join(c.routed_heads, " x ", c.clusters, " x ", c.head_dim),
                                detail::join(s.heads(), " x ", s.clusters(), " x ", s.dim()));
+    // All heads before any of them: an update that fails leaves every centroid where it was.
+    if (!detail::finite_row(s.block().data(), static_cast<Index>(s.block().size())))
+      detail::fail<ValueError>(function, "statistics", "finite numbers", "NaN or infinity");
+    for (Index h = 0; h < s.heads(); ++h)
+      for (const double count : s.counts(h))
+        if (count < 0) detail::fail<ValueError>(function, "statistics", "counts of at least 0", count);
   }
 
   void run(const Input<T>& input, View<T> y, Tape* tape, std::vector<std::int32_t>& positions,

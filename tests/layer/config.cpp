@@ -1,0 +1,143 @@
+#include "coterie/layer/config.hpp"
+
+#include <limits>
+#include <string>
+
+#include "catch.hpp"
+
+using namespace coterie;
+
+namespace {
+
+const RoutingAttentionConfig good{
+    .model_dim = 64, .heads = 4, .routed_heads = 2, .clusters = 8, .window = 16, .causal = true};
+
+// The error of a config, empty if there is none.
+template <class Change>
+std::string fault(Change change) {
+  RoutingAttentionConfig config = good;
+  change(config);
+  try {
+    detail::resolve(config);
+  } catch (const ValueError& error) {
+    return error.what();
+  }
+  return {};
+}
+
+}  // namespace
+
+TEST_CASE("automatic settings are filled in") {
+  RoutingAttentionConfig c = detail::resolve(good);
+  REQUIRE(c.head_dim == 16);
+  REQUIRE(c.local_window == 16);
+  REQUIRE(c.shared_qk == true);
+  REQUIRE(c.self == Self::only_if_alone);
+  REQUIRE(detail::resolve(c) == c);
+
+  RoutingAttentionConfig two_sided = good;
+  two_sided.causal = false;
+  c = detail::resolve(two_sided);
+  REQUIRE(c.shared_qk == false);
+  REQUIRE(c.self == Self::visible);
+  two_sided.shared_qk = true;
+  REQUIRE(detail::resolve(two_sided).self == Self::only_if_alone);
+
+  RoutingAttentionConfig induction = good;
+  induction.induction = true;
+  c = detail::resolve(induction);
+  REQUIRE(c.shared_qk == true);
+  REQUIRE(c.self == Self::never);
+
+  RoutingAttentionConfig wide = good;
+  wide.heads = 5;
+  wide.head_dim = 7;
+  REQUIRE(detail::resolve(wide).head_dim == 7);
+}
+
+TEST_CASE("defaults are those of the documentation") {
+  const RoutingAttentionConfig c;
+  REQUIRE(c.kv_heads == 0);
+  REQUIRE(c.head_dim == 0);
+  REQUIRE(c.routed_heads == 0);
+  REQUIRE(c.clusters == 0);
+  REQUIRE(c.local_window == 0);
+  REQUIRE(c.lookahead == 0);
+  REQUIRE(!c.causal);
+  REQUIRE(c.routing == Routing::learned);
+  REQUIRE(!c.shared_qk);
+  REQUIRE(!c.self);
+  REQUIRE(!c.induction);
+  REQUIRE(!c.local_induction);
+  REQUIRE(c.key_taps == 0);
+  REQUIRE(c.gain == 3);
+  REQUIRE(!c.bias);
+  REQUIRE(c.local_positions == LocalPositions::rotary);
+  REQUIRE(c.decay == 0.999);
+  REQUIRE(c.seed == 0);
+}
+
+TEST_CASE("what makes no sense is refused, naming the setting") {
+  using C = RoutingAttentionConfig;
+  struct Bad {
+    const char* name;
+    void (*change)(C&);
+  };
+  const Bad faults[] = {
+      {"model_dim", [](C& c) { c.model_dim = 0; }},
+      {"model_dim", [](C& c) { c.model_dim = 63; }},
+      {"heads", [](C& c) { c.heads = 0; }},
+      {"heads", [](C& c) { c.heads = -2; }},
+      {"kv_heads", [](C& c) { c.kv_heads = 2; }},
+      {"head_dim", [](C& c) { c.head_dim = -1; }},
+      {"routed_heads", [](C& c) { c.routed_heads = 5; }},
+      {"routed_heads", [](C& c) { c.routed_heads = -1; }},
+      {"clusters", [](C& c) { c.clusters = 0; }},
+      {"clusters", [](C& c) { c.clusters = -1; }},
+      {"clusters", [](C& c) { c.clusters = std::numeric_limits<Index>::max(); }},
+      {"window", [](C& c) { c.window = 0; }},
+      {"window", [](C& c) { c.window = -5; }},
+      {"local_window", [](C& c) { c.local_window = -1; }},
+      {"local_window", [](C& c) { c.window = 0, c.routing = Routing::dense; }},
+      {"lookahead", [](C& c) { c.lookahead = 1; }},
+      {"lookahead", [](C& c) { c.causal = false, c.lookahead = -1; }},
+      {"induction", [](C& c) { c.causal = false, c.induction = true; }},
+      {"local_induction", [](C& c) { c.causal = false, c.local_induction = true; }},
+      {"shared_qk", [](C& c) { c.induction = true, c.shared_qk = false; }},
+      {"self", [](C& c) { c.induction = true, c.self = Self::only_if_alone; }},
+      {"self", [](C& c) { c.induction = true, c.self = Self::visible; }},
+      {"key_taps", [](C& c) { c.key_taps = 8; }},
+      {"key_taps", [](C& c) { c.induction = true, c.key_taps = -1; }},
+      {"head_dim", [](C& c) { c.head_dim = 2; }},
+      {"head_dim", [](C& c) { c.causal = false, c.head_dim = 2; }},
+      {"head_dim", [](C& c) { c.local_induction = true, c.routed_heads = 0, c.head_dim = 1; }},
+      {"gain", [](C& c) { c.gain = std::numeric_limits<double>::infinity(); }},
+      {"decay", [](C& c) { c.decay = 1; }},
+      {"decay", [](C& c) { c.decay = 0; }},
+      {"decay", [](C& c) { c.decay = std::numeric_limits<double>::quiet_NaN(); }},
+  };
+  REQUIRE(fault([](C&) {}).empty());
+  for (const Bad& bad : faults) {
+    INFO(bad.name);
+    REQUIRE(fault(bad.change).find(std::string(bad.name) + ": expected") != std::string::npos);
+  }
+}
+
+TEST_CASE("narrow heads are fine where nothing is normalised") {
+  using C = RoutingAttentionConfig;
+  REQUIRE(fault([](C& c) { c.routed_heads = 0, c.head_dim = 1; }).empty());
+  REQUIRE(fault([](C& c) { c.causal = false, c.routing = Routing::random, c.head_dim = 2; }).empty());
+  REQUIRE(fault([](C& c) { c.routed_heads = 0, c.clusters = 0; }).empty());
+  REQUIRE(fault([](C& c) { c.routing = Routing::dense, c.clusters = 0, c.window = 0, c.local_window = 3; }).empty());
+}
+
+TEST_CASE("one error names all faults") {
+  const std::string text = fault([](RoutingAttentionConfig& c) {
+    c.model_dim = 0;
+    c.clusters = 0;
+    c.decay = 2;
+    c.key_taps = 3;
+  });
+  for (const char* name : {"RoutingAttentionConfig", "model_dim", "clusters", "decay", "key_taps"})
+    REQUIRE(text.find(name) != std::string::npos);
+}

@@ -1,0 +1,133 @@
+#pragma once
+
+// The kinds of layers that the layer's tests go through, and inputs for them. A new option belongs in here.
+
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "coterie/layer/routing_attention.hpp"
+#include "random.hpp"
+
+namespace test {
+
+using namespace coterie;
+
+struct Kind {
+  std::string name;
+  RoutingAttentionConfig config;
+};
+
+inline std::vector<Kind> kinds() {
+  const RoutingAttentionConfig two{
+      .model_dim = 10, .heads = 2, .head_dim = 4, .routed_heads = 1, .clusters = 3, .window = 4, .seed = 3};
+  std::vector<Kind> all;
+  const auto add = [&](const char* name, auto change) {
+    Kind kind{name, two};
+    change(kind.config);
+    all.push_back(kind);
+  };
+  add("causal: rotary, shared", [](auto& c) { c.causal = true; });
+  add("causal: bias per distance, biases", [](auto& c) {
+    c.causal = c.bias = true;
+    c.local_positions = LocalPositions::bias;
+    c.local_window = 3;
+  });
+  add("causal: no positions, shared, sees itself", [](auto& c) {
+    c.causal = true;
+    c.local_positions = LocalPositions::none;
+    c.self = Self::visible;
+  });
+  add("causal: local heads only, odd width", [](auto& c) {
+    c.causal = true;
+    c.heads = 3;
+    c.head_dim = 5;
+    c.routed_heads = 0;
+  });
+  add("causal: routed heads only, never themselves", [](auto& c) {
+    c.causal = true;
+    c.routed_heads = 2;
+    c.self = Self::never;
+  });
+  add("causal: separate queries and keys", [](auto& c) {
+    c.causal = c.bias = true;
+    c.shared_qk = false;
+  });
+  add("causal: induction with taps", [](auto& c) {
+    c.causal = c.induction = c.bias = true;
+    c.key_taps = 3;
+  });
+  add("causal: induction without taps", [](auto& c) { c.causal = c.induction = true; });
+  add("causal: local induction", [](auto& c) {
+    c.causal = c.local_induction = true;
+    c.key_taps = 2;
+  });
+  add("causal: local and routed induction, four heads", [](auto& c) {
+    c.causal = c.induction = c.local_induction = true;
+    c.heads = 4;
+    c.routed_heads = 2;
+    c.key_taps = 5;
+  });
+  add("causal: random", [](auto& c) {
+    c.causal = true;
+    c.routing = Routing::random;
+  });
+  add("causal: dense", [](auto& c) {
+    c.causal = true;
+    c.routing = Routing::dense;
+  });
+  add("causal: dense induction", [](auto& c) {
+    c.causal = c.induction = true;
+    c.key_taps = 2;
+    c.routing = Routing::dense;
+  });
+  add("two-sided: rotary with lookahead, separate", [](auto& c) {
+    c.lookahead = 2;
+    c.bias = true;
+  });
+  add("two-sided: bias per distance with lookahead, shared", [](auto& c) {
+    c.lookahead = 1;
+    c.local_positions = LocalPositions::bias;
+    c.shared_qk = true;
+  });
+  add("two-sided: dense, separate", [](auto& c) { c.routing = Routing::dense; });
+  add("two-sided: random, separate, never themselves", [](auto& c) {
+    c.routing = Routing::random;
+    c.self = Self::never;
+  });
+  return all;
+}
+
+/// A layer of a kind whose biases, gains and centroids are not where they start.
+template <class T>
+RoutingAttention<T> make_layer(const RoutingAttentionConfig& config) {
+  RoutingAttention<T> layer(config);
+  Random random(17);
+  layer.parameters().visit([&](std::string_view name, View<T> m) {
+    if (name[0] != 'b' && name != "gain" && name != "distance_bias") return;
+    for (Index i = 0; i < m.rows(); ++i)
+      for (Index j = 0; j < m.cols(); ++j) m(i, j) += static_cast<T>(0.3 * random.uniform());
+  });
+  return layer;
+}
+
+/// Three sequences of n tokens together, one of them empty.
+inline std::vector<Index> three_sequences(Index n) { return {0, n / 3, n / 3, n}; }
+
+template <class T>
+bool same_bits(ConstView<T> a, ConstView<T> b) {
+  if (a.rows() != b.rows() || a.cols() != b.cols()) return false;
+  for (Index i = 0; i < a.rows(); ++i)
+    if (std::memcmp(a.row(i), b.row(i), static_cast<std::size_t>(a.cols()) * sizeof(T)) != 0) return false;
+  return true;
+}
+
+template <class T>
+bool same_bits(const Parameters<T>& a, const Parameters<T>& b) {
+  bool same = true;
+  for (const auto& tensor : Parameters<T>::tensors()) same = same && same_bits<T>(a.*tensor.member, b.*tensor.member);
+  return same;
+}
+
+}  // namespace test

@@ -1,0 +1,164 @@
+#pragma once
+
+// The layer's formula once more, in plain double loops over heads, queries and keys, with no plan and no kernel.
+
+#include <cmath>
+#include <vector>
+
+#include "kinds.hpp"
+
+namespace test {
+
+struct Oracle {
+  const RoutingAttentionConfig& c;  // resolved
+  const Parameters<double>& p;
+  std::vector<Index> offsets;  // sequences + 1
+  // labels(head, token) of the queries and keys of the routed heads; unused where routing is dense.
+  std::vector<std::vector<std::int32_t>> query_labels, key_labels;
+
+  bool local(Index head) const { return head < c.heads - c.routed_heads; }
+  bool induction(Index head) const { return local(head) ? c.local_induction : c.induction; }
+  bool shared(Index head) const { return local(head) ? c.local_induction : *c.shared_qk; }
+
+  Index begin_of(Index i) const {
+    Index s = 0;
+    while (offsets[static_cast<std::size_t>(s + 1)] <= i) ++s;
+    return offsets[static_cast<std::size_t>(s)];
+  }
+  Index end_of(Index i) const {
+    Index s = 0;
+    while (offsets[static_cast<std::size_t>(s + 1)] <= i) ++s;
+    return offsets[static_cast<std::size_t>(s + 1)];
+  }
+
+  static std::vector<double> normalise(std::vector<double> x) {
+    double mean = 0, square = 0;
+    for (const double v : x) mean += v / static_cast<double>(x.size());
+    for (double& v : x) v -= mean;
+    for (const double v : x) square += v * v / static_cast<double>(x.size());
+    for (double& v : x) v /= std::sqrt(square + 1e-6);
+    return x;
+  }
+
+  std::vector<double> project(ConstView<double> x, Index i, const RowMatrix<double>& w, const RowMatrix<double>& b,
+                              Index head) const {
+    std::vector<double> y;
+    for (Index j = head * c.head_dim; j < (head + 1) * c.head_dim; ++j) {
+      double sum = b.size() > 0 ? b(0, j) : 0;
+      for (Index l = 0; l < c.model_dim; ++l) sum += x(i, l) * w(l, j);
+      y.push_back(sum);
+    }
+    return y;
+  }
+
+  void rotate(std::vector<double>& x, Index position) const {
+    const std::size_t half = x.size() / 2;
+    for (std::size_t j = 0; j < half; ++j) {
+      const double angle =
+          static_cast<double>(position) * std::pow(10000, -static_cast<double>(j) / static_cast<double>(half));
+      const double u = x[j], v = x[j + half];
+      x[j] = u * std::cos(angle) - v * std::sin(angle);
+      x[j + half] = u * std::sin(angle) + v * std::cos(angle);
+    }
+  }
+
+  // How many heads before this one satisfy a condition: where its own piece of w_k, gain or taps is.
+  template <class F>
+  Index before(Index head, F condition) const {
+    Index count = 0;
+    for (Index h = 0; h < head; ++h) count += condition(h);
+    return count;
+  }
+
+  std::vector<double> query(ConstView<double> x, Index i, Index head) const {
+    if (induction(head) && c.key_taps > 0) {
+      std::vector<double> sum(static_cast<std::size_t>(c.head_dim), 0.0);
+      const Index taps = before(head, [&](Index h) { return induction(h); }) * c.key_taps;
+      for (Index t = 0; t < c.key_taps && i - t >= begin_of(i); ++t) {
+        const auto q = project(x, i - t, p.w_q, p.b_q, head);
+        for (Index j = 0; j < c.head_dim; ++j)
+          sum[static_cast<std::size_t>(j)] += p.taps(taps + t, j) * q[static_cast<std::size_t>(j)];
+      }
+      return normalise(sum);
+    }
+    std::vector<double> q = project(x, i, p.w_q, p.b_q, head);
+    if (shared(head)) return normalise(q);
+    if (local(head) && c.local_positions == LocalPositions::rotary) rotate(q, i - begin_of(i));
+    return q;
+  }
+
+  std::vector<double> key(ConstView<double> x, Index i, Index head) const {
+    if (shared(head)) return query(x, i, head);
+    std::vector<double> k = project(x, i, p.w_k, p.b_k, before(head, [&](Index h) { return !shared(h); }));
+    if (local(head) && c.local_positions == LocalPositions::rotary) rotate(k, i - begin_of(i));
+    return k;
+  }
+
+  std::vector<Index> visible(Index i, Index head) const {
+    std::vector<Index> keys;
+    Self self = Self::visible;
+    if (local(head)) {
+      for (Index j = begin_of(i); j < end_of(i); ++j)
+        if (j > i - c.local_window && j <= i + c.lookahead) keys.push_back(j);
+      if (c.local_induction) self = Self::never;
+    } else {
+      self = *c.self;
+      const auto r = static_cast<std::size_t>(head - (c.heads - c.routed_heads));
+      std::vector<Index> members;
+      Index up_to = 0;
+      for (Index j = begin_of(i); j < end_of(i); ++j) {
+        const bool member = c.routing == Routing::dense || (query_labels[r][static_cast<std::size_t>(i)] >= 0 &&
+                                                            query_labels[r][static_cast<std::size_t>(i)] ==
+                                                                key_labels[r][static_cast<std::size_t>(j)]);
+        if (!member) continue;
+        members.push_back(j);
+        up_to += j <= i;
+      }
+      for (Index rank = 0; rank < static_cast<Index>(members.size()); ++rank) {
+        bool in = true;
+        if (c.causal) in = rank < up_to;
+        if (c.routing != Routing::dense)
+          in = in && (c.causal ? rank >= up_to - c.window
+                               : rank >= up_to - (c.window + 1) / 2 && rank < up_to + c.window / 2);
+        if (in) keys.push_back(members[static_cast<std::size_t>(rank)]);
+      }
+    }
+    std::vector<Index> others;
+    for (const Index j : keys)
+      if (j != i) others.push_back(j);
+    if (self == Self::never || (self == Self::only_if_alone && !others.empty())) return others;
+    return keys;
+  }
+
+  /// y of row i.
+  std::vector<double> row(ConstView<double> x, Index i) const {
+    std::vector<double> y(static_cast<std::size_t>(c.model_dim), 0.0);
+    for (Index head = 0; head < c.heads; ++head) {
+      const std::vector<double> q = query(x, i, head);
+      double scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
+      if (shared(head)) scale *= p.gain(0, before(head, [&](Index h) { return shared(h); }));
+      std::vector<double> out(static_cast<std::size_t>(c.head_dim), 0.0);
+      double total = 0;
+      for (const Index j : visible(i, head)) {
+        const std::vector<double> k = key(x, j, head);
+        double logit = 0;
+        for (std::size_t l = 0; l < q.size(); ++l) logit += scale * q[l] * k[l];
+        if (local(head) && !c.local_induction && c.local_positions == LocalPositions::bias)
+          logit += p.distance_bias(head, i - j + c.lookahead);
+        const std::vector<double> v = project(x, induction(head) ? j + 1 : j, p.w_v, p.b_v, head);
+        for (std::size_t l = 0; l < v.size(); ++l) out[l] += std::exp(logit) * v[l];
+        total += std::exp(logit);
+      }
+      if (total > 0)
+        for (Index l = 0; l < c.head_dim; ++l)
+          for (Index m = 0; m < c.model_dim; ++m)
+            y[static_cast<std::size_t>(m)] +=
+                out[static_cast<std::size_t>(l)] / total * p.w_o(head * c.head_dim + l, m);
+    }
+    if (p.b_o.size() > 0)
+      for (Index m = 0; m < c.model_dim; ++m) y[static_cast<std::size_t>(m)] += p.b_o(0, m);
+    return y;
+  }
+};
+
+}  // namespace test

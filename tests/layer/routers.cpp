@@ -1,0 +1,202 @@
+#include "coterie/layer/routing_attention.hpp"
+
+#include <limits>
+
+#include "catch.hpp"
+#include "kinds.hpp"
+
+using namespace test;
+
+namespace {
+
+const RoutingAttentionConfig shared{.model_dim = 10,
+                                    .heads = 3,
+                                    .head_dim = 4,
+                                    .routed_heads = 2,
+                                    .clusters = 5,
+                                    .window = 8,
+                                    .causal = true,
+                                    .decay = 0.9,
+                                    .seed = 3};
+
+RoutingAttentionConfig separate() {
+  RoutingAttentionConfig c = shared;
+  c.causal = false;
+  return c;
+}
+
+template <class T>
+bool same_routers(const RoutingAttention<T>& a, const RoutingAttention<T>& b) {
+  bool same = a.routers().size() == b.routers().size();
+  for (std::size_t h = 0; same && h < a.routers().size(); ++h)
+    same = same_bits<T>(a.routers()[h].centroids(), b.routers()[h].centroids()) &&
+           std::equal(a.routers()[h].sums().begin(), a.routers()[h].sums().end(), b.routers()[h].sums().begin()) &&
+           a.routers()[h].updates() == b.routers()[h].updates();
+  return same;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("both forms of the router update do the same, step after step", "", float, double) {
+  for (const RoutingAttentionConfig& config : {shared, separate()}) {
+    RoutingAttention<TestType> brief(config), full(config);
+    Context context;
+    typename RoutingAttention<TestType>::Tape tape;
+    RouterStatistics<TestType> statistics = full.zero_statistics();
+    REQUIRE(statistics.heads() == 2);
+    REQUIRE(statistics.clusters() == 5);
+    REQUIRE(statistics.dim() == 4);
+    for (int step = 0; step < 4; ++step) {
+      const RowMatrix<TestType> x = Random(static_cast<std::uint64_t>(step)).matrix<TestType>(70, 10);
+      RowMatrix<TestType> y(70, 10);
+      brief.forward(x, y, tape, context);
+      const RoutingAttention<TestType> before = brief;
+      brief.update_router(tape, context);
+      REQUIRE(!same_routers(brief, before));
+      full.forward(x, y, tape, context);
+      statistics.clear();
+      full.observe(tape, statistics, context);
+      full.update_router(statistics);
+      REQUIRE(same_routers(brief, full));
+    }
+    REQUIRE(brief.routers()[0].updates() == 4);
+  }
+}
+
+TEST_CASE("statistics count the queries, and the keys that are not shared, by their labels") {
+  for (const RoutingAttentionConfig& config : {shared, separate()}) {
+    const RoutingAttention<double> layer(config);
+    const Index n = 50;
+    const RowMatrix<double> x = Random(1).matrix<double>(n, 10);
+    RowMatrix<double> y(n, 10);
+    Context context;
+    RoutingAttention<double>::Tape tape;
+    layer.forward(x, y, tape, context);
+    RouterStatistics<double> statistics = layer.zero_statistics();
+    layer.observe(tape, statistics, context);
+    for (Index h = 0; h < 2; ++h) {
+      std::vector<double> counts(5, 0.0);
+      RowMatrix<double> sums = RowMatrix<double>::Zero(5, 4);
+      const auto add = [&](const RowMatrix<double>& w, Index head, std::span<const std::int32_t> labels) {
+        const RowMatrix<double> rows = x * w.middleCols(head * 4, 4);
+        for (Index i = 0; i < n; ++i) {
+          const auto label = labels[static_cast<std::size_t>(i)];
+          const RowMatrix<double> centred = rows.row(i).array() - rows.row(i).mean();
+          sums.row(label) += centred / std::sqrt(centred.squaredNorm() / 4 + 1e-6);
+          counts[static_cast<std::size_t>(label)] += 1;
+        }
+      };
+      add(layer.parameters().w_q, 1 + h, tape.labels(h));
+      if (!*layer.config().shared_qk) add(layer.parameters().w_k, 1 + h, tape.key_labels(h));
+      for (Index c = 0; c < 5; ++c) {
+        REQUIRE(statistics.counts(h)[static_cast<std::size_t>(c)] == counts[static_cast<std::size_t>(c)]);
+        for (Index j = 0; j < 4; ++j)
+          REQUIRE(statistics.sums(h)[static_cast<std::size_t>(c * 4 + j)] == Approx(sums(c, j)).margin(1e-10));
+      }
+    }
+  }
+}
+
+TEST_CASE("micro-batches add up, and blocks of two machines sum to one update") {
+  RoutingAttention<double> whole(shared), split(shared);
+  const RowMatrix<double> x = Random(1).matrix<double>(80, 10);
+  RowMatrix<double> y(80, 10);
+  Context context;
+  RoutingAttention<double>::Tape tape, second;
+  const std::vector<Index> offsets = {0, 30, 80};
+  whole.forward({x, offsets}, y, tape, context);
+  whole.update_router(tape, context);
+
+  RouterStatistics<double> statistics = split.zero_statistics();
+  split.forward(x.topRows(30), y.topRows(30), tape, context);
+  split.observe(tape, statistics, context);
+  split.forward(x.bottomRows(50), y.bottomRows(50), tape, context);
+  split.observe(tape, statistics, context);
+  split.update_router(statistics);
+  REQUIRE(same_routers(whole, split));
+
+  // A second update, past the first one's sampling: counts and sums of two machines added.
+  whole.forward({x, offsets}, y, tape, context);
+  split.forward(x.topRows(30), y.topRows(30), second, context);
+  RouterStatistics<double> one = split.zero_statistics(), two = split.zero_statistics();
+  split.observe(second, one, context);
+  split.forward(x.bottomRows(50), y.bottomRows(50), second, context);
+  split.observe(second, two, context);
+  for (std::size_t i = 0; i < one.block().size(); ++i) one.block()[i] += two.block()[i];
+  whole.update_router(tape, context);
+  split.update_router(one);
+  for (std::size_t h = 0; h < 2; ++h)
+    REQUIRE((whole.routers()[h].centroids().eigen() - split.routers()[h].centroids().eigen()).cwiseAbs().maxCoeff() <
+            1e-12);
+}
+
+TEST_CASE("a frozen router stays, and moves again when thawed") {
+  RoutingAttention<float> layer(shared);
+  const RowMatrix<float> x = Random(1).matrix<float>(80, 10);
+  RowMatrix<float> y(80, 10);
+  Context context;
+  RoutingAttention<float>::Tape tape;
+  layer.forward(x, y, tape, context);
+  const RoutingAttention<float> before = layer;
+  layer.freeze_router(true);
+  layer.update_router(tape, context);
+  REQUIRE(same_routers(layer, before));
+  layer.freeze_router(false);
+  layer.update_router(tape, context);
+  REQUIRE(!same_routers(layer, before));
+}
+
+TEST_CASE("routing that is not learned has no routers and nothing to update") {
+  for (const Routing routing : {Routing::random, Routing::dense}) {
+    RoutingAttentionConfig config = shared;
+    config.routing = routing;
+    RoutingAttention<float> layer(config);
+    REQUIRE(layer.routers().empty());
+    REQUIRE(layer.zero_statistics().heads() == 0);
+    const RowMatrix<float> x = Random(1).matrix<float>(20, 10);
+    RowMatrix<float> y(20, 10);
+    Context context;
+    RoutingAttention<float>::Tape tape;
+    layer.forward(x, y, tape, context);
+    layer.update_router(tape, context);
+    RouterStatistics<float> statistics = layer.zero_statistics();
+    layer.observe(tape, statistics, context);
+    layer.update_router(statistics);
+    layer.freeze_router(true);
+    REQUIRE(tape.plans().size() == (routing == Routing::dense ? 1u : 2u));
+    REQUIRE(tape.local_plans().size() == 1);
+    REQUIRE(tape.labels(1).size() == (routing == Routing::dense ? 0u : 20u));
+  }
+}
+
+TEST_CASE("random routes are a function of seed, step, head and position") {
+  RoutingAttentionConfig config = shared;
+  config.routing = Routing::random;
+  const Index n = 4000;
+  const auto labels = [&](std::uint64_t seed, std::uint64_t step, Index head, const std::vector<Index>& offsets = {}) {
+    config.seed = seed;
+    const RoutingAttention<float> layer(config);
+    const RowMatrix<float> x = RowMatrix<float>::Zero(n, 10);
+    RowMatrix<float> y(n, 10);
+    Context context;
+    RoutingAttention<float>::Tape tape;
+    layer.forward({x, offsets, {}, {}, step}, y, tape, context);
+    return std::vector<std::int32_t>(tape.labels(head).begin(), tape.labels(head).end());
+  };
+  const auto first = labels(1, 0, 0);
+  REQUIRE(first == labels(1, 0, 0));
+  const auto agreement = [&](const std::vector<std::int32_t>& other) {
+    double same = 0;
+    for (std::size_t i = 0; i < first.size(); ++i) same += first[i] == other[i];
+    return same / static_cast<double>(n);
+  };
+  REQUIRE(agreement(labels(1, 1, 0)) == Approx(0.2).margin(0.04));
+  REQUIRE(agreement(labels(2, 0, 0)) == Approx(0.2).margin(0.04));
+  REQUIRE(agreement(labels(1, 0, 1)) == Approx(0.2).margin(0.04));
+  for (std::int32_t c = 0; c < 5; ++c)
+    REQUIRE(std::count(first.begin(), first.end(), c) == Approx(static_cast<double>(n) / 5).epsilon(0.15));
+  // By position in the sequence, so that sequences end to end are routed as one by one.
+  const auto ragged = labels(1, 0, 0, {0, 1000, n});
+  REQUIRE(std::equal(first.begin(), first.begin() + 1000, ragged.begin()));
+  REQUIRE(std::equal(first.begin(), first.begin() + 3000, ragged.begin() + 1000));
+}

@@ -1,0 +1,207 @@
+#include "coterie/layer/routing_attention.hpp"
+
+#include "catch.hpp"
+#include "oracle.hpp"
+
+using namespace test;
+
+namespace {
+
+template <class T>
+double largest_difference(const RowMatrix<T>& y, const RowMatrix<double>& expected) {
+  return (y.template cast<double>() - expected).cwiseAbs().maxCoeff();
+}
+
+// Labels of every routed head on the tape, as lists.
+template <class T>
+void read_labels(const RoutingAttentionTape<T>& tape, const RoutingAttentionConfig& c, Oracle& oracle) {
+  if (c.routing == Routing::dense) return;
+  for (Index h = 0; h < c.routed_heads; ++h) {
+    oracle.query_labels.emplace_back(tape.labels(h).begin(), tape.labels(h).end());
+    oracle.key_labels.emplace_back(tape.key_labels(h).begin(), tape.key_labels(h).end());
+  }
+}
+
+// Labels for all routed heads, head by head, some of them none.
+std::vector<std::int32_t> some_routes(const RoutingAttentionConfig& c, Index n) {
+  if (c.routed_heads == 0 || c.routing == Routing::dense) return {};
+  return Random(23).labels(c.routed_heads * n, c.clusters, -1);
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("the layer computes its formula, of every kind", "", float, double) {
+  const Index n = 29;
+  for (const Kind& kind : kinds()) {
+    INFO(kind.name);
+    const RoutingAttention<double> exact = make_layer<double>(kind.config);
+    const RoutingAttention<TestType> layer = make_layer<TestType>(kind.config);
+    RowMatrix<double> x(n, 10);
+    Random random(5);
+    for (Index i = 0; i < x.size(); ++i)
+      x.data()[i] = static_cast<double>(static_cast<TestType>(random.uniform(-2, 2)));
+    const RowMatrix<TestType> x_in = x.cast<TestType>();
+    RowMatrix<TestType> y(n, 10), y_kept(n, 10);
+    Context context;
+    RoutingAttentionTape<TestType> tape;
+    for (const bool ragged : {false, true})
+      for (const bool injected : {false, true}) {
+        INFO("ragged " << ragged << ", injected " << injected);
+        const std::vector<Index> offsets = three_sequences(n);
+        const std::vector<std::int32_t> routes = some_routes(layer.config(), n);
+        Input<TestType> input(x_in);
+        if (ragged) input.offsets = offsets;
+        if (injected) input.routes = routes;
+        layer.forward(input, y_kept, tape, context);
+        layer.forward(input, y, context);
+        REQUIRE(same_bits<TestType>(y, y_kept));
+
+        Oracle oracle{layer.config(), exact.parameters(), ragged ? offsets : std::vector<Index>{0, n}, {}, {}};
+        read_labels(tape, layer.config(), oracle);
+        RowMatrix<double> expected(n, 10);
+        for (Index i = 0; i < n; ++i) {
+          const std::vector<double> row = oracle.row(x, i);
+          for (Index j = 0; j < 10; ++j) expected(i, j) = row[static_cast<std::size_t>(j)];
+        }
+        REQUIRE(largest_difference(y, expected) < (sizeof(TestType) == 4 ? 2e-5 : 1e-12));
+      }
+  }
+}
+
+TEST_CASE("routed heads go to the nearest centroid of their normalised queries and keys") {
+  const Index n = 40;
+  for (const bool shared : {true, false}) {
+    const RoutingAttention<double> layer(
+        {.model_dim = 8, .heads = 2, .routed_heads = 2, .clusters = 4, .window = 5, .shared_qk = shared, .seed = 9});
+    const RowMatrix<double> x = Random(3).matrix<double>(n, 8);
+    RowMatrix<double> y(n, 8);
+    Context context;
+    RoutingAttention<double>::Tape tape;
+    layer.forward(x, y, tape, context);
+    const Oracle oracle{layer.config(), layer.parameters(), {0, n}, {}, {}};
+    const auto nearest = [&](Index h, const std::vector<double>& row) {
+      const ConstView<double> centroids = layer.routers()[static_cast<std::size_t>(h)].centroids();
+      Index best = 0;
+      double most = -1e300;
+      for (Index c = 0; c < 4; ++c) {
+        double score = 0;
+        for (Index l = 0; l < 4; ++l) score += centroids(c, l) * row[static_cast<std::size_t>(l)];
+        if (score > most) most = score, best = c;
+      }
+      return best;
+    };
+    Index differ = 0;
+    for (Index h = 0; h < 2; ++h) {
+      const std::vector<double> sizes = tape.cluster_sizes(h);
+      double sum = 0;
+      for (const double size : sizes) sum += size;
+      REQUIRE(sum == static_cast<double>(n));
+      for (Index i = 0; i < n; ++i) {
+        const auto at = static_cast<std::size_t>(i);
+        REQUIRE(tape.labels(h)[at] == nearest(h, Oracle::normalise(oracle.query(x, i, h))));
+        REQUIRE(tape.key_labels(h)[at] == nearest(h, Oracle::normalise(oracle.key(x, i, h))));
+        differ += tape.labels(h)[at] != tape.key_labels(h)[at];
+      }
+    }
+    REQUIRE((differ > 0) == !shared);
+  }
+}
+
+TEST_CASE("gradients of x and of every parameter are central differences, of every kind, and are added") {
+  const Index n = 11;
+  for (const Kind& kind : kinds())
+    for (const bool ragged : {false, true}) {
+      INFO(kind.name << ", ragged " << ragged);
+      RoutingAttention<double> layer = make_layer<double>(kind.config);
+      Random random(7);
+      RowMatrix<double> x = 2 * random.matrix<double>(n, 10);
+      const RowMatrix<double> d_y = random.matrix<double>(n, 10);
+      const std::vector<Index> offsets = three_sequences(n);
+      const std::vector<std::int32_t> routes = some_routes(layer.config(), n);
+      Input<double> input(x);
+      if (ragged) input.offsets = offsets;
+      input.routes = routes;
+      Context context;
+      RoutingAttention<double>::Tape tape;
+      RowMatrix<double> y(n, 10);
+
+      Parameters<double> gradients = layer.zero_gradients();
+      gradients.fill(0.5);
+      RowMatrix<double> d_x = RowMatrix<double>::Constant(n, 10, -0.25);
+      layer.forward(input, y, tape, context);
+      layer.backward(input, tape, d_y, d_x, gradients, context);
+
+      const auto loss = [&] {
+        layer.forward(input, y, context);
+        return y.cwiseProduct(d_y).sum();
+      };
+      const auto worst = [&](View<double> value, ConstView<double> gradient, double start) {
+        double most = 0;
+        for (Index i = 0; i < value.rows(); ++i)
+          for (Index j = 0; j < value.cols(); ++j) {
+            const double old = value(i, j), step = 1e-5;
+            value(i, j) = old + step;
+            const double up = loss();
+            value(i, j) = old - step;
+            const double down = loss();
+            value(i, j) = old;
+            const double difference = (up - down) / (2 * step);
+            const double error = std::abs(gradient(i, j) - start - difference) / (1 + std::abs(difference));
+            if (std::isnan(error)) return error;
+            most = std::max(most, error);
+          }
+        return most;
+      };
+      REQUIRE(worst(x, d_x, -0.25) < 1e-6);
+      visit(layer.parameters(), gradients, [&](std::string_view name, View<double> value, ConstView<double> gradient) {
+        INFO(std::string(name));
+        REQUIRE(worst(value, gradient, 0.5) < 1e-6);
+        double size = 0;  // a gradient that is zero everywhere would pass too easily
+        for (Index i = 0; i < gradient.rows(); ++i)
+          for (Index j = 0; j < gradient.cols(); ++j) size += std::abs(gradient(i, j) - 0.5);
+        const bool softmax_ignores_it = name == "b_k";
+        REQUIRE((size > 1e-6 || softmax_ignores_it));
+      });
+    }
+}
+
+TEST_CASE("x is read through blocks, maps and strided views, and gradients go there") {
+  const RoutingAttention<float> layer({.model_dim = 6, .heads = 2, .window = 4, .causal = true, .seed = 2});
+  RowMatrix<float> wide = Random(1).matrix<float>(9, 20), y_wide = wide, d_wide = RowMatrix<float>::Zero(9, 20);
+  const RowMatrix<float> x = wide.middleCols(3, 6), d_y = Random(2).matrix<float>(9, 6);
+  RowMatrix<float> y(9, 6), d_x = RowMatrix<float>::Zero(9, 6);
+  Context context;
+  RoutingAttention<float>::Tape tape;
+  Parameters<float> gradients = layer.zero_gradients(), others = layer.zero_gradients();
+  layer.forward(x, y, tape, context);
+  layer.backward(x, tape, d_y, d_x, gradients, context);
+  layer.forward(wide.middleCols(3, 6), y_wide.middleCols(11, 6), tape, context);
+  layer.backward(wide.middleCols(3, 6), tape, d_y, d_wide.middleCols(7, 6), others, context);
+  REQUIRE(same_bits<float>(y, y_wide.middleCols(11, 6)));
+  REQUIRE(same_bits<float>(d_x, d_wide.middleCols(7, 6)));
+  REQUIRE(same_bits(gradients, others));
+  REQUIRE(y_wide.leftCols(11) == wide.leftCols(11));
+  REQUIRE(y_wide.rightCols(3) == wide.rightCols(3));
+  REQUIRE(d_wide.leftCols(7).isZero(0));
+  REQUIRE(d_wide.rightCols(7).isZero(0));
+}
+
+TEST_CASE("no token, and one token, are inputs like others") {
+  for (const Kind& kind : kinds()) {
+    INFO(kind.name);
+    RoutingAttention<float> layer = make_layer<float>(kind.config);
+    Context context;
+    RoutingAttention<float>::Tape tape;
+    Parameters<float> gradients = layer.zero_gradients();
+    for (const Index n : {Index(0), Index(1)}) {
+      const RowMatrix<float> x = Random(1).matrix<float>(n, 10), d_y = x;
+      RowMatrix<float> y(n, 10), d_x = RowMatrix<float>::Zero(n, 10);
+      layer.forward(x, y, tape, context);
+      layer.backward(x, tape, d_y, d_x, gradients, context);
+      layer.update_router(tape, context);
+      REQUIRE(tape.tokens() == n);
+      REQUIRE(y.allFinite());
+      REQUIRE(d_x.allFinite());
+    }
+  }
+}
