@@ -1,0 +1,77 @@
+// Attention forward and backward over dense, local and routed plans.
+#include "coterie/attention/attention.hpp"
+
+#include "cases.hpp"
+#include "common.hpp"
+
+using namespace coterie;
+using namespace benchmarks;
+
+namespace {
+
+struct Sizes {
+  Index n = 0, d = 0, w = 0;
+};
+
+/// The pattern's plan, as the tests build it; clusters of half a window on average, as DESIGN's default has it.
+void fill(const std::string& pattern, const Sizes& sizes, AttentionPlan& plan) {
+  const std::string wanted = pattern == "dense"   ? "dense causal"
+                             : pattern == "local" ? "local causal"
+                                                  : "clustered causal";
+  for (const test::AttentionCase& tried : test::attention_cases(
+           {.tokens = sizes.n, .window = sizes.w, .clusters = std::max(Index(1), 2 * sizes.n / sizes.w)}))
+    if (tried.name == wanted) return tried.fill(plan);
+}
+
+template <class T>
+void add(const std::string& prefix, const std::string& pattern, Sizes sizes) {
+  const std::string tail =
+      pattern == "dense" ? name("/n:", sizes.n, "/d:", sizes.d) : name("/n:", sizes.n, "/d:", sizes.d, "/w:", sizes.w);
+  for (const bool backward : {false, true}) {
+    const std::string title = name(prefix, backward ? "backward/" : "forward/", pattern, "/", scalar_name<T>(), tail);
+    auto* added = benchmark::RegisterBenchmark(title.c_str(), [=](benchmark::State& state) {
+      AttentionPlan plan;
+      fill(pattern, sizes, plan);
+      const double pairs = static_cast<double>(statistics(plan).visible_pairs);
+      test::Random random(1);
+      const RowMatrix<T> q = random.matrix<T>(sizes.n, sizes.d), k = random.matrix<T>(sizes.n, sizes.d);
+      const RowMatrix<T> v = random.matrix<T>(sizes.n, sizes.d), d_out = random.matrix<T>(sizes.n, sizes.d);
+      RowMatrix<T> out(sizes.n, sizes.d);
+      AttentionTape<T> tape;
+      Context context;
+      if (backward) {
+        RowMatrix<T> d_q = RowMatrix<T>::Zero(sizes.n, sizes.d), d_k = d_q, d_v = d_q;
+        attention_forward(plan, q, k, v, out, tape, {}, context);
+        measure<T>(state, context, 10 * static_cast<double>(sizes.d) * pairs,
+                   [&] { attention_backward(plan, q, k, v, out, tape, d_out, d_q, d_k, d_v, {}, context); });
+      } else {
+        measure<T>(state, context, 4 * static_cast<double>(sizes.d) * pairs,
+                   [&] { attention_forward(plan, q, k, v, out, tape, {}, context); });
+      }
+      state.counters["visible_pairs"] = pairs;
+    });
+    added->Unit(benchmark::kMillisecond);
+  }
+}
+
+template <class T>
+void add_all() {
+  for (const Index d : {64, 128})
+    for (const Index n : {1024, 4096, 16384}) {
+      add<T>("attention/", "dense", {n, d, n});
+      for (const char* pattern : {"local", "routed"})
+        for (const Index w : {64, 256, 1024}) add<T>("attention/", pattern, {n, d, w});
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  for (const char* pattern : {"dense", "local", "routed"}) {
+    add<float>("attention/smoke/", pattern, {200, 24, 32});
+    add<double>("attention/smoke/", pattern, {200, 24, 32});
+  }
+  add_all<float>();
+  add_all<double>();
+  return run(argc, argv);
+}
