@@ -70,6 +70,17 @@ TEST_CASE("a label depends on its row alone") {
   std::vector<std::int32_t> labels(301);
   router.kmeans.assign(wide.middleCols(9, 24), labels, router.context);
   REQUIRE(labels == all);
+  RowMatrix<float> damaged = rows;
+  damaged.row(40).setConstant(std::nanf(""));
+  damaged(41, 3) = std::numeric_limits<float>::infinity();
+  const auto beside = router.assign(damaged);
+  for (Index i = 0; i < 301; ++i) {
+    const std::int32_t label = beside[static_cast<std::size_t>(i)];
+    if (i == 40 || i == 41)
+      REQUIRE((label >= 0 && label < 19));
+    else
+      REQUIRE(label == all[static_cast<std::size_t>(i)]);
+  }
   for (Index i = 0; i < 301; i += 23)
     REQUIRE(router.assign(rows.middleRows(i, 1))[0] == all[static_cast<std::size_t>(i)]);
 }
