@@ -21,8 +21,8 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
 
 /// The forward pass: heads' parts in any order, then rows that have none or several entries.
 template <class T>
-void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, Context& context) {
-  const KernelTable<T>& kernel = kernels<T>(context.instructions());
+void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, const KernelTable<T>& kernel,
+             Context& context) {
   const bool single = call.combine() == Combine::single;
   View<T> lse;
   if (tape) lse = tape->prepare(call.tokens(), call.heads(), call.combine());
@@ -75,8 +75,8 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
 /// The backward pass: wave after wave of tasks fills partial sums of d_k and d_v, which are then added part by part.
 template <class T>
 void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTape<T>& tape, ConstView<T> d_out,
-              View<T> d_q, View<T> d_k, View<T> d_v, const AttentionTermGradients<T>& gradients, Context& context) {
-  const KernelTable<T>& kernel = kernels<T>(context.instructions());
+              View<T> d_q, View<T> d_k, View<T> d_v, const AttentionTermGradients<T>& gradients,
+              const KernelTable<T>& kernel, Context& context) {
   const bool single = call.combine() == Combine::single, mean = call.combine() == Combine::mean;
   Arena& shared = context.workspace().shared();
 
@@ -140,8 +140,7 @@ void checked_forward(const Plans& plans, ConstView<T> q, ConstView<T> k, ConstVi
   const char* const function = "attention_forward";
   const AttentionCall<T> call(function, plans, q, k, v, config, terms);
   call.check_output(function, "out", out, call.tokens(), call.heads() * call.dv());
-  resolve(context.instructions());
-  forward(call, out, tape, context);
+  forward(call, out, tape, kernels<T>(context.instructions()), context);
 }
 
 template <class T>
@@ -152,8 +151,7 @@ void checked_backward(const Plans& plans, ConstView<T> q, ConstView<T> k, ConstV
   const char* const function = "attention_backward";
   const AttentionCall<T> call(function, plans, q, k, v, config, terms);
   check_backward(function, call, out, tape, d_out, d_q, d_k, d_v, gradients);
-  resolve(context.instructions());
-  backward(call, out, tape, d_out, d_q, d_k, d_v, gradients, context);
+  backward(call, out, tape, d_out, d_q, d_k, d_v, gradients, kernels<T>(context.instructions()), context);
 }
 
 }  // namespace COTERIE_FLAGS_NAMESPACE

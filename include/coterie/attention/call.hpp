@@ -9,7 +9,7 @@
 #include "coterie/attention/config.hpp"
 #include "coterie/attention/tape.hpp"
 #include "coterie/core/context.hpp"
-#include "coterie/kernel/tile.hpp"
+#include "coterie/kernel/part.hpp"
 
 namespace coterie::detail {
 

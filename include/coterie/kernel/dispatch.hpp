@@ -2,8 +2,9 @@
 #pragma once
 
 #include "coterie/core/context.hpp"
+#include "coterie/kernel/backward.hpp"
+#include "coterie/kernel/forward.hpp"
 #include "coterie/kernel/panel.hpp"
-#include "coterie/kernel/tile.hpp"
 
 #if defined(__x86_64__) || defined(__i386__)
 #define COTERIE_X86 1
@@ -82,11 +83,11 @@ COTERIE_MICRO(Avx512Micro, COTERIE_AVX512, 64, 4, 6)
 #define COTERIE_ENTRY_POINTS(name, target, micro)                                                                     \
   template <class T>                                                                                                  \
   target void forward_##name(const AttentionPart<T>& part, T* scratch) {                                              \
-    Tile<T, micro<T>>::forward(part, scratch);                                                                        \
+    Forward<T, micro<T>>::run(part, scratch);                                                                         \
   }                                                                                                                   \
   template <class T>                                                                                                  \
   target void backward_##name(const AttentionPart<T>& part, const AttentionPartGradients<T>& gradients, T* scratch) { \
-    Tile<T, micro<T>>::backward(part, gradients, scratch);                                                            \
+    Backward<T, micro<T>>::run(part, gradients, scratch);                                                             \
   }                                                                                                                   \
   template <class T>                                                                                                  \
   target void pack_##name(const PanelSource<T>& source, T* panels) {                                                  \
@@ -157,7 +158,7 @@ struct KernelTable {
 #define COTERIE_TABLE(name, micro)                                                                       \
   KernelTable<T> {                                                                                       \
     forward_##name<T>, backward_##name<T>, pack_##name<T>, product_##name<T>, weight_gradient_##name<T>, \
-        nearest_##name<T>, Tile<T, micro<T>>::forward_scratch, Tile<T, micro<T>>::backward_scratch,      \
+        nearest_##name<T>, Forward<T, micro<T>>::scratch_size, Backward<T, micro<T>>::scratch_size,      \
         Panel<T, micro<T>>::width, Panel<T, micro<T>>::nearest_scratch                                   \
   }
 

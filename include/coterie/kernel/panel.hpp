@@ -5,12 +5,9 @@
 #include <cstring>
 
 #include "coterie/kernel/micro.hpp"
+#include "coterie/kernel/part.hpp"
 
 namespace coterie::detail {
-
-/// Rows in scratch memory are padded to this many numbers, so that whole vectors fit.
-inline constexpr Index row_padding = 16;
-constexpr Index padded(Index n) { return (n + row_padding - 1) / row_padding * row_padding; }
 
 /// Rows of a matrix, or columns of its transpose.
 template <class T>

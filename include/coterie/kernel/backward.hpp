@@ -1,0 +1,196 @@
+// The backward tile: probabilities again from log-sum-exp, then five products.
+//
+//     S = K Qt, P = exp(S - lse)                       undoes the forward tile line by line:
+//     dP[key][lane]  = sum_c V[key][c] dOt[c][lane]    of Ot += V P for P
+//     dS             = P (dP - delta)                  of the softmax
+//     dQt[d][lane]  += sum_key K[key][d] dS[key][lane] of S = K Qt for Q
+//     dV[key][c]    += sum_lane P[key][lane] dO[lane][c]
+//     dK[key][d]    += sum_lane dS[key][lane] Q[lane][d]
+#pragma once
+
+#include "coterie/kernel/tile.hpp"
+
+namespace coterie::detail {
+inline namespace COTERIE_FLAGS_NAMESPACE {
+
+template <class T, class M>
+struct Backward {
+  using Common = Tile<T, M>;
+  using L = typename M::L;
+  using F = typename L::F;
+  using I = typename L::I;
+  using Integer = typename L::Integer;
+  using Lookout = Sight<T, M>;
+  static constexpr int lanes = L::count, width = M::width;
+
+  struct Scratch {
+    T *q_rows, *q, *d_out_rows, *d_out, *scores, *d_scores, *d_q, *bias, *d_bias, *lse, *delta;
+  };
+
+  static constexpr Index scratch_size(Index d, Index dv, Index bias_count) {
+    return 3 * padded(d) * width + 2 * padded(dv) * width + 2 * key_block * width + 2 * padded(bias_count + 2 * width) +
+           2 * width;
+  }
+
+  static COTERIE_INLINE void run(const AttentionPart<T>& part, const AttentionPartGradients<T>& gradients, T* scratch) {
+    Scratch b;
+    b.q_rows = scratch;
+    b.q = b.q_rows + padded(part.d) * width;
+    b.d_q = b.q + padded(part.d) * width;
+    b.d_out_rows = b.d_q + padded(part.d) * width;
+    b.d_out = b.d_out_rows + padded(part.dv) * width;
+    b.scores = b.d_out + padded(part.dv) * width;
+    b.d_scores = b.scores + key_block * width;
+    b.bias = b.d_scores + key_block * width;
+    b.d_bias = b.bias + padded(part.bias_count + 2 * width);
+    b.lse = b.d_bias + padded(part.bias_count + 2 * width);
+    b.delta = b.lse + width;
+    if (part.bias) {
+      Common::pad_bias(part, b.bias);
+      std::fill_n(b.d_bias, part.bias_count + 2 * width, T(0));
+    }
+    for (Index first = 0; first < part.entries; first += width)
+      tile(part, gradients, first, static_cast<int>(std::min<Index>(width, part.entries - first)), b);
+    if (gradients.d_bias)
+      for (Index i = 0; i < part.bias_count + 2 * width; ++i)
+        gradients.d_bias[std::clamp<Index>(i - width, 0, part.bias_count - 1)] += b.d_bias[i];
+  }
+
+  static COTERIE_INLINE void tile(const AttentionPart<T>& part, const AttentionPartGradients<T>& gradients, Index first,
+                                  int count, const Scratch& b) {
+    Lookout sight;
+    sight.look(part, first, count);
+    const auto q_row = [&](int l) __attribute__((always_inline)) { return part.q.row(part.rows[first + l]); };
+    const auto q_factor = [&](int) __attribute__((always_inline)) { return part.scale; };
+    const auto d_row = [&](int l) __attribute__((always_inline)) {
+      return gradients.d_out + part.rows[first + l] * gradients.d_out_stride;
+    };
+    const auto d_factor = [&](int l) __attribute__((always_inline)) {
+      return gradients.weight ? gradients.weight[first + l] : T(1);
+    };
+    Common::pack(sight, part.d, b.q_rows, b.q, q_row, q_factor);
+    Common::pack(sight, part.dv, b.d_out_rows, b.d_out, d_row, d_factor);
+    std::memset(b.d_q, 0, static_cast<std::size_t>(padded(part.d) * width) * sizeof(T));
+    for (int l = 0; l < sight.vectors * lanes; ++l) {
+      b.lse[l] = b.delta[l] = 0;
+      if (l >= count || !sight.sees_any(l)) continue;
+      // delta = sum_c d_out[c] out[c] - d_lse
+      const Index target = part.target(first + l);
+      const T* out = part.out + target * part.out_stride;
+      const T* d_out = b.d_out_rows + l * padded(part.dv);
+      T delta = gradients.d_lse ? -gradients.d_lse[part.rows[first + l] * gradients.d_lse_stride] : T(0);
+      for (Index c = 0; c < part.dv; ++c) delta += d_out[c] * out[c];
+      b.delta[l] = delta;
+      b.lse[l] = part.lse[target * part.lse_stride];
+    }
+
+    const T* k_rows[key_block];
+    const T* v_rows[key_block];
+    const T* p_rows[key_block];
+    for (int key = sight.next_key(0); key != Lookout::none;
+         key = sight.next_key(key / key_block * key_block + key_block)) {
+      const int block_begin = key / key_block * key_block;
+      sight.cut(block_begin);
+      for (int j = sight.low; j < sight.high; ++j) {
+        k_rows[j - block_begin] = part.k.row(part.keys[j]);
+        v_rows[j - block_begin] = part.v.row(part.keys[j]);
+      }
+      for (int i = 0; i < sight.segment_count; ++i) {
+        const typename Lookout::Segment& s = sight.segments[i];
+        // S = K Qt, then dP = V dOt
+        for (int pass = 0; pass < 2; ++pass) {
+          const T* const* rows = pass ? v_rows : k_rows;
+          T* to = pass ? b.d_scores : b.scores;
+          M::scores(rows + (s.begin - block_begin), s.end - s.begin, pass ? part.dv : part.d,
+                    (pass ? b.d_out : b.q) + s.first * lanes, to + (s.begin - block_begin) * width + s.first * lanes,
+                    s.last - s.first);
+        }
+        if (part.bias) Common::add_bias(part, first, sight, s, block_begin, b.bias, b.scores);
+        probabilities(sight, s, block_begin, b);
+        if (gradients.d_bias) Common::add_bias_gradient(part, first, sight, s, block_begin, b.d_scores, b.d_bias);
+        // dQt += K^T dS
+        Common::accumulate_columns(sight, s, block_begin, k_rows, part.d, b.d_scores, b.d_q);
+        // dV += P dO, then dK += dS Q
+        const Index row = partial_row(gradients, block_begin / key_block) + (s.begin - block_begin);
+        for (int pass = 0; pass < 2; ++pass) {
+          const T* p = pass ? b.d_scores : b.scores;
+          for (int j = s.begin - block_begin; j < s.end - block_begin; ++j) p_rows[j] = p + j * width + s.first * lanes;
+          const Index columns = padded(pass ? part.d : part.dv);
+          accumulate_rows(sight, s, block_begin, p_rows, (pass ? b.q_rows : b.d_out_rows) + s.first * lanes * columns,
+                          columns, (pass ? gradients.d_k : gradients.d_v) + row * columns);
+        }
+      }
+    }
+
+    // d_q += scale * dQ, d_scale += q . dQ
+    M::transpose_out(b.d_q, sight.vectors, part.d, b.q_rows, padded(part.d));
+    for (int l = 0; l < count; ++l) {
+      const T* from = b.q_rows + l * padded(part.d);
+      const T* q = q_row(l);
+      T* to = gradients.d_q + (gradients.by_entry ? first + l : Index(part.rows[first + l])) * gradients.d_q_stride;
+      T d_scale = 0;
+      for (Index c = 0; c < part.d; ++c) {
+        to[c] += from[c] * part.scale;
+        d_scale += from[c] * q[c];
+      }
+      if (gradients.d_scale && sight.sees_any(l)) *gradients.d_scale += d_scale;
+    }
+  }
+
+  static COTERIE_INLINE Index partial_row(const AttentionPartGradients<T>& gradients, int block) {
+    const PartialRange* range = gradients.ranges;
+    while (block >= range->block_end) ++range;
+    COTERIE_ASSERT(range < gradients.ranges + gradients.range_count && block >= range->block_begin);
+    return range->row + Index(block - range->block_begin) * key_block;
+  }
+
+  /// P = exp(S - lse), dS = P (dP - delta); both zero where masked.
+  static COTERIE_INLINE void probabilities(const Lookout& sight, const typename Lookout::Segment& s, int block_begin,
+                                           const Scratch& b) {
+    for (int v = s.first; v < s.last; ++v) {
+      F lse, delta;
+      L::load(b.lse + v * lanes, lse);
+      L::load(b.delta + v * lanes, delta);
+      for (int j = s.begin; j < s.end; ++j) {
+        const Index at = (j - block_begin) * width + v * lanes;
+        F x, p, d_p;
+        L::load(b.scores + at, x);
+        L::load(b.d_scores + at, d_p);
+        L::exp(x - lse, p);
+        F d_s = p * (d_p - delta);
+        if (s.masked) {
+          I mask;
+          sight.visible(v, j, mask);
+          p = mask ? p : F{};
+          d_s = mask ? d_s : F{};
+        }
+        L::store(b.scores + at, p);
+        L::store(b.d_scores + at, d_s);
+      }
+    }
+  }
+
+  /// to[key][c] += sum over the segment's lanes of p[key][lane] x[lane][c].
+  static COTERIE_INLINE void accumulate_rows(const Lookout& sight, const typename Lookout::Segment& s, int block_begin,
+                                             const T* const* p, const T* x, Index columns, T* to) {
+    const int keys = s.end - s.begin, depth = (s.last - s.first) * lanes;
+    const Index from = M::rows(p + (s.begin - block_begin), keys, depth, x, columns, to, s.masked);
+    if (from == columns) return;
+    for (Index c = from; c < columns; c += lanes)
+      for (int j = 0; j < keys; ++j) {
+        F sum, y;
+        L::load(to + j * columns + c, sum);
+        for (int l = 0; l < depth; ++l) {
+          I mask;
+          sight.visible(s.first + l / lanes, s.begin + j, mask);
+          if (mask[l % lanes] == 0) continue;
+          L::load(x + l * columns + c, y);
+          sum = sum + p[s.begin - block_begin + j][l] * y;
+        }
+        L::store(to + j * columns + c, sum);
+      }
+  }
+};
+
+}  // namespace COTERIE_FLAGS_NAMESPACE
+}  // namespace coterie::detail

@@ -1,0 +1,183 @@
+// The forward tile: scores, online softmax, values.
+//
+//     S[key][lane]  = sum_d K[key][d] Qt[d][lane]      rows kernel: K's rows broadcast in place
+//     online softmax down the keys, every lane on its own
+//     Ot[d][lane]  += sum_key V[key][d] P[key][lane]   columns kernel: V's rows broadcast in place
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "coterie/kernel/tile.hpp"
+
+namespace coterie::detail {
+inline namespace COTERIE_FLAGS_NAMESPACE {
+
+template <class T, class M>
+struct Forward {
+  using Common = Tile<T, M>;
+  using L = typename M::L;
+  using F = typename L::F;
+  using I = typename L::I;
+  using Integer = typename L::Integer;
+  using Lookout = Sight<T, M>;
+  static constexpr int lanes = L::count, width = M::width;
+  static constexpr T lowest = std::numeric_limits<T>::lowest();
+
+  struct Scratch {
+    T *rows, *q, *scores, *out, *bias, *max, *sum, *factor;
+  };
+
+  static constexpr Index scratch_size(Index d, Index dv, Index bias_count) {
+    return padded(std::max(d, dv)) * width + padded(d) * width + key_block * width + padded(dv) * width +
+           padded(bias_count + 2 * width) + 3 * width;
+  }
+
+  static COTERIE_INLINE void run(const AttentionPart<T>& part, T* scratch) {
+    Scratch f;
+    f.rows = scratch;
+    f.q = f.rows + padded(std::max(part.d, part.dv)) * width;
+    f.scores = f.q + padded(part.d) * width;
+    f.out = f.scores + key_block * width;
+    f.bias = f.out + padded(part.dv) * width;
+    f.max = f.bias + padded(part.bias_count + 2 * width);
+    f.sum = f.max + width;
+    f.factor = f.sum + width;
+    if (part.bias) Common::pad_bias(part, f.bias);
+    for (Index first = 0; first < part.entries; first += width)
+      tile(part, first, static_cast<int>(std::min<Index>(width, part.entries - first)), f);
+  }
+
+  static COTERIE_INLINE void tile(const AttentionPart<T>& part, Index first, int count, const Scratch& f) {
+    Lookout sight;
+    sight.look(part, first, count);
+    const auto q_row = [&](int l) __attribute__((always_inline)) { return part.q.row(part.rows[first + l]); };
+    const auto q_factor = [&](int) __attribute__((always_inline)) { return part.scale; };
+    Common::pack(sight, part.d, f.rows, f.q, q_row, q_factor);
+    for (int v = 0; v < sight.vectors; ++v) {
+      L::store(f.max + v * lanes, F{} + lowest);
+      L::store(f.sum + v * lanes, F{});
+    }
+    std::memset(f.out, 0, static_cast<std::size_t>(padded(part.dv) * width) * sizeof(T));
+
+    const T* k_rows[key_block];
+    const T* v_rows[key_block];
+    for (int key = sight.next_key(0); key != Lookout::none;
+         key = sight.next_key(key / key_block * key_block + key_block)) {
+      const int block_begin = key / key_block * key_block;
+      sight.cut(block_begin);
+      for (int j = sight.low; j < sight.high; ++j) {
+        k_rows[j - block_begin] = part.k.row(part.keys[j]);
+        v_rows[j - block_begin] = part.v.row(part.keys[j]);
+      }
+      // S = K Qt
+      for (int i = 0; i < sight.segment_count; ++i) {
+        const typename Lookout::Segment& s = sight.segments[i];
+        M::scores(k_rows + (s.begin - block_begin), s.end - s.begin, part.d, f.q + s.first * lanes,
+                  f.scores + (s.begin - block_begin) * width + s.first * lanes, s.last - s.first);
+        if (part.bias) Common::add_bias(part, first, sight, s, block_begin, f.bias, f.scores);
+      }
+      // P = exp(S - max), with earlier sums rescaled where the maximum grew
+      const bool rescale = softmax(sight, block_begin, f);
+      if (rescale)
+        for (Index c = 0; c < part.dv; ++c)
+          for (int v = 0; v < sight.vectors; ++v) {
+            F x, factor;
+            L::load(f.out + c * width + v * lanes, x);
+            L::load(f.factor + v * lanes, factor);
+            L::store(f.out + c * width + v * lanes, x * factor);
+          }
+      // Ot += V^T P
+      for (int i = 0; i < sight.segment_count; ++i)
+        Common::accumulate_columns(sight, sight.segments[i], block_begin, v_rows, part.dv, f.scores, f.out);
+    }
+    finish(part, first, sight, f);
+  }
+
+  /// Returns whether any lane's maximum grew after its first block; `factor` then rescales what came before.
+  static COTERIE_INLINE bool softmax(const Lookout& sight, int block_begin, const Scratch& f) {
+    alignas(64) T block_max[width];
+    for (int v = 0; v < sight.vectors; ++v) L::store(block_max + v * lanes, F{} + lowest);
+    for (int i = 0; i < sight.segment_count; ++i) {
+      const typename Lookout::Segment& s = sight.segments[i];
+      for (int v = s.first; v < s.last; ++v) {
+        F best, x;
+        L::load(block_max + v * lanes, best);
+        T* at = f.scores + (s.begin - block_begin) * width + v * lanes;
+        if (s.masked) {
+          for (int j = s.begin; j < s.end; ++j, at += width) {
+            I mask;
+            sight.visible(v, j, mask);
+            L::load(at, x);
+            x = mask ? x : F{} + lowest;
+            L::store(at, x);
+            best = x > best ? x : best;
+          }
+        } else {
+          for (int j = s.begin; j < s.end; ++j, at += width) {
+            L::load(at, x);
+            best = x > best ? x : best;
+          }
+        }
+        L::store(block_max + v * lanes, best);
+      }
+    }
+    Integer grown = 0;
+    for (int v = 0; v < sight.vectors; ++v) {
+      F old, best, sum, factor;
+      L::load(f.max + v * lanes, old);
+      L::load(block_max + v * lanes, best);
+      L::load(f.sum + v * lanes, sum);
+      best = best > old ? best : old;
+      // A lane that has seen nothing yet keeps its state of zeros; its exponents stay finite.
+      const F safe = best == F{} + lowest ? F{} : best;
+      L::exp(old - safe, factor);
+      const I changed = (best > old) & (old > F{} + lowest);
+      for (int l = 0; l < lanes; ++l) grown |= changed[l];
+      factor = changed ? factor : F{} + T(1);
+      L::store(f.max + v * lanes, best);
+      L::store(block_max + v * lanes, safe);
+      L::store(f.factor + v * lanes, factor);
+      L::store(f.sum + v * lanes, sum * factor);
+    }
+    for (int i = 0; i < sight.segment_count; ++i) {
+      const typename Lookout::Segment& s = sight.segments[i];
+      for (int v = s.first; v < s.last; ++v) {
+        F best, sum, x, p;
+        L::load(block_max + v * lanes, best);
+        L::load(f.sum + v * lanes, sum);
+        T* at = f.scores + (s.begin - block_begin) * width + v * lanes;
+        for (int j = s.begin; j < s.end; ++j, at += width) {
+          L::load(at, x);
+          L::exp(x - best, p);
+          sum += p;
+          L::store(at, p);
+        }
+        L::store(f.sum + v * lanes, sum);
+      }
+    }
+    return grown != 0;
+  }
+
+  /// out = Ot / sum, lse = max + log(sum); zero and minus infinity where nothing is seen.
+  static COTERIE_INLINE void finish(const AttentionPart<T>& part, Index first, const Lookout& sight, const Scratch& f) {
+    alignas(64) T inverse[width];
+    for (int l = 0; l < sight.count; ++l) {
+      const bool sees = sight.sees_any(l);
+      inverse[l] = sees ? T(1) / f.sum[l] : T(0);
+      if (part.lse)
+        part.lse[part.target(first + l) * part.lse_stride] =
+            sees ? f.max[l] + std::log(f.sum[l]) : -std::numeric_limits<T>::infinity();
+    }
+    const Index stride = padded(part.dv);
+    M::transpose_out(f.out, sight.vectors, part.dv, f.rows, stride);
+    for (int l = 0; l < sight.count; ++l) {
+      T* to = part.out + part.target(first + l) * part.out_stride;
+      const T* from = f.rows + l * stride;
+      for (Index c = 0; c < part.dv; ++c) to[c] = from[c] * inverse[l];
+    }
+  }
+};
+
+}  // namespace COTERIE_FLAGS_NAMESPACE
+}  // namespace coterie::detail

@@ -1,0 +1,81 @@
+// What an attention kernel gets: one part of a plan for one head, as pointers, intervals and numbers.
+#pragma once
+
+#include <cstdint>
+
+#include "coterie/core/interval.hpp"
+#include "coterie/core/matrix.hpp"
+
+namespace coterie::detail {
+
+/// A read-only source of rows: `row(i)` for i below `rows` lies in `data`, above in `memory`.
+template <class T>
+struct RowSource {
+  const T* data = nullptr;
+  Index stride = 0;
+  Index rows = 0;
+  const T* memory = nullptr;
+  Index memory_stride = 0;
+
+  const T* row(Index i) const { return i < rows ? data + i * stride : memory + (i - rows) * memory_stride; }
+};
+
+/// Rows of a partial sum that belong to key blocks [block_begin, block_end), from row `row` on.
+struct PartialRange {
+  std::int32_t block_begin = 0, block_end = 0;
+  Index row = 0;
+};
+
+/// One part of a plan for one head: what the forward tile reads and writes.
+template <class T>
+struct AttentionPart {
+  Index entries = 0;                      // of this part
+  const std::int32_t* rows = nullptr;     // query row of each entry
+  const Interval* visible = nullptr;      // per entry
+  const Interval* visible_too = nullptr;  // per entry, or null
+  const std::int32_t* keys = nullptr;     // key row of each rank of the group
+  RowSource<T> q, k, v;
+  Index d = 0, dv = 0;
+  T scale = 1;
+  const T* bias = nullptr;  // by distance; see AttentionTerms
+  Index bias_first = 0, bias_count = 0;
+  const std::int32_t* query_positions = nullptr;
+  const std::int32_t* key_positions = nullptr;
+  bool by_entry = false;  // out and lse: row e of the part instead of row rows[e]
+  T* out = nullptr;
+  Index out_stride = 0;
+  T* lse = nullptr;  // or null
+  Index lse_stride = 0;
+
+  Index target(Index entry) const { return by_entry ? entry : rows[entry]; }
+  Index query_position(Index entry) const { return query_positions ? query_positions[rows[entry]] : rows[entry]; }
+  Index key_position(Index rank) const { return key_positions ? key_positions[keys[rank]] : keys[rank]; }
+};
+
+/// What the backward tile reads and writes beside that; out and lse are read.
+template <class T>
+struct AttentionPartGradients {
+  const T* d_out = nullptr;  // by query row
+  Index d_out_stride = 0;
+  const T* weight = nullptr;  // per entry: factor of d_out, or null
+  const T* d_lse = nullptr;   // by query row, or null
+  Index d_lse_stride = 0;
+  bool by_entry = false;  // d_q: row e of the part instead of row rows[e]
+  T* d_q = nullptr;       // added to
+  Index d_q_stride = 0;
+  const PartialRange* ranges = nullptr;  // of the partial sums, ascending
+  Index range_count = 0;
+  T* d_k = nullptr;  // partial sums: rows of padded(d) and padded(dv) numbers, added to
+  T* d_v = nullptr;
+  T* d_bias = nullptr;   // partial sum: bias_count numbers, added to; or null
+  T* d_scale = nullptr;  // partial sum: one number, added to; or null
+};
+
+/// Rows in scratch memory are padded to this many numbers, so that whole vectors fit.
+inline constexpr Index row_padding = 16;
+constexpr Index padded(Index n) { return (n + row_padding - 1) / row_padding * row_padding; }
+
+/// Keys of a block: key lists are cut at multiples of it.
+inline constexpr int key_block = 64;
+
+}  // namespace coterie::detail

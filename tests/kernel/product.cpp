@@ -1,0 +1,127 @@
+#include "coterie/kernel/product.hpp"
+
+#include <cstring>
+
+#include "attention/setup.hpp"
+#include "catch.hpp"
+#include "errors.hpp"
+
+using namespace test;
+
+namespace {
+
+constexpr Index sizes[][3] = {{1, 1, 1}, {1, 64, 17}, {7, 5, 3}, {97, 33, 64}, {200, 70, 49}, {300, 128, 100}};
+
+template <class T>
+double allowed(Index terms) {
+  return double(std::numeric_limits<T>::epsilon()) * 2 * double(terms);
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("product and its gradients: as plain sums in double, on every instruction set", "", float, double) {
+  using T = TestType;
+  for (const auto& [n, in, out] : sizes)
+    for (InstructionSet set : instruction_sets()) {
+      Random random(1);
+      Context context(set);
+      const RowMatrix<T> x = random.matrix<T>(n, in), w = random.matrix<T>(in, out), d_y = random.matrix<T>(n, out);
+      const RowMatrix<double> exact_y = x.template cast<double>() * w.template cast<double>();
+      const RowMatrix<double> exact_d_x = d_y.template cast<double>() * w.template cast<double>().transpose();
+      const RowMatrix<double> exact_d_w = x.template cast<double>().transpose() * d_y.template cast<double>();
+      INFO(n << " x " << in << " x " << out << ", set " << int(set));
+      RowMatrix<T> y = RowMatrix<T>::Constant(n, out, 3), d_x = RowMatrix<T>::Constant(n, in, 3),
+                   d_w = RowMatrix<T>::Constant(in, out, 3);
+      product<T>(x, w, y, context);
+      CHECK(largest_difference(y, exact_y) <= allowed<T>(in));
+      product<T>(x, w, y, context, true);
+      CHECK(largest_difference(y, (2 * exact_y).eval()) <= allowed<T>(4 * in));
+      product_input_gradient<T>(d_y, w, d_x, context);
+      CHECK(largest_difference(d_x, exact_d_x) <= allowed<T>(out));
+      product_input_gradient<T>(d_y, w, d_x, context, true);
+      CHECK(largest_difference(d_x, (2 * exact_d_x).eval()) <= allowed<T>(4 * out));
+      product_weight_gradient<T>(x, d_y, d_w, context);
+      CHECK(largest_difference(d_w, (exact_d_w.array() + 3).matrix().eval()) <= allowed<T>(n + 3));
+    }
+}
+
+TEST_CASE("product: a row's bits depend on that row alone; any number of workers gives the same bits") {
+  Random random(2);
+  const RowMatrix<float> x = random.matrix<float>(260, 37), w = random.matrix<float>(37, 45),
+                         d_y = random.matrix<float>(260, 45);
+  for (InstructionSet set : instruction_sets()) {
+    Context serial(set);
+    RowMatrix<float> y(260, 45), d_w = RowMatrix<float>::Zero(37, 45);
+    product<float>(x, w, y, serial);
+    product_weight_gradient<float>(x, d_y, d_w, serial);
+    for (Index first : {0, 1, 95, 96, 259}) {
+      RowMatrix<float> one(1, 45);
+      product<float>(x.middleRows(first, 1), w, one, serial);
+      CHECK(one == y.row(first));
+    }
+    for (Index workers : {2, 3, 8}) {
+      ThreadPool pool(workers);
+      Workspace workspace;
+      Context context(pool, workspace, set);
+      RowMatrix<float> other(260, 45), other_d_w = RowMatrix<float>::Zero(37, 45);
+      product<float>(x, w, other, context);
+      product_weight_gradient<float>(x, d_y, other_d_w, context);
+      CHECK(other == y);
+      CHECK(other_d_w == d_w);
+    }
+  }
+}
+
+TEST_CASE("product: strided views, nothing written outside") {
+  Random random(3);
+  RowMatrix<float> x = random.matrix<float>(50, 30), w = random.matrix<float>(20, 40);
+  RowMatrix<float> y = RowMatrix<float>::Constant(52, 25, 7);
+  Context context;
+  product<float>(x.block(0, 5, 50, 20), w.block(0, 3, 20, 19), y.block(1, 3, 50, 19), context);
+  const RowMatrix<float> expected = x.block(0, 5, 50, 20) * w.block(0, 3, 20, 19);
+  CHECK(largest_difference(y.block(1, 3, 50, 19).eval(), expected) < 1e-5);
+  y.block(1, 3, 50, 19).setConstant(7);
+  CHECK((y.array() == 7).all());
+}
+
+TEST_CASE("nearest_centroids: as plain sums, the lowest index wins ties") {
+  Random random(4);
+  for (InstructionSet set : instruction_sets()) {
+    Context context(set);
+    for (Index clusters : {1, 2, 64, 65, 150}) {
+      const RowMatrix<double> x = random.matrix<double>(531, 7), centroids = random.matrix<double>(clusters, 7);
+      std::vector<std::int32_t> labels(531, -5);
+      nearest_centroids<double>(x, centroids, labels, context);
+      const RowMatrix<double> scores = x * centroids.transpose();
+      for (Index i = 0; i < 531; ++i) {
+        Index best = 0;
+        scores.row(i).maxCoeff(&best);
+        CHECK(labels[std::size_t(i)] == best);
+      }
+    }
+    RowMatrix<float> same = RowMatrix<float>::Ones(70, 4);
+    same.row(0) *= 0.5f;
+    const RowMatrix<float> x = RowMatrix<float>::Ones(3, 4);
+    std::vector<std::int32_t> labels(3);
+    nearest_centroids<float>(x, same, labels, context);
+    CHECK(labels == std::vector<std::int32_t>{1, 1, 1});
+  }
+}
+
+TEST_CASE("product: wrong shapes are named, and nothing is written") {
+  const RowMatrix<float> x = RowMatrix<float>::Ones(4, 3), w = RowMatrix<float>::Ones(3, 5);
+  RowMatrix<float> y = RowMatrix<float>::Constant(4, 5, 7), small = RowMatrix<float>::Constant(4, 4, 7);
+  RowMatrix<float> square = RowMatrix<float>::Ones(3, 3);
+  std::vector<std::int32_t> labels(2, 9);
+  Context context;
+  const auto says = [](auto&& f, const char* text) { CHECK(contains(message_of<ShapeError>(f), text)); };
+  says([&] { product<float>(x, x, y, context); }, "product: w: expected 3 x 3, got 4 x 3");
+  says([&] { product<float>(x, w, small, context); }, "product: y: expected 4 x 5, got 4 x 4");
+  says([&] { product<float>(square, square, square, context); }, "product: y: expected storage of its own");
+  says([&] { product_input_gradient<float>(y, w, small, context); }, "d_x: expected 4 x 3, got 4 x 4");
+  says([&] { product_weight_gradient<float>(x, y, small, context); }, "d_w: expected 3 x 5, got 4 x 4");
+  says([&] { nearest_centroids<float>(x, square, labels, context); }, "labels: expected 4 labels, got 2");
+  says([&] { nearest_centroids<float>(x, w, labels, context); }, "x: expected 4 x 5, got 4 x 3");
+  CHECK((small.array() == 7).all());
+  CHECK(labels == std::vector<std::int32_t>{9, 9});
+}

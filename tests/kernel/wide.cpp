@@ -1,0 +1,64 @@
+// The 64-byte tiles of AVX-512, compiled for whatever the compiler's flags allow: tested also where no machine runs them.
+#include "coterie/kernel/dispatch.hpp"
+
+#include "attention/setup.hpp"
+#include "catch.hpp"
+
+using namespace test;
+namespace detail = coterie::detail;
+
+namespace {
+
+template <class T>
+using WideMicro = detail::Micro<T, 64, 4, 6>;
+
+template <class T>
+detail::KernelTable<T> wide_table() {
+  using Forward = detail::Forward<T, WideMicro<T>>;
+  using Backward = detail::Backward<T, WideMicro<T>>;
+  detail::KernelTable<T> table = detail::kernels<T>(InstructionSet::baseline);
+  table.forward = [](const detail::AttentionPart<T>& part, T* scratch) { Forward::run(part, scratch); };
+  table.backward = [](const detail::AttentionPart<T>& part, const detail::AttentionPartGradients<T>& gradients,
+                      T* scratch) { Backward::run(part, gradients, scratch); };
+  table.forward_scratch = Forward::scratch_size;
+  table.backward_scratch = Backward::scratch_size;
+  return table;
+}
+
+}  // namespace
+
+TEST_CASE("64-byte tiles: every case as the reference, NaN kept from the past") {
+  const detail::KernelTable<float> table = wide_table<float>();
+  Context context;
+  for (const CaseSizes sizes : {CaseSizes{}, CaseSizes{300, 70, 2, 19}})
+    for (const AttentionCase& c : attention_cases(sizes)) {
+      const Inputs<float> in(c, 2);
+      const auto run_wide = [&](const Inputs<float>& given) {
+        Outputs<float> got(given);
+        AttentionTape<float> tape;
+        const detail::AttentionCall<float> call("test", given.plan, given.q, given.k, given.v, given.config,
+                                                given.terms());
+        detail::forward<float>(call, got.out, &tape, table, context);
+        if (got.lse.rows() > 0) got.lse = tape.lse().eigen();
+        detail::backward<float>(call, got.out, tape, given.d_out, got.d_q, got.d_k, got.d_v, got.terms(given), table,
+                                context);
+        return got;
+      };
+      const Outputs<double> expected = run_reference(in.cast<double>());
+      const Outputs<float> got = run_wide(in);
+      INFO(c.name);
+      CHECK(largest_difference(got.out, expected.out) < 2e-6);
+      CHECK(largest_difference(got.lse, expected.lse) < 4e-6);
+      CHECK(largest_difference(got.d_q, expected.d_q) < 1e-5);
+      CHECK(largest_difference(got.d_k, expected.d_k) < 4e-5);
+      CHECK(largest_difference(got.d_v, expected.d_v) < 4e-5);
+      CHECK(largest_difference(got.d_bias, expected.d_bias) < 4e-4);
+      CHECK(largest_difference(got.d_memory_keys, expected.d_memory_keys) < 4e-5);
+      if (!c.causal) continue;
+      const Index from = in.plan.tokens / 2;
+      Inputs<float> changed = in;
+      changed.k.bottomRows(in.plan.tokens - from).setConstant(std::numeric_limits<float>::quiet_NaN());
+      changed.v.bottomRows(in.plan.tokens - from).setConstant(std::numeric_limits<float>::quiet_NaN());
+      CHECK(run_wide(changed).out.topRows(from) == got.out.topRows(from));
+    }
+}
