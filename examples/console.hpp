@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <string>
@@ -46,10 +47,10 @@ class Stopwatch {
   Clock::time_point start_ = Clock::now();
 };
 
-/// A progress bar: redrawn in place on a terminal, a line every tenth of the way elsewhere.
+/// A progress bar: redrawn in place on a terminal, a few lines elsewhere.
 class Progress {
  public:
-  explicit Progress(std::string label) : label_(std::move(label)) {}
+  explicit Progress(std::string label, int lines = 10) : label_(std::move(label)), lines_(lines) {}
 
   /// `fraction` of the work is done; `details` follow the bar. Cheap when there is nothing to draw.
   template <class Details>
@@ -60,7 +61,7 @@ class Progress {
     if (width > 0 ? drawn_.seconds() < 0.1 && !last && begun_ : fraction < next_line_ && !last) return;
     begun_ = true;
     drawn_.reset();
-    next_line_ = std::max(0.1, static_cast<double>(static_cast<int>(fraction * 10 + 1e-9) + 1) / 10);
+    next_line_ = (std::floor(fraction * lines_ + 1e-9) + 1) / lines_;
 
     const double seconds = clock_.seconds();
     const double left = fraction > 0 ? seconds * (1 - fraction) / fraction : 0;
@@ -80,8 +81,9 @@ class Progress {
 
  private:
   std::string label_;
+  double lines_;
   Stopwatch clock_, drawn_;
-  double next_line_ = 0;
+  double next_line_ = lines_ > 1 ? 0 : 1;
   bool begun_ = false;
 };
 

@@ -300,7 +300,7 @@ Bytes generate(const Model& model, Model::Tape& tape, Bytes prompt, Index count,
                coterie::Context& context) {
   constexpr double temperature = 0.6;
   transformer::Random random(static_cast<std::uint64_t>(settings.seed) + 2000);
-  examples::Progress progress("writing");
+  examples::Progress progress("writing", 1);
   for (Index i = 0; i < count; ++i) {
     const Index length = std::min({static_cast<Index>(prompt.size()), settings.context, text_context});
     const std::vector<std::int32_t> tokens(prompt.end() - length, prompt.end());
