@@ -44,6 +44,8 @@ struct CheckedInput {
   std::span<const std::int32_t> positions;
 };
 
+inline namespace COTERIE_FLAGS_NAMESPACE {
+
 /// Logit scales of a group of heads with a gain, in scratch of the context: gain/sqrt(d); empty for the others: 1/sqrt(d).
 template <class T>
 std::span<const double> logit_scales(const LayerParts<T>& layer, const HeadGroup& group, Arena& arena) {
@@ -286,4 +288,5 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
   project_backward<T>(layer, group, in.input.x, d_projected, d_k, d_v.rows(0, n), d_x, gradients, context);
 }
 
+}  // namespace COTERIE_FLAGS_NAMESPACE
 }  // namespace coterie::detail

@@ -6,8 +6,10 @@
 #include <span>
 
 #include "coterie/core/context.hpp"
+#include "coterie/kernel/lanes.hpp"
 
 namespace coterie::detail {
+inline namespace COTERIE_FLAGS_NAMESPACE {
 
 /// Calls f(first, last, task, worker) for chunks of `size` rows; where they are cut does not depend on the workers.
 template <class F>
@@ -134,4 +136,5 @@ void convolve_backward(ConstView<T> x, ConstView<T> taps, Index count, std::span
   });
 }
 
+}  // namespace COTERIE_FLAGS_NAMESPACE
 }  // namespace coterie::detail
