@@ -54,10 +54,10 @@ struct PartialSums {
 template <class T>
 class Wave {
  public:
-  /// Takes tasks from `begin` on until memory for their sums reaches a limit; at least one.
+  /// Takes tasks from `begin` on until memory for their sums reaches a limit; at least one for every worker.
   Wave(const AttentionCall<T>& call, const HeadTasks& tasks, Index begin, const AttentionTermGradients<T>& gradients,
        Index workers, Arena& arena) {
-    constexpr Index limit = Index(16) << 20;  // numbers
+    constexpr Index limit = Index(4) << 20;  // numbers
     const Index most = std::min(tasks.count() - begin, 8 * workers);
     task_begin_ = arena.take<Index>(most + 1);
     Index part_count = 0;
@@ -67,7 +67,7 @@ class Wave {
     }
     parts_ = arena.take<PartialSums<T>>(part_count);
     Index parts = 0, numbers = 0;
-    for (; tasks_ < most && (tasks_ == 0 || numbers < limit); ++tasks_) {
+    for (; tasks_ < most && (tasks_ < workers || numbers < limit); ++tasks_) {
       task_begin_[tasks_] = parts;
       const auto [head, task] = tasks[begin + tasks_];
       const AttentionPlan& plan = call.plan(head);

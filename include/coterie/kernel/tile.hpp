@@ -69,7 +69,7 @@ struct Tile {
                                       const typename Lookout::Segment& s, int block_begin, const T* table, T* scores) {
     for (int key = s.begin; key < s.end; ++key)
       for (int v = s.first; v < s.last; ++v) {
-        F x, b;
+        F x, b{};
         T* at = scores + (key - block_begin) * width + v * lanes;
         L::load(at, x);
         if (bias_in_place(part, first, sight, v, key)) {
@@ -86,9 +86,9 @@ struct Tile {
                                                T* table) {
     for (int key = s.begin; key < s.end; ++key)
       for (int v = s.first; v < s.last; ++v) {
-        F x, b;
+        F x, b{};
         L::load(d_scores + (key - block_begin) * width + v * lanes, x);
-        if (bias_in_place(part, first, sight, v, key)) {
+        if ((v + 1) * lanes <= sight.count && bias_in_place(part, first, sight, v, key)) {
           T* at = table + bias_column(part, first, sight, v * lanes, key);
           L::load(at, b);
           L::store(at, b + x);
