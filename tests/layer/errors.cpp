@@ -101,9 +101,10 @@ TEST_CASE("inputs that do not fit are refused, by all three, and nothing is writ
     value("offsets", [](Call& c) { c.offsets = {0, 6, 5, 12}; });
     value("offsets", [](Call& c) { c.offsets = {0, 13, 12}; });
     value("offsets", [](Call& c) { c.offsets = {0}; });
+    value("offsets", [](Call& c) { c.offsets = {0, 12, 0}; });
     value("offsets", [](Call& c) { c.offsets = {0, std::numeric_limits<Index>::max()}; });
-    value("source", [](Call& c) { c.source = c.x; });
-    value("source", [](Call& c) { c.source_offsets = {0, 12}; });
+    value("source_offsets", [](Call& c) { c.source_offsets = {0, 12}; });
+    value("source", [](Call& c) { c.source = c.x; });  // heads of this layer share queries and keys
     value("routes", [](Call& c) { c.routes.assign(23, 0); });
     value("routes", [](Call& c) { c.routes.assign(24, 5); });
     value("routes", [](Call& c) { c.routes.assign(24, -2); });
@@ -140,6 +141,54 @@ TEST_CASE("outputs that do not fit or share memory are refused, and nothing is w
   }
 }
 
+TEST_CASE("sources that do not fit are refused, and nothing is written") {
+  RoutingAttentionConfig separate = config;
+  separate.shared_qk = false;
+  const auto with_source = [&](auto spoil) {
+    return [=](Call& c) {
+      c.layer = Layer(separate);
+      c.gradients = c.layer.zero_gradients();
+      c.source = view(c.memory).rows(52, 8);
+      c.source_offsets = {0, 3, 8};
+      RowMatrix<float> y(12, 10);
+      c.layer.forward(c.input(), y, c.tape, c.context);
+      spoil(c);
+    };
+  };
+  for (const auto& act : {forward, forward_tape, backward}) {
+    const auto shape = [&](const char* argument, auto spoil) {
+      refuses(Expected::shape, argument, with_source(spoil), act);
+    };
+    const auto value = [&](const char* argument, auto spoil) {
+      refuses(Expected::value, argument, with_source(spoil), act);
+    };
+    shape("source", [](Call& c) { c.source = c.source.columns(0, 9); });
+    value("source", [](Call& c) { c.source = c.source.rows(0, 0); });
+    value("source_offsets", [](Call& c) { c.source_offsets = {0, 8}; });
+    value("source_offsets", [](Call& c) { c.source_offsets = {0, 9, 8}; });
+    value("source_offsets", [](Call& c) { c.source_offsets = {}; });
+    value("source_offsets", [](Call& c) { c.offsets = {}; });
+    value("routes", [](Call& c) { c.routes.assign(24, 0); });
+  }
+  for (const auto& act : {forward, forward_tape})
+    refuses(Expected::shape, "y", with_source([](Call& c) { c.source = view(c.memory).rows(24, 8); }), act);
+  const auto shape = [&](const char* argument, auto spoil) {
+    refuses(Expected::shape, argument, with_source(spoil), backward);
+  };
+  shape("d_source", [](Call&) {});
+  shape("d_source", [](Call& c) { c.d_source = view(c.memory).rows(12, 7); });
+  shape("d_source", [](Call& c) { c.d_source = view(c.memory).rows(4, 8); });
+  shape("d_source", [](Call& c) { c.d_source = view(c.memory).rows(48, 8); });
+  shape("d_source", [](Call& c) { c.d_source = view(c.memory).rows(51, 8); });
+  shape("d_x", [](Call& c) { c.source = view(c.memory).rows(50, 8); });
+  shape("tape", [](Call& c) { c.source = c.source.rows(0, 7), c.source_offsets = {0, 3, 7}; });
+  shape("tape", [](Call& c) { c.source = {}, c.source_offsets = {}; });
+  // And a good one passes.
+  Call call;
+  with_source([](Call& c) { c.d_source = view(c.memory).rows(12, 8); })(call);
+  backward(call);
+}
+
 TEST_CASE("backward refuses what does not fit, and adds nothing") {
   const auto shape = [&](const char* argument, auto spoil) { refuses(Expected::shape, argument, spoil, backward); };
   const auto value = [&](const char* argument, auto spoil) { refuses(Expected::value, argument, spoil, backward); };
@@ -149,7 +198,7 @@ TEST_CASE("backward refuses what does not fit, and adds nothing") {
   shape("d_x", [](Call& c) { c.d_x = c.d_x.columns(0, 9); });
   shape("d_x", [](Call& c) { c.d_x = view(c.memory).rows(5, 12); });
   shape("d_x", [](Call& c) { c.d_y = view(c.memory).rows(40, 12); });
-  value("d_source", [](Call& c) { c.d_source = view(c.memory).rows(52, 2); });
+  shape("d_source", [](Call& c) { c.d_source = view(c.memory).rows(52, 2); });
   shape("gradients.w_o", [](Call& c) { c.gradients.w_o.resize(3, 3), c.gradients.w_o.setZero(); });
   shape("gradients.b_q", [](Call& c) { c.gradients.b_q.resize(0, 0); });
   shape("tape", [](Call& c) { c.x = view(c.memory).rows(0, 11), c.offsets = {}; });

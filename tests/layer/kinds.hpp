@@ -73,6 +73,10 @@ inline std::vector<Kind> kinds() {
     c.causal = true;
     c.routing = Routing::random;
   });
+  add("causal: random induction", [](auto& c) {
+    c.causal = c.induction = true;
+    c.routing = Routing::random;
+  });
   add("causal: dense", [](auto& c) {
     c.causal = true;
     c.routing = Routing::dense;

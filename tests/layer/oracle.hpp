@@ -13,23 +13,29 @@ struct Oracle {
   const RoutingAttentionConfig& c;  // resolved
   const Parameters<double>& p;
   std::vector<Index> offsets;  // sequences + 1
-  // labels(head, token) of the queries and keys of the routed heads; unused where routing is dense.
-  std::vector<std::vector<std::int32_t>> query_labels, key_labels;
+  // Of the queries and keys of the routed heads; unused where routing is dense.
+  std::vector<std::vector<std::int32_t>> query_labels = {}, key_labels = {};
+  std::vector<Index> key_offsets = offsets;  // of the source, if there is one
+  ConstView<double> source = {};
 
   bool local(Index head) const { return head < c.heads - c.routed_heads; }
   bool induction(Index head) const { return local(head) ? c.local_induction : c.induction; }
   bool shared(Index head) const { return local(head) ? c.local_induction : *c.shared_qk; }
 
-  Index begin_of(Index i) const {
+  static Index sequence_of(const std::vector<Index>& bounds, Index i) {
     Index s = 0;
-    while (offsets[static_cast<std::size_t>(s + 1)] <= i) ++s;
-    return offsets[static_cast<std::size_t>(s)];
+    while (bounds[static_cast<std::size_t>(s + 1)] <= i) ++s;
+    return s;
   }
-  Index end_of(Index i) const {
-    Index s = 0;
-    while (offsets[static_cast<std::size_t>(s + 1)] <= i) ++s;
-    return offsets[static_cast<std::size_t>(s + 1)];
+  static Index at(const std::vector<Index>& bounds, Index s) { return bounds[static_cast<std::size_t>(s)]; }
+
+  // Where a query is among the keys of its sequence, and where a key is.
+  Index query_place(Index i) const {
+    const Index s = sequence_of(offsets, i), own = i - at(offsets, s);
+    const Index tokens = at(offsets, s + 1) - at(offsets, s), keys = at(key_offsets, s + 1) - at(key_offsets, s);
+    return c.causal ? own + keys - tokens : own * keys / tokens;
   }
+  Index key_place(Index j) const { return j - at(key_offsets, sequence_of(key_offsets, j)); }
 
   static std::vector<double> normalise(std::vector<double> x) {
     double mean = 0, square = 0;
@@ -74,7 +80,7 @@ struct Oracle {
     if (induction(head) && c.key_taps > 0) {
       std::vector<double> sum(static_cast<std::size_t>(c.head_dim), 0.0);
       const Index taps = before(head, [&](Index h) { return induction(h); }) * c.key_taps;
-      for (Index t = 0; t < c.key_taps && i - t >= begin_of(i); ++t) {
+      for (Index t = 0; t < c.key_taps && t <= query_place(i); ++t) {
         const auto q = project(x, i - t, p.w_q, p.b_q, head);
         for (Index j = 0; j < c.head_dim; ++j)
           sum[static_cast<std::size_t>(j)] += p.taps(taps + t, j) * q[static_cast<std::size_t>(j)];
@@ -83,55 +89,54 @@ struct Oracle {
     }
     std::vector<double> q = project(x, i, p.w_q, p.b_q, head);
     if (shared(head)) return normalise(q);
-    if (local(head) && c.local_positions == LocalPositions::rotary) rotate(q, i - begin_of(i));
+    if (local(head) && c.local_positions == LocalPositions::rotary) rotate(q, query_place(i));
     return q;
   }
 
   std::vector<double> key(ConstView<double> x, Index i, Index head) const {
     if (shared(head)) return query(x, i, head);
     std::vector<double> k = project(x, i, p.w_k, p.b_k, before(head, [&](Index h) { return !shared(h); }));
-    if (local(head) && c.local_positions == LocalPositions::rotary) rotate(k, i - begin_of(i));
+    if (local(head) && c.local_positions == LocalPositions::rotary) rotate(k, key_place(i));
     return k;
   }
 
   std::vector<Index> visible(Index i, Index head) const {
+    const Index s = sequence_of(offsets, i), place = query_place(i);
     std::vector<Index> keys;
-    Self self = Self::visible;
-    if (local(head)) {
-      for (Index j = begin_of(i); j < end_of(i); ++j)
-        if (j > i - c.local_window && j <= i + c.lookahead) keys.push_back(j);
-      if (c.local_induction) self = Self::never;
-    } else {
-      self = *c.self;
-      const auto r = static_cast<std::size_t>(head - (c.heads - c.routed_heads));
-      std::vector<Index> members;
-      Index up_to = 0;
-      for (Index j = begin_of(i); j < end_of(i); ++j) {
-        const bool member = c.routing == Routing::dense || (query_labels[r][static_cast<std::size_t>(i)] >= 0 &&
-                                                            query_labels[r][static_cast<std::size_t>(i)] ==
-                                                                key_labels[r][static_cast<std::size_t>(j)]);
-        if (!member) continue;
-        members.push_back(j);
-        up_to += j <= i;
+    Self self = local(head) ? (c.local_induction ? Self::never : Self::visible) : *c.self;
+    std::vector<Index> members;
+    Index up_to = 0;
+    for (Index j = at(key_offsets, s); j < at(key_offsets, s + 1); ++j) {
+      bool member = true;
+      if (local(head)) {
+        member = key_place(j) > place - c.local_window && key_place(j) <= place + c.lookahead;
+      } else if (c.routing != Routing::dense) {
+        const auto r = static_cast<std::size_t>(head - (c.heads - c.routed_heads));
+        const auto label = query_labels[r][static_cast<std::size_t>(i)];
+        member = label >= 0 && label == key_labels[r][static_cast<std::size_t>(j)];
       }
-      for (Index rank = 0; rank < static_cast<Index>(members.size()); ++rank) {
-        bool in = true;
-        if (c.causal) in = rank < up_to;
-        if (c.routing != Routing::dense)
-          in = in && (c.causal ? rank >= up_to - c.window
-                               : rank >= up_to - (c.window + 1) / 2 && rank < up_to + c.window / 2);
-        if (in) keys.push_back(members[static_cast<std::size_t>(rank)]);
-      }
+      if (!member) continue;
+      members.push_back(j);
+      up_to += key_place(j) <= place;
+    }
+    for (Index rank = 0; rank < static_cast<Index>(members.size()); ++rank) {
+      bool in = true;
+      if (c.causal) in = rank < up_to;
+      if (!local(head) && c.routing != Routing::dense)
+        in = in &&
+             (c.causal ? rank >= up_to - c.window : rank >= up_to - (c.window + 1) / 2 && rank < up_to + c.window / 2);
+      if (in) keys.push_back(members[static_cast<std::size_t>(rank)]);
     }
     std::vector<Index> others;
     for (const Index j : keys)
-      if (j != i) others.push_back(j);
+      if (key_place(j) != place) others.push_back(j);
     if (self == Self::never || (self == Self::only_if_alone && !others.empty())) return others;
     return keys;
   }
 
   /// y of row i.
   std::vector<double> row(ConstView<double> x, Index i) const {
+    const ConstView<double> from = source.rows() > 0 ? source : x;
     std::vector<double> y(static_cast<std::size_t>(c.model_dim), 0.0);
     for (Index head = 0; head < c.heads; ++head) {
       const std::vector<double> q = query(x, i, head);
@@ -140,12 +145,12 @@ struct Oracle {
       std::vector<double> out(static_cast<std::size_t>(c.head_dim), 0.0);
       double total = 0;
       for (const Index j : visible(i, head)) {
-        const std::vector<double> k = key(x, j, head);
+        const std::vector<double> k = key(from, j, head);
         double logit = 0;
         for (std::size_t l = 0; l < q.size(); ++l) logit += scale * q[l] * k[l];
         if (local(head) && !c.local_induction && c.local_positions == LocalPositions::bias)
-          logit += p.distance_bias(head, i - j + c.lookahead);
-        const std::vector<double> v = project(x, induction(head) ? j + 1 : j, p.w_v, p.b_v, head);
+          logit += p.distance_bias(head, query_place(i) - key_place(j) + c.lookahead);
+        const std::vector<double> v = project(from, induction(head) ? j + 1 : j, p.w_v, p.b_v, head);
         for (std::size_t l = 0; l < v.size(); ++l) out[l] += std::exp(logit) * v[l];
         total += std::exp(logit);
       }

@@ -56,7 +56,7 @@ TEMPLATE_TEST_CASE("the layer computes its formula, of every kind", "", float, d
         layer.forward(input, y, context);
         REQUIRE(same_bits<TestType>(y, y_kept));
 
-        Oracle oracle{layer.config(), exact.parameters(), ragged ? offsets : std::vector<Index>{0, n}, {}, {}};
+        Oracle oracle{layer.config(), exact.parameters(), ragged ? offsets : std::vector<Index>{0, n}};
         read_labels(tape, layer.config(), oracle);
         RowMatrix<double> expected(n, 10);
         for (Index i = 0; i < n; ++i) {
@@ -65,6 +65,86 @@ TEMPLATE_TEST_CASE("the layer computes its formula, of every kind", "", float, d
         }
         REQUIRE(largest_difference(y, expected) < (sizeof(TestType) == 4 ? 2e-5 : 1e-12));
       }
+  }
+}
+
+TEST_CASE("cross-attention computes its formula and gradients") {
+  const Index n = 13, m = 19;
+  const std::vector<Index> one = {0, n}, one_source = {0, m}, several = {0, 3, 3, 4, 12, n},
+                           several_source = {0, 2, 4, 4, 18, m};
+  for (const Kind& kind : kinds()) {
+    Kind cross = kind;
+    cross.config.shared_qk = false;
+    cross.config.self = Self::visible;
+    if (kind.config.induction || kind.config.local_induction) continue;
+    for (const bool ragged : {false, true}) {
+      INFO(kind.name << ", ragged " << ragged);
+      RoutingAttention<double> layer = make_layer<double>(cross.config);
+      Random random(7);
+      RowMatrix<double> x = 2 * random.matrix<double>(n, 10), source = 2 * random.matrix<double>(m, 10);
+      const RowMatrix<double> d_y = random.matrix<double>(n, 10);
+      const auto& offsets = ragged ? several : one;
+      const auto& source_offsets = ragged ? several_source : one_source;
+      const Input<double> input(x, offsets, source, source_offsets, 3);
+      RowMatrix<double> y(n, 10), y_kept(n, 10);
+      Context context;
+      RoutingAttention<double>::Tape tape;
+      layer.forward(input, y_kept, tape, context);
+      layer.forward(input, y, context);
+      REQUIRE(same_bits<double>(y, y_kept));
+      Oracle oracle{layer.config(), layer.parameters(), offsets, {}, {}, source_offsets, source};
+      read_labels(tape, layer.config(), oracle);
+      double worst = 0;
+      for (Index i = 0; i < n; ++i) {
+        const std::vector<double> row = oracle.row(x, i);
+        for (Index j = 0; j < 10; ++j) worst = std::max(worst, std::abs(row[static_cast<std::size_t>(j)] - y(i, j)));
+      }
+      REQUIRE(worst < 1e-12);
+
+      // Gradients, where a small step changes no label: of the source and x on its way.
+      Parameters<double> gradients = layer.zero_gradients();
+      RowMatrix<double> d_x = RowMatrix<double>::Constant(n, 10, -0.25),
+                        d_source = RowMatrix<double>::Constant(m, 10, 2);
+      layer.backward(input, tape, d_y, InputGradient<double>(d_x, d_source), gradients, context);
+      const auto check = [&](RowMatrix<double>& value, const RowMatrix<double>& gradient, double start) {
+        for (Index i = 0; i < value.size(); ++i) {
+          const double old = value.data()[i], step = 1e-6;
+          value.data()[i] = old + step;
+          layer.forward(input, y, context);
+          const double up = y.cwiseProduct(d_y).sum();
+          value.data()[i] = old - step;
+          layer.forward(input, y, context);
+          const double down = y.cwiseProduct(d_y).sum();
+          value.data()[i] = old;
+          REQUIRE(gradient.data()[i] - start == Approx((up - down) / (2 * step)).epsilon(1e-6).margin(1e-7));
+        }
+      };
+      check(x, d_x, -0.25);
+      check(source, d_source, 2);
+      RowMatrix<double> zero = RowMatrix<double>::Zero(10, gradients.w_k.cols());
+      check(layer.parameters().w_k, gradients.w_k, 0);
+      check(layer.parameters().w_v, gradients.w_v, 0);
+      REQUIRE(gradients.w_k != zero);
+      layer.update_router(tape, context);
+      if (!layer.routers().empty()) REQUIRE(layer.routers()[0].updates() == 1);
+    }
+  }
+}
+
+TEST_CASE("cross-attention to itself has the bits of self-attention") {
+  const Index n = 37;
+  for (const Kind& kind : kinds()) {
+    if (kind.config.causal && kind.config.shared_qk != false && kind.config.routed_heads > 0) continue;
+    if (kind.config.shared_qk == true || kind.config.self == Self::never || kind.config.local_induction) continue;
+    INFO(kind.name);
+    const RoutingAttention<float> layer = make_layer<float>(kind.config);
+    const RowMatrix<float> x = Random(3).matrix<float>(n, 10), copy = x;
+    RowMatrix<float> y(n, 10), cross(n, 10);
+    Context context;
+    const std::vector<Index> offsets = three_sequences(n);
+    layer.forward({x, offsets}, y, context);
+    layer.forward({x, offsets, copy, offsets}, cross, context);
+    REQUIRE(same_bits<float>(y, cross));
   }
 }
 
@@ -78,7 +158,7 @@ TEST_CASE("routed heads go to the nearest centroid of their normalised queries a
     Context context;
     RoutingAttention<double>::Tape tape;
     layer.forward(x, y, tape, context);
-    const Oracle oracle{layer.config(), layer.parameters(), {0, n}, {}, {}};
+    const Oracle oracle{layer.config(), layer.parameters(), {0, n}};
     const auto nearest = [&](Index h, const std::vector<double>& row) {
       const ConstView<double> centroids = layer.routers()[static_cast<std::size_t>(h)].centroids();
       Index best = 0;
@@ -193,11 +273,14 @@ TEST_CASE("no token, and one token, are inputs like others") {
     Context context;
     RoutingAttention<float>::Tape tape;
     Parameters<float> gradients = layer.zero_gradients();
-    for (const Index n : {Index(0), Index(1)}) {
+    const std::vector<Index> none = {0}, empty = {0, 0, 0};
+    for (const auto& [n, offsets] :
+         {std::pair(Index(0), std::span<const Index>()), std::pair(Index(0), std::span(none)),
+          std::pair(Index(0), std::span(empty)), std::pair(Index(1), std::span<const Index>())}) {
       const RowMatrix<float> x = Random(1).matrix<float>(n, 10), d_y = x;
       RowMatrix<float> y(n, 10), d_x = RowMatrix<float>::Zero(n, 10);
-      layer.forward(x, y, tape, context);
-      layer.backward(x, tape, d_y, d_x, gradients, context);
+      layer.forward({x, offsets}, y, tape, context);
+      layer.backward({x, offsets}, tape, d_y, d_x, gradients, context);
       layer.update_router(tape, context);
       REQUIRE(tape.tokens() == n);
       REQUIRE(y.allFinite());

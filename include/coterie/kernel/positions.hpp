@@ -40,7 +40,7 @@ class Rotary {
   Index half() const { return half_; }
 
   /// Turns every row of x by its position, in place.
-  /// Shapes: x tokens x heads*d, positions tokens, not negative.
+  /// Shapes: x tokens x heads*d, positions tokens.
   /// Formula: (x_j, x_j+h) = (x_j cos a - x_j+h sin a, x_j+h cos a + x_j sin a), a = position * base^(-j/h).
   /// Requires: shapes that fit, otherwise ShapeError.
   /// Overwrites x.
@@ -64,7 +64,7 @@ class Rotary {
   // Cosine and sine of the current block of positions, and of the current position.
   struct Angles {
     double *block_cos, *block_sin, *cos, *sin;
-    Index current = -1;
+    Index current = 1;  // not a multiple of the block: none yet
   };
 
   template <class T>
@@ -80,7 +80,7 @@ class Rotary {
       Arena& arena = context.workspace().worker(worker);
       Arena::Scope scope(arena);
       double* const scratch = arena.take<double>(4 * half_);
-      Angles angles{scratch, scratch + half_, scratch + 2 * half_, scratch + 3 * half_, -1};
+      Angles angles{scratch, scratch + half_, scratch + 2 * half_, scratch + 3 * half_};
       const Index last = std::min(x.rows(), (task + 1) * block);
       for (Index i = task * block; i < last; ++i)
         turn(x.row(i), x.cols() / heads, heads, positions[static_cast<std::size_t>(i)], sign, angles);
@@ -89,7 +89,7 @@ class Rotary {
 
   template <class T>
   void turn(T* x, Index width, Index heads, Index position, double sign, Angles& a) const {
-    const Index from = position / block * block;
+    const Index from = (position >= 0 ? position : position - (block - 1)) / block * block;  // rounded down
     if (a.current != from) {
       for (Index j = 0; j < half_; ++j) {
         const double angle = static_cast<double>(from) * frequency_[static_cast<std::size_t>(j)];

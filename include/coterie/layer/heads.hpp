@@ -37,11 +37,35 @@ struct LayerParts {
   }
 };
 
-/// An input whose arguments have been checked, with the place of every row in its sequence.
+/// The layer of a resolved config, with its first weights and centroids.
+template <class T>
+LayerParts<T> make_layer_parts(const RoutingAttentionConfig& c) {
+  LayerParts<T> layer{c, Heads(c), initial_parameters<T>(c), {}, {}};
+  if (layer.heads.local.count > 0 && layer.rotates(layer.heads.local)) layer.rotary = Rotary(c.head_dim);
+  if (c.routing != Routing::learned) return layer;
+  const auto stream = static_cast<std::uint64_t>(LayerStream::centroids);
+  for (Index h = 0; h < c.routed_heads; ++h) {
+    const std::uint64_t seed = random_bits(c.seed, stream, static_cast<std::uint64_t>(h));
+    layer.routers.emplace_back(KMeansConfig{.clusters = c.clusters, .dim = c.head_dim, .decay = c.decay, .seed = seed});
+  }
+  return layer;
+}
+
+/// An input whose arguments have been checked: where queries and keys come from, and their places in their sequences.
 template <class T>
 struct CheckedInput {
   const Input<T>& input;
-  std::span<const std::int32_t> positions;
+  ConstView<T> x, keys;  ///< keys: the source, or x itself
+  std::span<const std::int32_t> places, key_places;
+  bool crosses = false;  ///< keys come from a source
+
+  CheckedInput(const Input<T>& from, const Places& where)
+      : input(from),
+        x(from.x),
+        keys(from.crosses() ? from.source : from.x),
+        places(where.queries),
+        key_places(from.crosses() ? where.keys : where.queries),
+        crosses(from.crosses()) {}
 };
 
 inline namespace COTERIE_FLAGS_NAMESPACE {
@@ -69,85 +93,92 @@ AttentionTerms<T> attention_terms(const LayerParts<T>& layer, const HeadGroup& g
 
 /// The values that attention reads: of induction heads, key j carries the value of row j + 1.
 template <class M>
-M carried_values(const HeadGroup& group, M v, Index tokens) {
-  return v.rows(group.induction ? 1 : 0, tokens);
+M carried_values(const HeadGroup& group, M v, Index keys) {
+  return v.rows(group.induction ? 1 : 0, keys);
 }
 
 /// q, k, v = x w + b, of the group's columns.
 template <class T>
-void project(const LayerParts<T>& layer, const HeadGroup& group, ConstView<T> x, const HeadsMatrices<T>& m,
+void project(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, const HeadsMatrices<T>& m,
              Context& context) {
   const Parameters<T>& p = layer.parameters;
   const Index first = group.first_col(), cols = group.cols(), key_first = group.key_first * group.head_dim;
   const bool bias = layer.config.bias;
   // q = x w_q + b_q
-  product<T>(x, view(p.w_q).columns(first, cols), m.q, context);
+  product<T>(in.x, view(p.w_q).columns(first, cols), m.q, context);
   if (bias) add_bias(m.q, p.b_q.data() + first, context);
   if (!group.shared) {
     // k = x w_k + b_k
-    product<T>(x, view(p.w_k).columns(key_first, cols), m.k, context);
+    product<T>(in.keys, view(p.w_k).columns(key_first, cols), m.k, context);
     if (bias) add_bias(m.k, p.b_k.data() + key_first, context);
   }
   // v = x w_v + b_v
-  const View<T> v = m.v.rows(0, x.rows());
-  product<T>(x, view(p.w_v).columns(first, cols), v, context);
+  const View<T> v = m.v.rows(0, in.keys.rows());
+  product<T>(in.keys, view(p.w_v).columns(first, cols), v, context);
   if (bias) add_bias(v, p.b_v.data() + first, context);
-  if (group.induction) m.v.rows(x.rows(), 1).fill(0);  // the last row has no next value, and nobody sees it
+  if (group.induction) m.v.rows(in.keys.rows(), 1).fill(0);  // the last row has no next value, and nobody sees it
 }
 
-/// Undoes project: adds into d_x and the gradients of its weights.
+/// Undoes project: adds into the gradients of x, of the keys' source (x itself or another) and of the weights.
 template <class T>
-void project_backward(const LayerParts<T>& layer, const HeadGroup& group, ConstView<T> x, ConstView<T> d_q,
-                      ConstView<T> d_k, ConstView<T> d_v, View<T> d_x, Parameters<T>& gradients, Context& context) {
+void project_backward(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, ConstView<T> d_q,
+                      ConstView<T> d_k, ConstView<T> d_v, View<T> d_x, View<T> d_keys, Parameters<T>& gradients,
+                      Context& context) {
   const Parameters<T>& p = layer.parameters;
   const Index first = group.first_col(), cols = group.cols(), key_first = group.key_first * group.head_dim;
-  const auto undo = [&](const RowMatrix<T>& w, Index from, ConstView<T> d, RowMatrix<T>& d_w, RowMatrix<T>& d_b) {
+  const auto undo = [&](ConstView<T> x, const RowMatrix<T>& w, Index from, ConstView<T> d, View<T> d_input,
+                        RowMatrix<T>& d_w, RowMatrix<T>& d_b) {
     product_weight_gradient<T>(x, d, view(d_w).columns(from, cols), context);
-    product_input_gradient<T>(d, view(w).columns(from, cols), d_x, context, true);
+    product_input_gradient<T>(d, view(w).columns(from, cols), d_input, context, true);
     if (layer.config.bias) add_bias_backward(d, d_b.data() + from, context);
   };
-  undo(p.w_q, first, d_q, gradients.w_q, gradients.b_q);
-  if (!group.shared) undo(p.w_k, key_first, d_k, gradients.w_k, gradients.b_k);
-  undo(p.w_v, first, d_v, gradients.w_v, gradients.b_v);
+  undo(in.x, p.w_q, first, d_q, d_x, gradients.w_q, gradients.b_q);
+  if (!group.shared) undo(in.keys, p.w_k, key_first, d_k, d_keys, gradients.w_k, gradients.b_k);
+  undo(in.keys, p.w_v, first, d_v, d_keys, gradients.w_v, gradients.b_v);
 }
 
-/// Labels of the routed heads, from the input, drawn, or by their routers.
+/// The piece of labels, heads x rows, that belongs to a head.
+template <class L>
+std::span<L> labels_of(std::span<L> all, Index head, Index rows) {
+  return all.subspan(static_cast<std::size_t>(head * rows), static_cast<std::size_t>(rows));
+}
+
+/// Labels of queries and keys of the routed heads: given, drawn, or by their routers.
 template <class T>
 void assign_labels(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
                    const HeadsMatrices<T>& m, HeadsPlans& plans, Context& context) {
-  const Index n = in.input.x.rows(), d = group.head_dim, all = group.count * n;
-  const auto of_head = [n](std::span<std::int32_t> labels, Index h) {
-    return labels.subspan(static_cast<std::size_t>(h * n), static_cast<std::size_t>(n));
-  };
-  const std::span<std::int32_t> queries = HeadsPlans::grow(plans.query_labels, all);
-  const bool learned = layer.config.routing == Routing::learned && in.input.routes.empty();
-  const bool own_keys = learned && !group.shared;
-  const std::span<std::int32_t> keys = HeadsPlans::grow(plans.key_labels, own_keys ? all : 0);
-
-  if (!in.input.routes.empty()) {
-    std::copy(in.input.routes.begin(), in.input.routes.end(), queries.begin());
-  } else if (!learned) {
-    const auto stream = static_cast<std::uint64_t>(LayerStream::routes);
-    const std::uint64_t step = random_bits(layer.config.seed, stream, in.input.step);
-    for (Index h = 0; h < group.count; ++h) {
-      const std::uint64_t seed = random_bits(step, stream, static_cast<std::uint64_t>(h));
-      const std::span<std::int32_t> labels = of_head(queries, h);
-      for (std::size_t i = 0; i < labels.size(); ++i)
-        labels[i] = random_label(seed, in.positions[i], layer.config.clusters);
-    }
-  } else {
-    Arena& arena = context.workspace().shared();
-    Arena::Scope scope(arena);
-    const View<T> rows = own_keys ? arena.matrix<T>(n, d) : View<T>();
-    for (Index h = 0; h < group.count; ++h) {
-      const OnlineKMeans<T>& router = layer.routers[static_cast<std::size_t>(h)];
-      const auto assign = [&](View<T> from, std::span<std::int32_t> labels) {
-        if (own_keys) normalise_rows<T>(from.columns(h * d, d), rows, View<T>(), d, context);
-        router.assign(own_keys ? rows : from.columns(h * d, d), labels, context);
-      };
-      assign(own_keys ? m.q : m.u, of_head(queries, h));
-      if (own_keys) assign(m.k, of_head(keys, h));
-    }
+  const Index n = in.x.rows(), keys = in.keys.rows(), d = group.head_dim;
+  const bool given = !in.input.routes.empty(), drawn = !given && layer.config.routing == Routing::random;
+  const bool normalises = !given && !drawn && !group.shared;
+  const bool own_keys = in.crosses || normalises;
+  const auto query_labels = HeadsPlans::grow(plans.query_labels, group.count * n);
+  const auto key_labels = HeadsPlans::grow(plans.key_labels, own_keys ? group.count * keys : 0);
+  if (given) {
+    std::copy(in.input.routes.begin(), in.input.routes.end(), query_labels.begin());
+    return;
+  }
+  Arena& arena = context.workspace().shared();
+  Arena::Scope scope(arena);
+  const View<T> normalised = normalises ? arena.matrix<T>(std::max(n, keys), d) : View<T>();
+  const auto stream = static_cast<std::uint64_t>(LayerStream::routes);
+  const std::uint64_t step = random_bits(layer.config.seed, stream, in.input.step);
+  for (Index h = 0; h < group.count; ++h) {
+    const auto assign = [&](View<T> from, std::span<const std::int32_t> places, std::span<std::int32_t> labels) {
+      if (drawn) {
+        const std::uint64_t seed = random_bits(step, stream, static_cast<std::uint64_t>(h));
+        for (std::size_t i = 0; i < labels.size(); ++i)
+          labels[i] = random_label(seed, places[i], layer.config.clusters);
+        return;
+      }
+      ConstView<T> rows = from.columns(h * d, d);
+      if (normalises) {
+        normalise_rows<T>(rows, normalised.rows(0, rows.rows()), View<T>(), d, context);
+        rows = normalised.rows(0, rows.rows());
+      }
+      layer.routers[static_cast<std::size_t>(h)].assign(rows, labels, context);
+    };
+    assign(m.u, in.places, labels_of(query_labels, h, n));
+    if (own_keys) assign(m.k, in.key_places, labels_of(key_labels, h, keys));
   }
 }
 
@@ -156,31 +187,40 @@ template <class T>
 void build_plans(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
                  const HeadsMatrices<T>& m, HeadsPlans& plans, Context& context) {
   const RoutingAttentionConfig& c = layer.config;
-  const Index n = in.input.x.rows();
-  const std::span<const Index> offsets = in.input.offsets;
+  const Index n = in.x.rows(), keys = in.keys.rows();
+  const std::span<const Index> offsets = in.input.offsets, key_offsets = in.input.source_offsets;
   if (!group.routed) {
     plan_local({.tokens = n,
+                .keys = keys,
                 .window = c.local_window,
                 .lookahead = c.lookahead,
                 .causal = c.causal,
                 .self = group.induction ? Self::never : Self::visible,
-                .offsets = offsets},
+                .offsets = offsets,
+                .key_offsets = key_offsets},
                plans.use(1)[0]);
   } else if (c.routing == Routing::dense) {
-    plan_dense({.tokens = n, .causal = c.causal, .self = *c.self, .offsets = offsets}, plans.use(1)[0]);
+    plan_dense({.tokens = n,
+                .keys = keys,
+                .causal = c.causal,
+                .self = *c.self,
+                .offsets = offsets,
+                .key_offsets = key_offsets},
+               plans.use(1)[0]);
   } else {
     assign_labels(layer, group, in, m, plans, context);
     const std::span<AttentionPlan> built = plans.use(static_cast<std::size_t>(group.count));
     context.for_each(group.count, [&](Index h, Index) {
-      const auto of_head = [&](std::span<const std::int32_t> labels) {
-        return labels.subspan(static_cast<std::size_t>(h * n), static_cast<std::size_t>(n));
-      };
-      const auto queries = of_head(plans.query_labels);
-      const auto keys = plans.key_labels.empty() ? queries : of_head(plans.key_labels);
-      plan_clustered(
-          queries, keys,
-          {.clusters = c.clusters, .window = c.window, .causal = c.causal, .self = *c.self, .offsets = offsets},
-          built[static_cast<std::size_t>(h)]);
+      const std::span<const std::int32_t> queries = plans.query_labels, own = plans.key_labels;
+      const auto query_labels = labels_of(queries, h, n);
+      plan_clustered(query_labels, own.empty() ? query_labels : labels_of(own, h, keys),
+                     {.clusters = c.clusters,
+                      .window = c.window,
+                      .causal = c.causal,
+                      .self = *c.self,
+                      .offsets = offsets,
+                      .key_offsets = key_offsets},
+                     built[static_cast<std::size_t>(h)]);
     });
   }
 }
@@ -189,7 +229,7 @@ void build_plans(const LayerParts<T>& layer, const HeadGroup& group, const Check
 template <class T>
 void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, View<T> y, bool add,
                    HeadsTape<T>* tape, HeadsPlans& plans, Context& context) {
-  const Index n = in.input.x.rows(), d = group.head_dim, cols = group.cols();
+  const Index n = in.x.rows(), keys = in.keys.rows(), d = group.head_dim, cols = group.cols();
   Arena& arena = context.workspace().shared();
   Arena::Scope scope(arena);
   HeadsMatrices<T> m;
@@ -197,22 +237,22 @@ void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const Che
     return tape ? (tape->*buffer).matrix(rows, columns) : arena.matrix<T>(rows, columns);
   };
   m.q = take(&HeadsTape<T>::q, n, cols);
-  if (!group.shared) m.k = take(&HeadsTape<T>::k, n, cols);
-  m.v = take(&HeadsTape<T>::v, n + (group.induction ? 1 : 0), cols);
+  if (!group.shared) m.k = take(&HeadsTape<T>::k, keys, cols);
+  m.v = take(&HeadsTape<T>::v, keys + (group.induction ? 1 : 0), cols);
   m.out = take(&HeadsTape<T>::out, n, cols);
   m.u = group.taps > 0 ? take(&HeadsTape<T>::u, n, cols) : m.q;
   if (group.shared) m.inverse = take(&HeadsTape<T>::inverse, n, group.count);
 
-  project(layer, group, in.input.x, m, context);
+  project(layer, group, in, m, context);
   if (group.shared) {
     // u = normalise(convolve(q))
     if (group.taps > 0)
       convolve<T>(m.q, view(layer.parameters.taps).rows(group.taps_first, group.count * group.taps), group.taps,
-                  in.positions, m.u, context);
+                  in.places, m.u, context);
     normalise_rows<T>(m.u, m.u, m.inverse, d, context);
   } else if (layer.rotates(group)) {
-    layer.rotary.forward(m.q, group.count, in.positions, context);
-    layer.rotary.forward(m.k, group.count, in.positions, context);
+    layer.rotary.forward(m.q, group.count, in.places, context);
+    layer.rotary.forward(m.k, group.count, in.key_places, context);
   }
   build_plans(layer, group, in, m, plans, context);
 
@@ -220,7 +260,7 @@ void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const Che
   config.heads = group.count;
   config.scales = logit_scales(layer, group, arena);
   const AttentionTerms<T> terms = attention_terms(layer, group);
-  const ConstView<T> q = m.u, k = group.shared ? m.u : m.k, v = carried_values(group, m.v, n);
+  const ConstView<T> q = m.u, k = group.shared ? m.u : m.k, v = carried_values(group, m.v, keys);
   if (tape)
     attention_forward(Plans(plans.used()), q, k, v, m.out, tape->attention, config, context, terms);
   else
@@ -230,12 +270,12 @@ void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const Che
   if (tape) tape->matrices = m;
 }
 
-/// Undoes heads_forward: adds into d_x and the gradients.
+/// Undoes heads_forward: adds into d_x, d_keys (the source's, or d_x itself) and the gradients.
 template <class T>
 void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
-                    const HeadsTape<T>& tape, ConstView<T> d_y, View<T> d_x, Parameters<T>& gradients,
+                    const HeadsTape<T>& tape, ConstView<T> d_y, View<T> d_x, View<T> d_keys, Parameters<T>& gradients,
                     Context& context) {
-  const Index n = in.input.x.rows(), d = group.head_dim, cols = group.cols();
+  const Index n = in.x.rows(), keys = in.keys.rows(), d = group.head_dim, cols = group.cols();
   const Parameters<T>& p = layer.parameters;
   const HeadsMatrices<T>& m = tape.matrices;
   Arena& arena = context.workspace().shared();
@@ -247,7 +287,7 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
   product_input_gradient<T>(d_y, view(p.w_o).rows(group.first_col(), cols), d_out, context);
 
   // out = attention(q, k, v)
-  const View<T> d_q = arena.matrix<T>(n, cols), d_k = arena.matrix<T>(n, cols);
+  const View<T> d_q = arena.matrix<T>(n, cols), d_k = arena.matrix<T>(keys, cols);
   const View<T> d_v = arena.matrix<T>(m.v.rows(), cols);
   for (const View<T>& zeroed : {d_q, d_k, d_v}) fill_rows(zeroed, T(0), context);
   AttentionConfig config;
@@ -260,9 +300,9 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
     d_terms.d_scales = {d_scales, static_cast<std::size_t>(group.count)};
   }
   if (layer.biases_distances(group)) d_terms.d_bias = gradients.distance_bias;
-  const ConstView<T> q = m.u, k = group.shared ? m.u : m.k, v = carried_values(group, m.v, n);
+  const ConstView<T> q = m.u, k = group.shared ? m.u : m.k, v = carried_values(group, m.v, keys);
   attention_backward(Plans(tape.plans.used()), q, k, v, ConstView<T>(m.out), tape.attention, ConstView<T>(d_out), d_q,
-                     d_k, carried_values(group, d_v, n), config, context, attention_terms(layer, group), d_terms);
+                     d_k, carried_values(group, d_v, keys), config, context, attention_terms(layer, group), d_terms);
 
   ConstView<T> d_projected = d_q;
   if (group.shared) {
@@ -277,15 +317,15 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
     d_projected = d_k;
     if (group.taps > 0) {
       const Index rows = group.count * group.taps;
-      convolve_backward<T>(m.q, view(p.taps).rows(group.taps_first, rows), group.taps, in.positions, d_k, d_q,
+      convolve_backward<T>(m.q, view(p.taps).rows(group.taps_first, rows), group.taps, in.places, d_k, d_q,
                            view(gradients.taps).rows(group.taps_first, rows), context);
       d_projected = d_q;
     }
   } else if (layer.rotates(group)) {
-    layer.rotary.backward(d_q, group.count, in.positions, context);
-    layer.rotary.backward(d_k, group.count, in.positions, context);
+    layer.rotary.backward(d_q, group.count, in.places, context);
+    layer.rotary.backward(d_k, group.count, in.key_places, context);
   }
-  project_backward<T>(layer, group, in.input.x, d_projected, d_k, d_v.rows(0, n), d_x, gradients, context);
+  project_backward<T>(layer, group, in, d_projected, d_k, d_v.rows(0, keys), d_x, d_keys, gradients, context);
 }
 
 }  // namespace COTERIE_FLAGS_NAMESPACE

@@ -24,6 +24,8 @@ namespace coterie {
 ///   shared (causal default): q = k = normalise(x w_q), logits gain/sqrt(d) q.k;
 ///   otherwise q = x w_q, k = x w_k, logits q.k/sqrt(d), routed by their normalised rows;
 ///   induction: q = k = normalise(convolve(x w_q)), and key j carries the value of position j + 1 (zero keys: zero).
+/// With a source, keys and values are those of its rows: cross-attention, of heads that do not share. Causal queries then
+/// meet the source's rows at the end of their sequence, two-sided ones in proportion (Alignment).
 /// Routing passes no gradient.
 /// Allocates: nothing in forward, backward and update_router, once tape and workspace have grown to the sizes in use.
 /// Threads and determinism: const calls with different tapes and contexts may run at the same time. A row's bits depend
@@ -38,7 +40,7 @@ class RoutingAttention {
   /// Draws the weights and centroids from the seed; see Parameters for shapes.
   /// Requires: a config that makes sense, otherwise ValueError, which names all its faults.
   explicit RoutingAttention(const RoutingAttentionConfig& config)
-      : RoutingAttention(Resolved{detail::resolve(config)}) {}
+      : parts_(detail::make_layer_parts<T>(detail::resolve(config))) {}
 
   /// The settings, with every automatic one filled in.
   const RoutingAttentionConfig& config() const { return parts_.config; }
@@ -55,13 +57,13 @@ class RoutingAttention {
 
   /// y = layer(x), for evaluation: the bits of the other forward, and nothing kept.
   /// Shapes: x, y tokens x model_dim.
-  /// Requires: matching shapes, y apart from x (ShapeError); offsets ascending from 0 to tokens, routes in [-1, clusters),
-  ///   no source (ValueError).
+  /// Requires: matching shapes, y apart from x (ShapeError); offsets ascending from 0 to tokens, routes in [-1, clusters)
+  ///   and only without a source, a source only where no head shares and Self::visible (ValueError).
   /// Overwrites y.
   void forward(const Input<T>& input, View<T> y, Context& context) const {
     check_forward(input, y);
     Scratch& scratch = context.workspace().template object<Scratch>();
-    run(input, y, nullptr, scratch.positions, scratch.plans, scratch.plans, context);
+    run(input, y, nullptr, scratch.places, scratch.plans, scratch.plans, context);
   }
 
   /// The same, keeping on the tape what backward and update_router need.
@@ -69,15 +71,18 @@ class RoutingAttention {
     check_forward(input, y);
     tape.tokens_ = -1;  // no longer what it was, should something throw
     tape.config_ = parts_.config;
-    run(input, y, &tape, tape.positions_, tape.local_.plans, tape.routed_.plans, context);
+    run(input, y, &tape, tape.places_, tape.local_.plans, tape.routed_.plans, context);
+    tape.crosses_ = input.crosses();
+    tape.key_tokens_ = input.crosses() ? input.source.rows() : input.x.rows();
     tape.tokens_ = input.x.rows();
   }
 
   /// Adds the gradients of forward's input and parameters for the gradient d_y of its output.
-  /// Shapes: d_y, d_x tokens x model_dim; gradients as parameters.
+  /// Shapes: d_y, d_x tokens x model_dim, d_source as source; gradients as parameters.
   /// Requires: the input and tape of one forward pass since which the parameters have not changed; matching shapes, d_x
-  ///   apart from x and d_y (ShapeError); a tape of a layer with this config (ValueError).
-  /// Adds into d_x and gradients.
+  ///   and d_source apart from x, source, d_y and each other (ShapeError); a tape of a layer with this config
+  ///   (ValueError).
+  /// Adds into d_x, d_source and gradients.
   void backward(const Input<T>& input, const Tape& tape, detail::Same<ConstView<T>> d_y, InputGradient<T> d_x,
                 Parameters<T>& gradients, Context& context) const {
     const char* const function = "RoutingAttention::backward";
@@ -85,22 +90,34 @@ class RoutingAttention {
     check_input(function, input);
     check_tape(function, tape);
     if (tape.tokens_ != n) detail::fail<ShapeError>(function, "tape", detail::join(n, " tokens"), tape.tokens_);
+    if (tape.crosses_ != input.crosses() || (tape.crosses_ && tape.key_tokens_ != input.source.rows()))
+      detail::fail<ShapeError>(function, "tape", "the tape of a forward pass with this source", "another");
     detail::check_shape<T>(function, "d_y", d_y, n, config().model_dim);
-    detail::check_shape<T>(function, "d_x", d_x.d_x, n, config().model_dim);
-    detail::check_no_alias<T>(function, "d_x", d_x.d_x, "x", input.x);
-    detail::check_no_alias<T>(function, "d_x", d_x.d_x, "d_y", d_y);
-    if (d_x.d_source.rows() > 0) detail::fail<ValueError>(function, "d_source", "none: no source is taken", "one");
+    const auto check_gradient = [&](const char* name, View<T> d, Index rows) {
+      detail::check_shape<T>(function, name, d, rows, config().model_dim);
+      detail::check_no_alias<T>(function, name, d, "x", input.x);
+      detail::check_no_alias<T>(function, name, d, "source", input.source);
+      detail::check_no_alias<T>(function, name, d, "d_y", d_y);
+    };
+    check_gradient("d_x", d_x.d_x, n);
+    if (input.crosses()) {
+      check_gradient("d_source", d_x.d_source, input.source.rows());
+      detail::check_no_alias<T>(function, "d_source", d_x.d_source, "d_x", d_x.d_x);
+    } else if (d_x.d_source.cols() > 0) {
+      detail::fail<ShapeError>(function, "d_source", "none without a source", "one");
+    }
     detail::check_same_shapes(function, "gradients", gradients, parameters());
 
     if (n == 0) return;
     // y += b_o
     if (config().bias) detail::add_bias_backward<T>(d_y, gradients.b_o.data(), context);
-    const detail::CheckedInput<T> in{input, tape.positions_};
+    const detail::CheckedInput<T> in(input, tape.places_);
+    const View<T> d_keys = input.crosses() ? d_x.d_source : d_x.d_x;
     const detail::Heads& heads = parts_.heads;
     if (heads.local.count > 0)
-      detail::heads_backward<T>(parts_, heads.local, in, tape.local_, d_y, d_x.d_x, gradients, context);
+      detail::heads_backward<T>(parts_, heads.local, in, tape.local_, d_y, d_x.d_x, d_keys, gradients, context);
     if (heads.routed.count > 0)
-      detail::heads_backward<T>(parts_, heads.routed, in, tape.routed_, d_y, d_x.d_x, gradients, context);
+      detail::heads_backward<T>(parts_, heads.routed, in, tape.routed_, d_y, d_x.d_x, d_keys, gradients, context);
   }
 
   /// Moves the centroids by the rows and labels of a forward pass; the only kind of call that does. Without learned
@@ -111,7 +128,8 @@ class RoutingAttention {
     if (statistics_.heads() == 0) statistics_ = zero_statistics();
     statistics_.clear();
     observe(tape, statistics_, context);
-    update_router(statistics_);
+    context.for_each(config().routed_heads,
+                     [&](Index h, Index) { parts_.routers[static_cast<std::size_t>(h)].update(statistics_, h); });
   }
 
   /// Empty statistics of the routers' shapes (no heads unless routing is learned).
@@ -127,7 +145,7 @@ class RoutingAttention {
     check_tape(function, tape);
     check_statistics(function, statistics);
     if (parts_.routers.empty()) return;
-    const Index d = config().head_dim, n = tape.tokens_;
+    const Index d = config().head_dim;
     const detail::HeadsMatrices<T>& m = tape.routed_.matrices;
     context.for_each(config().routed_heads, [&](Index h, Index worker) {
       const OnlineKMeans<T>& router = parts_.routers[static_cast<std::size_t>(h)];
@@ -137,9 +155,10 @@ class RoutingAttention {
       }
       Arena& arena = context.workspace().worker(worker);
       Arena::Scope scope(arena);
-      const View<T> rows = arena.matrix<T>(n, d);
+      const View<T> scratch = arena.matrix<T>(std::max(tape.tokens_, tape.key_tokens_), d);
       const auto observe_rows = [&](View<T> from, std::span<const std::int32_t> labels) {
-        for (Index i = 0; i < n; ++i) detail::normalise_row(from.row(i) + h * d, rows.row(i), d);
+        const View<T> rows = scratch.rows(0, from.rows());
+        for (Index i = 0; i < rows.rows(); ++i) detail::normalise_row(from.row(i) + h * d, rows.row(i), d);
         router.observe(rows, labels, statistics, h);
       };
       observe_rows(m.q, tape.labels(h));
@@ -159,29 +178,11 @@ class RoutingAttention {
   }
 
  private:
-  struct Resolved {
-    RoutingAttentionConfig config;
-  };
   // What forward without a tape keeps in the workspace, for its memory only.
   struct Scratch {
-    std::vector<std::int32_t> positions;
+    detail::Places places;
     detail::HeadsPlans plans;
   };
-
-  explicit RoutingAttention(const Resolved& resolved)
-      : parts_{
-            resolved.config, detail::Heads(resolved.config), detail::initial_parameters<T>(resolved.config), {}, {}} {
-    const RoutingAttentionConfig& c = config();
-    if (parts_.heads.local.count > 0 && parts_.rotates(parts_.heads.local)) parts_.rotary = Rotary(c.head_dim);
-    if (c.routing != Routing::learned) return;
-    const auto stream = static_cast<std::uint64_t>(detail::LayerStream::centroids);
-    for (Index h = 0; h < c.routed_heads; ++h)
-      parts_.routers.emplace_back(
-          KMeansConfig{.clusters = c.clusters,
-                       .dim = c.head_dim,
-                       .decay = c.decay,
-                       .seed = detail::random_bits(c.seed, stream, static_cast<std::uint64_t>(h))});
-  }
 
   void check_input(const char* function, const Input<T>& input) const {
     const Index n = input.x.rows();
@@ -189,11 +190,13 @@ class RoutingAttention {
     detail::check_count(function, "tokens", n);
     detail::Faults faults(function);
     if (!input.offsets.empty()) detail::check_offsets(faults, "offsets", input.offsets, n);
-    faults.require(input.source.rows() == 0 && input.source_offsets.empty(), "source",
-                   "none: attention to another source is not there yet", "one");
+    if (input.crosses()) check_source(function, faults, input);
+    faults.require(input.crosses() || input.source_offsets.empty(), "source_offsets", "none without a source", "some");
     // Phrases are put together where something is wrong only: a good call allocates nothing.
     const Index labels = static_cast<Index>(input.routes.size()), expected = config().routed_heads * n;
-    if (labels > 0 && (config().routed_heads == 0 || config().routing == Routing::dense))
+    if (labels > 0 && input.crosses())
+      faults.require(false, "routes", "none with a source (they would label its keys as well)", labels);
+    else if (labels > 0 && (config().routed_heads == 0 || config().routing == Routing::dense))
       faults.require(false, "routes", "none without learned or random routing", labels);
     else if (labels > 0 && labels != expected)
       faults.require(false, "routes", detail::join("routed_heads * tokens = ", expected, " labels"), labels);
@@ -206,11 +209,26 @@ class RoutingAttention {
     faults.raise();
   }
 
+  void check_source(const char* function, detail::Faults& faults, const Input<T>& input) const {
+    const Index rows = input.source.rows();
+    detail::check_shape<T>(function, "source", input.source, rows, config().model_dim);
+    detail::check_count(function, "source", rows);
+    faults.require(rows > 0, "source", "at least one row", rows);
+    faults.require(parts_.heads.gains == 0, "source", "a layer whose heads have keys of their own (shared_qk = false)",
+                   "one whose heads share them with queries");
+    faults.require(config().routed_heads == 0 || *config().self == Self::visible, "source",
+                   "a layer with Self::visible, for queries of x have no self there", "another");
+    faults.require(input.source_offsets.size() == input.offsets.size(), "source_offsets", "as many as offsets",
+                   input.source_offsets.size());
+    if (!input.source_offsets.empty()) detail::check_offsets(faults, "source_offsets", input.source_offsets, rows);
+  }
+
   void check_forward(const Input<T>& input, View<T> y) const {
     const char* const function = "RoutingAttention::forward";
     check_input(function, input);
     detail::check_shape<T>(function, "y", y, input.x.rows(), config().model_dim);
     detail::check_no_alias<T>(function, "y", y, "x", input.x);
+    detail::check_no_alias<T>(function, "y", y, "source", input.source);
   }
 
   void check_tape(const char* function, const Tape& tape) const {
@@ -234,16 +252,30 @@ class RoutingAttention {
         if (count < 0) detail::fail<ValueError>(function, "statistics", "counts of at least 0", count);
   }
 
-  void run(const Input<T>& input, View<T> y, Tape* tape, std::vector<std::int32_t>& positions,
-           detail::HeadsPlans& local_plans, detail::HeadsPlans& routed_plans, Context& context) const {
-    const Index n = input.x.rows();
-    positions.resize(static_cast<std::size_t>(n));
-    for (std::size_t s = 0; s + 1 < std::max<std::size_t>(input.offsets.size(), 2); ++s) {
-      const Index begin = input.offsets.empty() ? 0 : input.offsets[s];
-      const Index end = input.offsets.empty() ? n : input.offsets[s + 1];
-      for (Index i = begin; i < end; ++i) positions[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(i - begin);
+  // Where every row is in its sequence: keys by their number, queries among the keys as the plans align them.
+  void find_places(const Input<T>& input, detail::Places& places) const {
+    const Index n = input.x.rows(), keys = input.crosses() ? input.source.rows() : n;
+    detail::Pattern pattern;
+    pattern.tokens = n;
+    pattern.keys = keys;
+    pattern.alignment = config().causal ? Alignment::bottom_right : Alignment::proportional;
+    pattern.offsets = input.offsets;
+    pattern.key_offsets = input.crosses() ? input.source_offsets : input.offsets;
+    places.queries.resize(static_cast<std::size_t>(n));
+    places.keys.resize(static_cast<std::size_t>(input.crosses() ? keys : 0));
+    for (Index s = 0; s < pattern.sequences(); ++s) {
+      const detail::Sequence sequence = pattern.sequence(s);
+      for (Index i = sequence.query_begin; i < sequence.query_begin + sequence.tokens; ++i)
+        places.queries[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(sequence.position(i));
+      for (Index j = 0; j < sequence.keys && input.crosses(); ++j)
+        places.keys[static_cast<std::size_t>(sequence.key_begin + j)] = static_cast<std::int32_t>(j);
     }
-    const detail::CheckedInput<T> in{input, positions};
+  }
+
+  void run(const Input<T>& input, View<T> y, Tape* tape, detail::Places& places, detail::HeadsPlans& local_plans,
+           detail::HeadsPlans& routed_plans, Context& context) const {
+    find_places(input, places);
+    const detail::CheckedInput<T> in(input, places);
     const detail::Heads& heads = parts_.heads;
     if (heads.local.count > 0)
       detail::heads_forward(parts_, heads.local, in, y, false, tape ? &tape->local_ : nullptr, local_plans, context);

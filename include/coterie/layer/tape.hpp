@@ -39,9 +39,14 @@ class Buffer {
   Index capacity_ = 0;
 };
 
+/// Place of every row in its sequence, queries' places counted among their keys.
+struct Places {
+  std::vector<std::int32_t> queries, keys;  ///< keys empty: as queries
+};
+
 /// Labels and plans of a group of heads; vectors keep their memory from call to call.
 struct HeadsPlans {
-  std::vector<std::int32_t> query_labels, key_labels;  ///< heads x tokens; key_labels empty: as query_labels
+  std::vector<std::int32_t> query_labels, key_labels;  ///< heads x rows; key_labels empty: as query_labels
   std::vector<AttentionPlan> plans;
   std::size_t count = 0;  ///< plans in use: 1 for all heads, or one per head
 
@@ -63,8 +68,8 @@ template <class T>
 struct HeadsMatrices {
   View<T> q;        ///< tokens x c: projected queries; rotated where rotary; normalised where shared without taps
   View<T> u;        ///< tokens x c: normalised queries and keys of shared heads; q itself unless convolved
-  View<T> k;        ///< tokens x c: keys, if not shared; rotated where rotary
-  View<T> v;        ///< tokens x c: values; one row of zeros more for induction
+  View<T> k;        ///< key rows x c: keys, if not shared; rotated where rotary
+  View<T> v;        ///< key rows x c: values; one row of zeros more for induction
   View<T> out;      ///< tokens x c: what attention gave
   View<T> inverse;  ///< tokens x heads: 1 / deviation of the rows of u, if shared
 };
@@ -98,12 +103,12 @@ class RoutingAttentionTape {
   /// Clusters of the queries of a routed head, one per token (-1: none); empty for dense routing. Heads are counted
   /// among the routed ones.
   std::span<const std::int32_t> labels(Index routed_head) const {
-    return slice("Tape::labels", routed_.plans.query_labels, routed_head);
+    return slice("Tape::labels", routed_.plans.query_labels, routed_head, tokens_);
   }
   /// Clusters of the keys of a routed head; those of the queries where they are shared.
   std::span<const std::int32_t> key_labels(Index routed_head) const {
     const auto& keys = routed_.plans.key_labels;
-    return slice("Tape::key_labels", keys.empty() ? routed_.plans.query_labels : keys, routed_head);
+    return slice("Tape::key_labels", keys.empty() ? routed_.plans.query_labels : keys, routed_head, key_tokens_);
   }
   /// How many queries each cluster of a routed head has; allocates.
   std::vector<double> cluster_sizes(Index routed_head) const {
@@ -121,16 +126,18 @@ class RoutingAttentionTape {
  private:
   friend class RoutingAttention<T>;
 
-  std::span<const std::int32_t> slice(const char* function, std::span<const std::int32_t> all, Index head) const {
+  std::span<const std::int32_t> slice(const char* function, std::span<const std::int32_t> all, Index head,
+                                      Index rows) const {
     if (head < 0 || head >= config_.routed_heads || tokens_ < 0)
       detail::fail<ValueError>(function, "routed_head", detail::join("0 to ", config_.routed_heads, " - 1"), head);
     if (all.empty()) return {};
-    return all.subspan(static_cast<std::size_t>(head * tokens_), static_cast<std::size_t>(tokens_));
+    return all.subspan(static_cast<std::size_t>(head * rows), static_cast<std::size_t>(rows));
   }
 
-  Index tokens_ = -1;
-  RoutingAttentionConfig config_;        // of the layer that wrote it
-  std::vector<std::int32_t> positions_;  // place of every row in its sequence
+  Index tokens_ = -1, key_tokens_ = -1;
+  bool crosses_ = false;           // keys and values came from a source
+  RoutingAttentionConfig config_;  // of the layer that wrote it
+  detail::Places places_;
   detail::HeadsTape<T> local_, routed_;
 };
 
