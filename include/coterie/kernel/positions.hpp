@@ -45,14 +45,14 @@ class Rotary {
   /// Requires: shapes that fit, otherwise ShapeError.
   /// Overwrites x.
   /// Threads and determinism: a row's bits depend on that row and its position alone.
-  /// Accuracy: cosines and sines are sums of two tabled angles in double, within 1e-15 + 2e-16 * angle of the exact ones.
+  /// Accuracy: cosines and sines come in double from those of two angles, within 2e-15 + 2e-16 * |angle| of the exact
+  ///   ones of the frequency in double.
   template <class T>
   void forward(View<T> x, Index heads, std::span<const std::int32_t> positions, Context& context) const {
     rotate<T>("Rotary::forward", x, heads, positions, 1, context);
   }
 
-  /// Turns every row of d_x back by its position, in place: what was the gradient of forward's output becomes that of its
-  /// input.
+  /// Turns every row of d_x back by its position, in place: the gradient of forward's output becomes that of its input.
   template <class T>
   void backward(View<T> d_x, Index heads, std::span<const std::int32_t> positions, Context& context) const {
     rotate<T>("Rotary::backward", d_x, heads, positions, -1, context);

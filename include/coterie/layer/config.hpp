@@ -47,7 +47,7 @@ struct RoutingAttentionConfig {
   Index key_taps = 0;            ///< taps of the convolution of induction queries; 0: none, 8 is a good number
   double gain = 3;               ///< start of the logit gain of heads that share normalised queries and keys
   bool bias = false;             ///< biases of the four projections
-  LocalPositions local_positions = LocalPositions::rotary;
+  LocalPositions local_positions = LocalPositions::rotary;  ///< of local heads, unless they are induction heads
   double decay = 0.999;    ///< of the centroids, reached by the schedule min(decay, (1 + t) / (10 + t))
   std::uint64_t seed = 0;  ///< of weights, centroids and random routing
 

@@ -70,7 +70,7 @@ struct CheckedInput {
 
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
-/// Logit scales of a group of heads with a gain, in scratch of the context: gain/sqrt(d); empty for the others: 1/sqrt(d).
+/// Logit scales of a group of heads with a gain, in scratch: gain/sqrt(d); empty for the others, 1/sqrt(d).
 template <class T>
 std::span<const double> logit_scales(const LayerParts<T>& layer, const HeadGroup& group, Arena& arena) {
   if (!group.shared) return {};

@@ -24,8 +24,8 @@ namespace coterie {
 ///   shared (causal default): q = k = normalise(x w_q), logits gain/sqrt(d) q.k;
 ///   otherwise q = x w_q, k = x w_k, logits q.k/sqrt(d), routed by their normalised rows;
 ///   induction: q = k = normalise(convolve(x w_q)), and key j carries the value of position j + 1 (zero keys: zero).
-/// With a source, keys and values are those of its rows: cross-attention, of heads that do not share. Causal queries then
-/// meet the source's rows at the end of their sequence, two-sided ones in proportion (Alignment).
+/// With a source, keys and values are those of its rows: cross-attention, of heads that do not share. The last causal
+/// query then meets the last row of its sequence of the source, two-sided ones meet in proportion (Alignment).
 /// Routing passes no gradient.
 /// Allocates: nothing in forward, backward and update_router, once tape and workspace have grown to the sizes in use.
 /// Threads and determinism: const calls with different tapes and contexts may run at the same time. A row's bits depend
@@ -57,8 +57,8 @@ class RoutingAttention {
 
   /// y = layer(x), for evaluation: the bits of the other forward, and nothing kept.
   /// Shapes: x, y tokens x model_dim.
-  /// Requires: matching shapes, y apart from x (ShapeError); offsets ascending from 0 to tokens, routes in [-1, clusters)
-  ///   and only without a source, a source only where no head shares and Self::visible (ValueError).
+  /// Requires: matching shapes, y apart from x (ShapeError); offsets ascending from 0 to tokens, routes in
+  ///   [-1, clusters) and only without a source, a source only where no head shares and Self::visible (ValueError).
   /// Overwrites y.
   void forward(const Input<T>& input, View<T> y, Context& context) const {
     check_forward(input, y);
