@@ -55,9 +55,10 @@ struct SeedingScratch {
 /// k-means++: every next centroid is a row drawn with probability proportional to its squared distance from those chosen.
 ///
 /// Shapes: rows m x d, centroids k x d. Of 2 + log k rows drawn, the one that leaves the smallest sum is taken (Arthur and
-/// Vassilvitskii's greedy form): it hardly ever misses a cluster of its own.
+/// Vassilvitskii's greedy form): it hardly ever misses a cluster of its own. Above 128 centroids one row is drawn: there a
+/// miss matters little, and the time much.
 /// Returns how many centroids were chosen: fewer than k if there are fewer different rows; the others keep their value.
-/// Overwrites the centroids chosen. Allocates until the scratch has grown. Cost: m k d (2 + log k).
+/// Overwrites the centroids chosen. Allocates until the scratch has grown. Cost: m k d (2 + log k), above 128 centroids m k d.
 template <class T>
 Index seed_centroids(ConstView<T> rows, View<T> centroids, std::uint64_t seed, SeedingScratch<T>& scratch) {
   const Index m = rows.rows(), k = centroids.rows(), d = rows.cols();
@@ -75,7 +76,7 @@ Index seed_centroids(ConstView<T> rows, View<T> centroids, std::uint64_t seed, S
     scratch.nearest[static_cast<std::size_t>(i)] = distance;
     sum += static_cast<double>(distance);
   }
-  const Index draws = 2 + static_cast<Index>(std::log(static_cast<double>(k)));
+  const Index draws = k <= 128 ? 2 + static_cast<Index>(std::log(static_cast<double>(k))) : 1;
   for (Index c = 1; c < k; ++c) {
     if (!(sum > 0)) return c;
     double best_sum = 0;
