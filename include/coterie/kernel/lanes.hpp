@@ -38,6 +38,13 @@
 
 #define COTERIE_INLINE __attribute__((always_inline)) inline
 #define COTERIE_UNROLL _Pragma("GCC unroll 16")
+// Hides where a sum comes from. Tuned for some machines (-march=native on AMD's), g++ makes no multiply-add of a sum
+// that it sees run through a loop, and does elsewhere: a row's bits would depend on how tiles are cut.
+#if defined(__GNUC__) && !defined(__clang__) && (defined(__x86_64__) || defined(__i386__))
+#define COTERIE_OPAQUE(x) __asm__("" : "+v"(x))
+#else
+#define COTERIE_OPAQUE(x)
+#endif
 
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {

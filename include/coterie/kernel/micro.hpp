@@ -29,7 +29,10 @@ struct Micro {
       COTERIE_UNROLL for (int v = 0; v < N; ++v) L::load(b + l * b_stride + v * lanes, x[v]);
       COTERIE_UNROLL for (int r = 0; r < Rows; ++r) {
         const T y = a[r][l];
-        COTERIE_UNROLL for (int v = 0; v < N; ++v) sum[r][v] += y * x[v];
+        COTERIE_UNROLL for (int v = 0; v < N; ++v) {
+          COTERIE_OPAQUE(sum[r][v]);
+          sum[r][v] += y * x[v];
+        }
       }
     }
     COTERIE_UNROLL for (int r = 0; r < Rows; ++r) COTERIE_UNROLL for (int v = 0; v < N; ++v)
@@ -127,7 +130,10 @@ struct Micro {
       COTERIE_UNROLL for (int v = 0; v < N; ++v) L::load(p + j * width + v * lanes, x[v]);
       COTERIE_UNROLL for (int c = 0; c < Columns; ++c) {
         const T y = row[c];
-        COTERIE_UNROLL for (int v = 0; v < N; ++v) sum[c][v] += y * x[v];
+        COTERIE_UNROLL for (int v = 0; v < N; ++v) {
+          COTERIE_OPAQUE(sum[c][v]);
+          sum[c][v] += y * x[v];
+        }
       }
     }
     if (checked) {
