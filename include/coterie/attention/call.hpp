@@ -170,13 +170,12 @@ void for_each_chunk(Index rows, Context& context, F&& f) {
 
 /// Writes the rows of a head that no single entry has written: those without an entry, and those with several to combine.
 template <class T>
-void combine_rows(const AttentionCall<T>& call, Index head, View<T> out, View<T> lse, View<T> entry_out,
-                  View<T> entry_lse, Context& context) {
+void combine_rows(const AttentionCall<T>& call, Index head, View<T> out, const SoftmaxStates<T>& states,
+                  View<T> entry_out, const SoftmaxStates<T>& entry_states, Context& context) {
   const AttentionPlan& plan = call.plan(head);
-  const bool single = plan.combine == Combine::single;
+  const bool single = plan.combine == Combine::single, mean = plan.combine == Combine::mean;
   if (single && Index(plan.entries.size()) == plan.tokens) return;
   const Index dv = call.dv();
-  constexpr T nothing = -std::numeric_limits<T>::infinity();
   for_each_chunk(plan.tokens, context, [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) {
       const std::int32_t* entries = plan.row_entries.data() + plan.row_begin[std::size_t(i)];
@@ -185,23 +184,27 @@ void combine_rows(const AttentionCall<T>& call, Index head, View<T> out, View<T>
       T* to = out.row(i) + head * dv;
       std::fill_n(to, dv, T(0));
       T most = std::numeric_limits<T>::lowest(), sum = 0;
-      Index seeing = 0;
+      bool sees = false;
       for (Index e = 0; e < count; ++e)
         if (sees_key(plan, entries[e])) {
-          ++seeing;
-          most = std::max(most, entry_lse(entries[e], 0));
+          sees = true;
+          most = std::max(most, entry_states.max[entries[e]]);
         }
       for (Index e = 0; e < count; ++e) {
-        if (!sees_key(plan, entries[e])) continue;
-        // mean: out = sum_e out_e / m; lse: out = sum_e e^(lse_e - lse) out_e
-        const T weight = plan.combine == Combine::mean ? T(1) : std::exp(entry_lse(entries[e], 0) - most);
+        const std::int32_t entry = entries[e];
+        if (!sees_key(plan, entry)) continue;
+        // mean: out = sum_e out_e / m; lse: out = sum_e weight_e out_e / sum, weight_e = sum_j e^(logit_ej - most)
+        const T weight = mean ? T(1) : std::exp(entry_states.max[entry] - most) / entry_states.inverse[entry];
         sum += weight;
-        const T* from = entry_out.row(entries[e]);
+        const T* from = entry_out.row(entry);
         for (Index c = 0; c < dv; ++c) to[c] += weight * from[c];
       }
-      if (seeing > 0)
+      if (sees)
         for (Index c = 0; c < dv; ++c) to[c] /= sum;
-      if (lse.data()) lse(i, head) = seeing > 0 ? most + std::log(sum) : nothing;
+      const Index at = i * states.stride;
+      if (states.max) states.max[at] = most;
+      if (states.inverse) states.inverse[at] = sees ? T(1) / sum : T(0);
+      if (states.lse) states.lse[at] = sees ? most + std::log(sum) : -std::numeric_limits<T>::infinity();
     }
   });
 }

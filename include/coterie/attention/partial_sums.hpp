@@ -17,8 +17,8 @@ struct PartialSums {
   Index head = 0;
   const AttentionPlan::Part* part = nullptr;
   const std::int32_t* keys = nullptr;  // key row of each rank of the group
-  std::span<PartialRange> ranges;      // key blocks that the part sees
-  Index key_count = 0, rows = 0, d = 0, dv = 0, bias_count = 0;
+  std::span<PartialRange> ranges;      // ranks that the part sees
+  Index rows = 0, d = 0, dv = 0, bias_count = 0;
   T *d_k = nullptr, *d_v = nullptr, *d_bias = nullptr, *d_scale = nullptr;
 
   void clear() const {
@@ -42,11 +42,8 @@ struct PartialSums {
   /// Calls f(key row, row of the partial sums) for every key that the part may have seen, ascending by rank.
   template <class F>
   void each_key(F&& f) const {
-    for (const PartialRange& range : ranges) {
-      const Index begin = Index(range.block_begin) * key_block;
-      const Index end = std::min(key_count, Index(range.block_end) * key_block);
-      for (Index rank = begin; rank < end; ++rank) f(Index(keys[rank]), range.row + rank - begin);
-    }
+    for (const PartialRange& range : ranges)
+      for (Index rank = range.begin; rank < range.end; ++rank) f(Index(keys[rank]), range.row + rank - range.begin);
   }
 };
 
@@ -77,7 +74,6 @@ class Wave {
         sums.part = &plan.parts[std::size_t(plan.task_begin[std::size_t(task)] + p)];
         const AttentionPlan::Group& group = plan.groups[std::size_t(sums.part->group)];
         sums.keys = plan.keys.data() + group.key_begin;
-        sums.key_count = group.key_end - group.key_begin;
         find_ranges(plan, sums, arena);
         sums.d = call.d();
         sums.dv = call.dv();
@@ -143,35 +139,37 @@ class Wave {
     }
   }
 
-  /// The key blocks that a part's entries see, as ascending ranges without overlap.
+  /// The ranks that a part's entries see, as ascending ranges without overlap. Ranges that meet in a block of keys become
+  /// one, so that a kernel finds the rows of any segment side by side.
   static void find_ranges(const AttentionPlan& plan, PartialSums<T>& sums, Arena& arena) {
     const Index entries = sums.part->entry_end - sums.part->entry_begin;
     PartialRange* ranges = arena.take<PartialRange>(2 * entries);
     Index count = 0;
     bool ascending = true;
+    const auto meets = [](const PartialRange& before, const PartialRange& range) {
+      return range.begin <= before.end || range.begin / key_block == (before.end - 1) / key_block;
+    };
     for (const std::vector<Interval>* visible : {&plan.visible, &plan.visible_too}) {
       if (visible->empty()) continue;
       for (Index e = sums.part->entry_begin; e < sums.part->entry_end; ++e) {
         const Interval seen = (*visible)[std::size_t(e)];
         if (seen.begin == seen.end) continue;
-        const PartialRange range{seen.begin / key_block, (seen.end - 1) / key_block + 1, 0};
+        const PartialRange range{seen.begin, seen.end, 0};
         // Mostly the entry sees what its neighbour sees, and a little more.
-        if (count > 0 && range.block_begin >= ranges[count - 1].block_begin &&
-            range.block_begin <= ranges[count - 1].block_end) {
-          ranges[count - 1].block_end = std::max(ranges[count - 1].block_end, range.block_end);
+        if (count > 0 && range.begin >= ranges[count - 1].begin && meets(ranges[count - 1], range)) {
+          ranges[count - 1].end = std::max(ranges[count - 1].end, range.end);
         } else {
-          ascending = ascending && (count == 0 || range.block_begin > ranges[count - 1].block_end);
+          ascending = ascending && (count == 0 || range.begin > ranges[count - 1].end);
           ranges[count++] = range;
         }
       }
     }
     if (!ascending) {
-      std::sort(ranges, ranges + count,
-                [](const PartialRange& a, const PartialRange& b) { return a.block_begin < b.block_begin; });
+      std::sort(ranges, ranges + count, [](const PartialRange& a, const PartialRange& b) { return a.begin < b.begin; });
       Index merged = 0;
       for (Index i = 1; i < count; ++i) {
-        if (ranges[i].block_begin <= ranges[merged].block_end)
-          ranges[merged].block_end = std::max(ranges[merged].block_end, ranges[i].block_end);
+        if (meets(ranges[merged], ranges[i]))
+          ranges[merged].end = std::max(ranges[merged].end, ranges[i].end);
         else
           ranges[++merged] = ranges[i];
       }
@@ -179,8 +177,7 @@ class Wave {
     }
     for (Index i = 0; i < count; ++i) {
       ranges[i].row = sums.rows;
-      sums.rows +=
-          std::min(sums.key_count, Index(ranges[i].block_end) * key_block) - Index(ranges[i].block_begin) * key_block;
+      sums.rows += ranges[i].end - ranges[i].begin;
     }
     sums.ranges = {ranges, std::size_t(count)};
   }

@@ -4,11 +4,12 @@
 #include <vector>
 
 #include "coterie/core/matrix.hpp"
+#include "coterie/kernel/part.hpp"
 #include "coterie/plan/plan.hpp"
 
 namespace coterie {
 
-/// Made once and reused: forward overwrites it, backward reads it. Holds log-sum-exps, nothing quadratic.
+/// Made once and reused: forward overwrites it, backward reads it. Holds a few numbers per row and head, nothing quadratic.
 template <class T>
 class AttentionTape {
  public:
@@ -20,42 +21,42 @@ class AttentionTape {
   Combine combine() const { return combine_; }
 
   // For the library: sizes the tape and hands out its storage.
-  View<T> prepare(Index tokens, Index heads, Combine combine) {
+  detail::SoftmaxStates<T> prepare(Index tokens, Index heads, Combine combine) {
     tokens_ = tokens;
     heads_ = heads;
     combine_ = combine;
     entries_.resize(combine == Combine::mean ? static_cast<std::size_t>(heads) : 0);
     if (combine == Combine::mean) return {};
-    lse_.resize(static_cast<std::size_t>(tokens * heads));
-    return {lse_.data(), tokens, heads};
+    for (std::vector<T>* v : {&max_, &inverse_, &lse_}) v->resize(static_cast<std::size_t>(tokens * heads));
+    return {max_.data(), inverse_.data(), lse_.data(), heads};
   }
-  View<T> entry_out(Index head, Index entries, Index dv) {
+  detail::SoftmaxStates<T> states() const {
+    return {const_cast<T*>(max_.data()), const_cast<T*>(inverse_.data()), nullptr, heads_};
+  }
+
+  // Combine::mean: every entry has a softmax and an output of its own.
+  void prepare_entries(Index head, Index entries, Index dv) {
     Entries& e = entries_[static_cast<std::size_t>(head)];
     e.out.resize(static_cast<std::size_t>(entries * dv));
-    e.lse.resize(static_cast<std::size_t>(entries));
+    for (std::vector<T>* v : {&e.max, &e.inverse}) v->resize(static_cast<std::size_t>(entries));
     e.dv = dv;
-    return {e.out.data(), entries, dv};
   }
-  View<T> entry_lse(Index head, Index entries) {
-    return {entries_[static_cast<std::size_t>(head)].lse.data(), entries, 1};
-  }
-  ConstView<T> entry_out(Index head) const {
+  View<T> entry_out(Index head) const {
     const Entries& e = entries_[static_cast<std::size_t>(head)];
-    return {e.out.data(), static_cast<Index>(e.lse.size()), e.dv};
+    return {const_cast<T*>(e.out.data()), static_cast<Index>(e.max.size()), e.dv};
   }
-  ConstView<T> entry_lse(Index head) const {
+  detail::SoftmaxStates<T> entry_states(Index head) const {
     const Entries& e = entries_[static_cast<std::size_t>(head)];
-    return {e.lse.data(), static_cast<Index>(e.lse.size()), 1};
+    return {const_cast<T*>(e.max.data()), const_cast<T*>(e.inverse.data()), nullptr, 1};
   }
 
  private:
-  // Combine::mean keeps every entry's own softmax.
   struct Entries {
-    std::vector<T> out, lse;
+    std::vector<T> out, max, inverse;
     Index dv = 0;
   };
 
-  std::vector<T> lse_;
+  std::vector<T> max_, inverse_, lse_;
   std::vector<Entries> entries_;
   Index tokens_ = 0, heads_ = 0;
   Combine combine_ = Combine::single;

@@ -1,12 +1,14 @@
-// The backward tile: probabilities again from log-sum-exp, then five products.
+// The backward tile: probabilities again from each row's maximum and sum, then four products.
 //
-//     S = K Qt, P = exp(S - lse)                       undoes the forward tile line by line:
+//     S = K Qt, P = exp(S - max) / sum                 undoes the forward tile line by line:
 //     dP[key][lane]  = sum_c V[key][c] dOt[c][lane]    of Ot += V P for P
 //     dS             = P (dP - delta)                  of the softmax
 //     dQt[d][lane]  += sum_key K[key][d] dS[key][lane] of S = K Qt for Q
 //     dV[key][c]    += sum_lane P[key][lane] dO[lane][c]
 //     dK[key][d]    += sum_lane dS[key][lane] Q[lane][d]
 #pragma once
+
+#include <algorithm>
 
 #include "coterie/kernel/tile.hpp"
 
@@ -24,7 +26,7 @@ struct Backward {
   static constexpr int lanes = L::count, width = M::width;
 
   struct Scratch {
-    T *q_rows, *q, *d_out_rows, *d_out, *scores, *d_scores, *d_q, *bias, *d_bias, *lse, *delta;
+    T *q_rows, *q, *d_out_rows, *d_out, *scores, *d_scores, *d_q, *bias, *d_bias, *max, *inverse, *delta;
   };
 
   static constexpr Index scratch_size(Index d, Index dv, Index bias_count) {
@@ -43,8 +45,9 @@ struct Backward {
     b.d_scores = b.scores + key_block * width;
     b.bias = b.d_scores + key_block * width;
     b.d_bias = b.bias + padded(part.bias_count + 2 * width);
-    b.lse = b.d_bias + padded(part.bias_count + 2 * width);
-    b.delta = b.lse + width;
+    b.max = b.d_bias + padded(part.bias_count + 2 * width);
+    b.inverse = b.max + width;
+    b.delta = b.inverse + width;
     if (part.bias) {
       Common::pad_bias(part, b.bias);
       std::fill_n(b.d_bias, part.bias_count + 2 * width, T(0));
@@ -72,7 +75,7 @@ struct Backward {
     Common::pack(sight, part.dv, b.d_out_rows, b.d_out, d_row, d_factor);
     std::memset(b.d_q, 0, static_cast<std::size_t>(padded(part.d) * width) * sizeof(T));
     for (int l = 0; l < sight.vectors * lanes; ++l) {
-      b.lse[l] = b.delta[l] = 0;
+      b.max[l] = b.inverse[l] = b.delta[l] = 0;
       if (l >= count || !sight.sees_any(l)) continue;
       // delta = sum_c d_out[c] out[c] - d_lse
       const Index target = part.target(first + l);
@@ -81,7 +84,8 @@ struct Backward {
       T delta = gradients.d_lse ? -gradients.d_lse[part.rows[first + l] * gradients.d_lse_stride] : T(0);
       for (Index c = 0; c < part.dv; ++c) delta += d_out[c] * out[c];
       b.delta[l] = delta;
-      b.lse[l] = part.lse[target * part.lse_stride];
+      b.max[l] = part.states.max[target * part.states.stride];
+      b.inverse[l] = part.states.inverse[target * part.states.stride];
     }
 
     const T* k_rows[key_block];
@@ -111,7 +115,7 @@ struct Backward {
         // dQt += K^T dS
         Common::accumulate_columns(sight, s, block_begin, k_rows, part.d, b.d_scores, b.d_q);
         // dV += P dO, then dK += dS Q
-        const Index row = partial_row(gradients, block_begin / key_block) + (s.begin - block_begin);
+        const Index row = partial_row(gradients, s.begin);
         for (int pass = 0; pass < 2; ++pass) {
           const T* p = pass ? b.d_scores : b.scores;
           for (int j = s.begin - block_begin; j < s.end - block_begin; ++j) p_rows[j] = p + j * width + s.first * lanes;
@@ -137,26 +141,28 @@ struct Backward {
     }
   }
 
-  static COTERIE_INLINE Index partial_row(const AttentionPartGradients<T>& gradients, int block) {
-    const PartialRange* range = gradients.ranges;
-    while (block >= range->block_end) ++range;
-    COTERIE_ASSERT(range < gradients.ranges + gradients.range_count && block >= range->block_begin);
-    return range->row + Index(block - range->block_begin) * key_block;
+  static COTERIE_INLINE Index partial_row(const AttentionPartGradients<T>& gradients, int key) {
+    const PartialRange* range = std::upper_bound(gradients.ranges, gradients.ranges + gradients.range_count, key,
+                                                 [](int k, const PartialRange& r) { return k < r.end; });
+    COTERIE_ASSERT(range < gradients.ranges + gradients.range_count && key >= range->begin);
+    return range->row + key - range->begin;
   }
 
-  /// P = exp(S - lse), dS = P (dP - delta); both zero where masked.
+  /// P = exp(S - max) / sum, dS = P (dP - delta); both zero where masked.
   static COTERIE_INLINE void probabilities(const Lookout& sight, const typename Lookout::Segment& s, int block_begin,
                                            const Scratch& b) {
     for (int v = s.first; v < s.last; ++v) {
-      F lse, delta;
-      L::load(b.lse + v * lanes, lse);
+      F max, inverse, delta;
+      L::load(b.max + v * lanes, max);
+      L::load(b.inverse + v * lanes, inverse);
       L::load(b.delta + v * lanes, delta);
       for (int j = s.begin; j < s.end; ++j) {
         const Index at = (j - block_begin) * width + v * lanes;
         F x, p, d_p;
         L::load(b.scores + at, x);
         L::load(b.d_scores + at, d_p);
-        L::exp(x - lse, p);
+        L::exp(x - max, p);
+        p *= inverse;
         F d_s = p * (d_p - delta);
         if (s.masked) {
           I mask;
@@ -185,6 +191,7 @@ struct Backward {
           sight.visible(s.first + l / lanes, s.begin + j, mask);
           if (mask[l % lanes] == 0) continue;
           L::load(x + l * columns + c, y);
+          COTERIE_OPAQUE(sum);
           sum = sum + p[s.begin - block_begin + j][l] * y;
         }
         L::store(to + j * columns + c, sum);

@@ -164,10 +164,12 @@ struct Forward {
     alignas(64) T inverse[width];
     for (int l = 0; l < sight.count; ++l) {
       const bool sees = sight.sees_any(l);
+      const Index at = part.target(first + l) * part.states.stride;
       inverse[l] = sees ? T(1) / f.sum[l] : T(0);
-      if (part.lse)
-        part.lse[part.target(first + l) * part.lse_stride] =
-            sees ? f.max[l] + std::log(f.sum[l]) : -std::numeric_limits<T>::infinity();
+      if (part.states.max) part.states.max[at] = f.max[l];
+      if (part.states.inverse) part.states.inverse[at] = inverse[l];
+      if (part.states.lse)
+        part.states.lse[at] = sees ? f.max[l] + std::log(f.sum[l]) : -std::numeric_limits<T>::infinity();
     }
     const Index stride = padded(part.dv);
     M::transpose_out(f.out, sight.vectors, part.dv, f.rows, stride);

@@ -40,7 +40,8 @@
 #define COTERIE_UNROLL _Pragma("GCC unroll 16")
 // Hides where a sum comes from. Tuned for some machines (-march=native on AMD's), g++ makes no multiply-add of a sum
 // that it sees run through a loop, and does elsewhere: a row's bits would depend on how tiles are cut.
-#if defined(__GNUC__) && !defined(__clang__) && (defined(__x86_64__) || defined(__i386__))
+#if defined(COTERIE_OPAQUE)  // tests of vectors wider than the machine's registers
+#elif defined(__GNUC__) && !defined(__clang__) && (defined(__x86_64__) || defined(__i386__))
 #define COTERIE_OPAQUE(x) __asm__("" : "+v"(x))
 #else
 #define COTERIE_OPAQUE(x)

@@ -20,10 +20,24 @@ struct RowSource {
   const T* row(Index i) const { return i < rows ? data + i * stride : memory + (i - rows) * memory_stride; }
 };
 
-/// Rows of a partial sum that belong to key blocks [block_begin, block_end), from row `row` on.
+/// Rows of a partial sum that belong to keys [begin, end) of the group, from row `row` on. Keys of one block lie in one range.
 struct PartialRange {
-  std::int32_t block_begin = 0, block_end = 0;
+  std::int32_t begin = 0, end = 0;
   Index row = 0;
+};
+
+/// Where the softmaxes of rows stand: a row's probabilities are exp(logit - max) * inverse, its log-sum-exp is
+/// max - log(inverse), minus infinity where nothing is seen. Arrays of rows x heads; null where not wanted.
+template <class T>
+struct SoftmaxStates {
+  T *max = nullptr, *inverse = nullptr, *lse = nullptr;
+  Index stride = 0;
+
+  /// From row `row` and head `head` on.
+  SoftmaxStates from(Index row, Index head) const {
+    const auto at = [&](T* p) { return p ? p + row * stride + head : nullptr; };
+    return {at(max), at(inverse), at(lse), stride};
+  }
 };
 
 /// One part of a plan for one head: what the forward tile reads and writes.
@@ -41,18 +55,31 @@ struct AttentionPart {
   Index bias_first = 0, bias_count = 0;
   const std::int32_t* query_positions = nullptr;
   const std::int32_t* key_positions = nullptr;
-  bool by_entry = false;  // out and lse: row e of the part instead of row rows[e]
+  bool by_entry = false;  // out and states: row e of the part instead of row rows[e]
   T* out = nullptr;
   Index out_stride = 0;
-  T* lse = nullptr;  // or null
-  Index lse_stride = 0;
+  SoftmaxStates<T> states;
+
+  /// Puts out and states where query rows have theirs.
+  void use_rows(View<T> rows_out, const SoftmaxStates<T>& row_states) {
+    out = rows_out.data();
+    out_stride = rows_out.stride();
+    states = row_states;
+  }
+  /// Puts them where entries have theirs, this part's from entry `first` on.
+  void use_entries(View<T> entry_out, const SoftmaxStates<T>& entry_states, Index first) {
+    by_entry = true;
+    out = entry_out.row(first);
+    out_stride = entry_out.stride();
+    states = entry_states.from(first, 0);
+  }
 
   Index target(Index entry) const { return by_entry ? entry : rows[entry]; }
   Index query_position(Index entry) const { return query_positions ? query_positions[rows[entry]] : rows[entry]; }
   Index key_position(Index rank) const { return key_positions ? key_positions[keys[rank]] : keys[rank]; }
 };
 
-/// What the backward tile reads and writes beside that; out and lse are read.
+/// What the backward tile reads and writes beside that; out and states are read.
 template <class T>
 struct AttentionPartGradients {
   const T* d_out = nullptr;  // by query row

@@ -115,6 +115,7 @@ struct Tile {
           I mask;
           sight.visible(v, block_begin + j, mask);
           L::load(p + j * width + v * lanes, x);
+          COTERIE_OPAQUE(sum);
           const F next = sum + rows[j][c] * x;
           sum = mask ? next : sum;
         }
