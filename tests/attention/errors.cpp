@@ -55,6 +55,8 @@ TEST_CASE("attention_forward: wrong arguments are named, and nothing is written"
   call.in.config.scale = std::nan(""), says(call.forward(), "scale"), restore();
   const std::vector<double> scales(3, 1.0);
   call.in.config.scales = scales, says(call.forward(), "scales"), restore();
+  const std::vector<double> not_finite = {1, std::nan("")};
+  call.in.config.scales = not_finite, says(call.forward(), "scales"), restore();
   call.in.bias.resize(3, 4), says(call.forward(), "bias"), restore();
   call.in.memory_keys.resize(1, 10), says(call.forward(), "memory_keys"), restore();
   call.in.plan.row_begin.clear(), says(call.forward(), "plan"), restore();
@@ -80,7 +82,7 @@ TEST_CASE("attention_forward: plans that do not belong together are refused") {
     return message_of<ShapeError>(
         [&] { attention_forward(plans, call.in.q, call.in.k, call.in.v, call.out.out, call.in.config, call.context); });
   };
-  CHECK(contains(forward(), "plans: expected 1, 2 or 2 plans, got 3"));
+  CHECK(contains(forward(), "plans: expected 1 or 2 plans, got 3"));
   plans.resize(2);
   CHECK(forward().empty());
   plan_dense({.tokens = 37, .keys = 30}, plans[1]);
@@ -114,6 +116,7 @@ TEST_CASE("attention_backward: wrong arguments are named, and nothing is written
   call.out.d_k.conservativeResize(35, 10), says(call.backward(), "d_k"), restore();
   call.out.d_v.conservativeResize(37, 11), says(call.backward(), "d_v"), restore();
   call.out.d_scales.resize(1), says(call.backward(), "d_scales"), restore();
+  call.in.config.scales = call.out.d_scales, says(call.backward(), "d_scales"), restore();
   call.in.d_lse.conservativeResize(37, 1), says(call.backward(), "d_lse"), restore();
   call.out.d_bias.resize(2, 3), says(call.backward(), "d_bias"), restore();
   call.tape = AttentionTape<float>(), says(call.backward(), "tape");

@@ -123,6 +123,14 @@ TEST_CASE("what makes no sense is refused, naming the setting") {
   }
 }
 
+TEST_CASE("values that no enumerator has are refused") {
+  REQUIRE(fault([](auto& c) { c.routing = static_cast<Routing>(7); }).find("routing: expected") != std::string::npos);
+  REQUIRE(fault([](auto& c) {
+            c.local_positions = static_cast<LocalPositions>(-1);
+          }).find("local_positions: expected") != std::string::npos);
+  REQUIRE(fault([](auto& c) { c.self = static_cast<Self>(3); }).find("self: expected") != std::string::npos);
+}
+
 TEST_CASE("narrow heads are fine where nothing is normalised") {
   using C = RoutingAttentionConfig;
   REQUIRE(fault([](C& c) { c.routed_heads = 0, c.head_dim = 1; }).empty());

@@ -138,6 +138,7 @@ TEST_CASE("outputs that do not fit or share memory are refused, and nothing is w
     shape([](Call& c) { c.y = View<float>(c.y.data(), 12, 10, 5); });
     shape([](Call& c) { c.y = view(c.memory).rows(0, 12); });
     shape([](Call& c) { c.y = view(c.memory).rows(11, 12); });
+    shape([](Call& c) { c.y = {c.layer.parameters().w_o.data() + 5, 12, 10}; });
   }
 }
 
@@ -202,6 +203,9 @@ TEST_CASE("backward refuses what does not fit, and adds nothing") {
   shape("gradients.w_o", [](Call& c) { c.gradients.w_o.resize(3, 3), c.gradients.w_o.setZero(); });
   shape("gradients.b_q", [](Call& c) { c.gradients.b_q.resize(0, 0); });
   shape("tape", [](Call& c) { c.x = view(c.memory).rows(0, 11), c.offsets = {}; });
+  shape("d_x", [](Call& c) { c.d_x = {c.layer.parameters().w_q.data(), 12, 10}; });
+  shape("d_x", [](Call& c) { c.d_x = {c.gradients.w_v.data() + 7, 12, 10}; });
+  value("offsets", [](Call& c) { c.offsets = {0, 6, 12}; });
   value("tape", [](Call& c) { c.tape = Layer::Tape(); });
   value("tape", [](Call& c) {
     RoutingAttentionConfig other = config;
@@ -209,6 +213,16 @@ TEST_CASE("backward refuses what does not fit, and adds nothing") {
     RowMatrix<float> y(12, 10);
     Layer(other).forward(c.x, y, c.tape, c.context);
   });
+}
+
+TEST_CASE("backward does not add into the layer's own parameters") {
+  Call call;
+  const Parameters<float> before = call.layer.parameters();
+  REQUIRE_THROWS_AS(
+      call.layer.backward(call.input(), call.tape, call.d_y, InputGradient<float>(call.d_x, call.d_source),
+                          call.layer.parameters(), call.context),
+      ShapeError);
+  REQUIRE(same_bits(call.layer.parameters(), before));
 }
 
 TEST_CASE("router updates refuse what does not fit, and move no centroid") {

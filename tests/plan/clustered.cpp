@@ -166,3 +166,23 @@ TEST_CASE("random: seeds differ, clusters fill evenly, prefixes agree") {
   require_prefix(shorter, plan);
   REQUIRE_THROWS_AS(plan_random({.tokens = 20}, plan), ValueError);
 }
+
+TEST_CASE("clustered: clusters that no label names cost nothing") {
+  const std::vector<std::int32_t> labels = {0, 3, 0, 3, 3};
+  AttentionPlan plan, few;
+  plan_clustered(labels, labels, {.clusters = 2147483647, .causal = true}, plan);
+  plan_clustered(labels, labels, {.clusters = 4, .causal = true}, few);
+  REQUIRE(plan.entries == few.entries);
+  REQUIRE(plan.scratch.size() < 1000);
+}
+
+TEST_CASE("clustered: values that no enumerator has are refused") {
+  const std::vector<std::int32_t> labels = {0, 0};
+  AttentionPlan plan;
+  const auto refuse = [&](const ClusteredConfig& config) {
+    return message_of<ValueError>([&] { plan_clustered(labels, labels, config, plan); });
+  };
+  REQUIRE(contains(refuse({.clusters = 1, .self = static_cast<Self>(9)}), "self: expected visible"));
+  REQUIRE(
+      contains(refuse({.clusters = 1, .alignment = static_cast<Alignment>(-1)}), "alignment: expected bottom_right"));
+}

@@ -41,6 +41,13 @@ TEST_CASE("strided: the plan of a prefix is a prefix of the plan") {
   }
 }
 
+TEST_CASE("strided: a stride beyond all positions costs nothing, and leaves every query its own key") {
+  AttentionPlan plan;
+  plan_strided({.tokens = 6, .stride = 2147483647, .alignment = Alignment::top_left}, plan);
+  REQUIRE(statistics(plan).visible_pairs == 6);
+  REQUIRE(plan.scratch.size() < 1000);
+}
+
 TEST_CASE("strided names all faults") {
   AttentionPlan plan;
   REQUIRE(message_of<ValueError>([&] { plan_strided({.tokens = 4, .window = -1}, plan); }) ==

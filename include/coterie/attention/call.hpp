@@ -29,14 +29,22 @@ class AttentionCall {
         kv_heads_(config.kv_heads == 0 ? config.heads : config.kv_heads) {
     Faults faults(function);
     faults.require(heads_ >= 1, "heads", "at least 1", heads_);
-    faults.require(kv_heads_ >= 1 && (heads_ < 1 || heads_ % kv_heads_ == 0), "kv_heads", "a divisor of heads",
+    faults.require(heads_ < 1 || (kv_heads_ >= 1 && heads_ % kv_heads_ == 0), "kv_heads", "a divisor of heads",
                    kv_heads_);
     faults.require(std::isfinite(config.scale), "scale", "a finite number", config.scale);
     faults.require(config.scales.empty() || Index(config.scales.size()) == heads_, "scales",
                    "none, or one for each head", config.scales.size());
+    for (const double scale : config.scales)
+      if (!std::isfinite(scale)) {
+        faults.require(false, "scales", "finite numbers", scale);
+        break;
+      }
     faults.raise();
     if (plans.size() != 1 && plans.size() != kv_heads_ && plans.size() != heads_)
-      fail<ShapeError>(function, "plans", join("1, ", kv_heads_, " or ", heads_, " plans"), plans.size());
+      fail<ShapeError>(
+          function, "plans",
+          kv_heads_ == heads_ ? join("1 or ", heads_, " plans") : join("1, ", kv_heads_, " or ", heads_, " plans"),
+          plans.size());
     const AttentionPlan& plan = plans[0];
     for (Index p = 0; p < plans.size(); ++p) {
       if (Index(plans[p].row_begin.size()) != plans[p].tokens + 1 ||
@@ -86,6 +94,7 @@ class AttentionCall {
   Index bias_count() const { return terms_.bias.rows() > 0 ? terms_.bias.cols() : 0; }
   Index bias_row(Index head) const { return terms_.bias.rows() == 1 ? 0 : head; }
   const AttentionTerms<T>& terms() const { return terms_; }
+  std::span<const double> scales() const { return config_.scales; }
 
   /// What the kernel reads for a part; outputs are left to the caller.
   AttentionPart<T> part(Index head, const AttentionPlan::Part& piece) const {
@@ -276,6 +285,8 @@ void check_backward(const char* function, const AttentionCall<T>& call, ConstVie
     for (const Output* other = outputs; other != &output; ++other)
       if (other->wanted) check_no_alias<T>(function, output.name, output.view, other->name, other->view);
   }
+  if (!gradients.d_scales.empty() && gradients.d_scales.data() == call.scales().data())
+    fail<ShapeError>(function, "d_scales", "storage of its own", "an overlap with scales");
   if (!gradients.d_scales.empty() && Index(gradients.d_scales.size()) != heads)
     fail<ShapeError>(function, "d_scales", join("none, or one for each of ", heads, " heads"),
                      gradients.d_scales.size());

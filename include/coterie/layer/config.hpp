@@ -78,13 +78,21 @@ inline RoutingAttentionConfig resolve(RoutingAttentionConfig c) {
   faults.require(c.clusters <= most && c.clusters >= (clustered ? 1 : 0), "clusters",
                  join("1 to ", most, " with learned or random routing (2 * tokens / window is a good number)"),
                  c.clusters);
-  if (c.local_window == 0) c.local_window = c.window;
+  const bool own_local_window = c.local_window != 0;
+  if (!own_local_window) c.local_window = c.window;
   faults.require(c.window >= 0 && (!clustered || c.window >= 1), "window",
                  "at least 1 (as long as the longest sequence: no limit)", c.window);
-  faults.require(c.local_window >= 0 && (!any_local || c.local_window >= 1), "local_window",
-                 "at least 1, or a window to take", c.local_window);
+  faults.require((c.local_window >= 0 && (!any_local || c.local_window >= 1)) || (!own_local_window && c.window < 0),
+                 "local_window", "at least 1, or a window to take", c.local_window);
   faults.require(c.lookahead >= 0, "lookahead", "at least 0", c.lookahead);
   faults.require(!c.causal || c.lookahead <= 0, "lookahead", "0 with causal (it shows later tokens)", c.lookahead);
+
+  const auto one_of_three = [](auto value) { return static_cast<int>(value) >= 0 && static_cast<int>(value) <= 2; };
+  faults.require(one_of_three(c.routing), "routing", "learned, random or dense", static_cast<int>(c.routing));
+  faults.require(one_of_three(c.local_positions), "local_positions", "rotary, bias or none",
+                 static_cast<int>(c.local_positions));
+  faults.require(!c.self || one_of_three(*c.self), "self", "visible, only_if_alone or never",
+                 c.self ? static_cast<int>(*c.self) : 0);
 
   const bool asked_self = c.self.has_value();
   faults.require(!c.induction || c.causal, "induction", "causal (a key carries the value of the next position)",

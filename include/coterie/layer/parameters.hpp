@@ -89,6 +89,14 @@ void check_same_shapes(const char* function, const char* argument, const Paramet
   }
 }
 
+/// Requires that `out` shares no element with a tensor, otherwise ShapeError.
+template <class T>
+void check_apart(const char* function, const char* output, View<T> out, const char* argument,
+                 const Parameters<T>& parameters) {
+  for (const auto& tensor : Parameters<T>::tensors())
+    check_no_alias<T>(function, output, out, argument, parameters.*tensor.member);
+}
+
 }  // namespace detail
 
 /// Calls f(name, View<T> parameter, ConstView<T> gradient) for every tensor: what an optimiser needs.

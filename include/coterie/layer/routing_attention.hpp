@@ -98,6 +98,8 @@ class RoutingAttention {
       detail::check_no_alias<T>(function, name, d, "x", input.x);
       detail::check_no_alias<T>(function, name, d, "source", input.source);
       detail::check_no_alias<T>(function, name, d, "d_y", d_y);
+      detail::check_apart<T>(function, name, d, "parameters", parameters());
+      detail::check_apart<T>(function, name, d, "gradients", gradients);
     };
     check_gradient("d_x", d_x.d_x, n);
     if (input.crosses()) {
@@ -107,6 +109,13 @@ class RoutingAttention {
       detail::fail<ShapeError>(function, "d_source", "none without a source", "one");
     }
     detail::check_same_shapes(function, "gradients", gradients, parameters());
+    if (&gradients == &parts_.parameters)
+      detail::fail<ShapeError>(function, "gradients", "storage of their own", "the layer's parameters");
+    bool same = true;
+    each_place(
+        input, [&](std::size_t i, std::int32_t place) { same = same && tape.places_.queries[i] == place; },
+        [&](std::size_t j, std::int32_t place) { same = same && tape.places_.keys[j] == place; });
+    if (!same) detail::fail<ValueError>(function, "offsets", "those of the forward pass", "others");
 
     if (n == 0) return;
     // y += b_o
@@ -201,9 +210,10 @@ class RoutingAttention {
     else if (labels > 0 && labels != expected)
       faults.require(false, "routes", detail::join("routed_heads * tokens = ", expected, " labels"), labels);
     else
-      for (const std::int32_t label : input.routes)
-        if (label < -1 || label >= config().clusters) {
-          faults.require(false, "routes", detail::join("labels in [-1, ", config().clusters, ")"), label);
+      for (std::size_t i = 0; i < input.routes.size(); ++i)
+        if (input.routes[i] < -1 || input.routes[i] >= config().clusters) {
+          faults.require(false, "routes", detail::join("labels in [-1, ", config().clusters, ")"),
+                         detail::join(input.routes[i], " at ", i));
           break;
         }
     faults.raise();
@@ -229,6 +239,7 @@ class RoutingAttention {
     detail::check_shape<T>(function, "y", y, input.x.rows(), config().model_dim);
     detail::check_no_alias<T>(function, "y", y, "x", input.x);
     detail::check_no_alias<T>(function, "y", y, "source", input.source);
+    detail::check_apart<T>(function, "y", y, "parameters", parameters());
   }
 
   void check_tape(const char* function, const Tape& tape) const {
@@ -252,29 +263,32 @@ class RoutingAttention {
         if (count < 0) detail::fail<ValueError>(function, "statistics", "counts of at least 0", count);
   }
 
-  // Where every row is in its sequence: keys by their number, queries among the keys as the plans align them.
-  void find_places(const Input<T>& input, detail::Places& places) const {
-    const Index n = input.x.rows(), keys = input.crosses() ? input.source.rows() : n;
+  // Calls of_query(row, place) and, with a source, of_key(row, place) for all rows: where each is in its sequence, keys by
+  // their number, queries among the keys as the plans align them.
+  template <class Query, class Key>
+  void each_place(const Input<T>& input, Query&& of_query, Key&& of_key) const {
     detail::Pattern pattern;
-    pattern.tokens = n;
-    pattern.keys = keys;
+    pattern.tokens = input.x.rows();
+    pattern.keys = input.crosses() ? input.source.rows() : input.x.rows();
     pattern.alignment = config().causal ? Alignment::bottom_right : Alignment::proportional;
     pattern.offsets = input.offsets;
     pattern.key_offsets = input.crosses() ? input.source_offsets : input.offsets;
-    places.queries.resize(static_cast<std::size_t>(n));
-    places.keys.resize(static_cast<std::size_t>(input.crosses() ? keys : 0));
     for (Index s = 0; s < pattern.sequences(); ++s) {
       const detail::Sequence sequence = pattern.sequence(s);
       for (Index i = sequence.query_begin; i < sequence.query_begin + sequence.tokens; ++i)
-        places.queries[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(sequence.position(i));
+        of_query(static_cast<std::size_t>(i), static_cast<std::int32_t>(sequence.position(i)));
       for (Index j = 0; j < sequence.keys && input.crosses(); ++j)
-        places.keys[static_cast<std::size_t>(sequence.key_begin + j)] = static_cast<std::int32_t>(j);
+        of_key(static_cast<std::size_t>(sequence.key_begin + j), static_cast<std::int32_t>(j));
     }
   }
 
   void run(const Input<T>& input, View<T> y, Tape* tape, detail::Places& places, detail::HeadsPlans& local_plans,
            detail::HeadsPlans& routed_plans, Context& context) const {
-    find_places(input, places);
+    places.queries.resize(static_cast<std::size_t>(input.x.rows()));
+    places.keys.resize(static_cast<std::size_t>(input.crosses() ? input.source.rows() : 0));
+    each_place(
+        input, [&](std::size_t i, std::int32_t place) { places.queries[i] = place; },
+        [&](std::size_t j, std::int32_t place) { places.keys[j] = place; });
     const detail::CheckedInput<T> in(input, places);
     const detail::Heads& heads = parts_.heads;
     if (heads.local.count > 0)

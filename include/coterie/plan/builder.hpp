@@ -106,6 +106,10 @@ Pattern read_pattern(Faults& faults, const Config& config, Index tokens, Index k
   pattern.offsets = config.offsets;
   pattern.key_offsets = config.key_offsets;
 
+  const auto one_of_three = [](auto value) { return static_cast<int>(value) >= 0 && static_cast<int>(value) <= 2; };
+  faults.require(one_of_three(pattern.alignment), "alignment", "bottom_right, top_left or proportional",
+                 static_cast<int>(pattern.alignment));
+  faults.require(one_of_three(config.self), "self", "visible, only_if_alone or never", static_cast<int>(config.self));
   bool good = tokens >= 0 && tokens <= most && keys >= 0 && keys <= most;
   faults.require(tokens >= 0 && tokens <= most, "tokens", "0 to 2147483647", tokens);
   faults.require(keys == tokens || (keys >= 0 && keys <= most), "keys", "0 to 2147483647", keys);
@@ -128,7 +132,7 @@ Pattern read_pattern(Faults& faults, const Config& config, Index tokens, Index k
     for (Index s = 0; s < pattern.sequences(); ++s)
       if (!pattern.sequence(s).has_equal_lengths()) {
         faults.require(false, "self", "Self::visible, for proportional alignment of unequal lengths has no self",
-                       join("another in sequence ", s));
+                       join("another rule in sequence ", s));
         break;
       }
   return pattern;

@@ -51,11 +51,16 @@ Pattern read_clustered(Faults& faults, const Config& config, const char* argumen
   return pattern;
 }
 
-inline void check_labels(const char* function, const char* argument, std::span<const std::int32_t> labels,
-                         Index clusters) {
-  for (std::size_t i = 0; i < labels.size(); ++i)
+/// Requires labels in [-1, clusters), otherwise ValueError; returns the highest.
+inline std::int32_t check_labels(const char* function, const char* argument, std::span<const std::int32_t> labels,
+                                 Index clusters) {
+  std::int32_t highest = -1;
+  for (std::size_t i = 0; i < labels.size(); ++i) {
     if (labels[i] < -1 || labels[i] >= clusters)
       fail<ValueError>(function, join(argument, "[", i, "]").c_str(), join("-1 to ", clusters - 1), labels[i]);
+    highest = std::max(highest, labels[i]);
+  }
+  return highest;
 }
 
 /// The cluster of a position: uniform in [0, clusters), a function of its arguments alone.
@@ -73,24 +78,26 @@ inline std::int32_t random_label(std::uint64_t seed, Index position, Index clust
 ///   [r - window, r) if causal, [r - (window + 1)/2, r + window/2) otherwise, all up to c(i) or all for window 0.
 /// Requires: a config as its fields say and labels in [-1, clusters), otherwise ValueError, and the plan is unchanged.
 /// Allocates: only where the plan's vectors have to grow.
-/// Cost: linear in tokens, keys, clusters and sequences.
+/// Cost: linear in tokens, keys, sequences and the highest label.
 /// Source: Roy et al. 2021, section 4.1, with causality by intervals of the sorted members: ours.
 inline void plan_clustered(std::span<const std::int32_t> query_labels, std::span<const std::int32_t> key_labels,
                            const ClusteredConfig& config, AttentionPlan& plan) {
   const char* const function = "plan_clustered";
   detail::Faults faults(function);
-  const detail::Pattern pattern =
+  detail::Pattern pattern =
       detail::read_clustered(faults, config, "clusters", config.clusters, static_cast<Index>(query_labels.size()),
                              static_cast<Index>(key_labels.size()));
-  detail::check_labels(function, "query_labels", query_labels, config.clusters);
+  std::int32_t highest = detail::check_labels(function, "query_labels", query_labels, config.clusters);
   if (key_labels.data() != query_labels.data() || key_labels.size() != query_labels.size())
-    detail::check_labels(function, "key_labels", key_labels, config.clusters);
+    highest = std::max(highest, detail::check_labels(function, "key_labels", key_labels, config.clusters));
+  pattern.clusters = std::max(highest, 0) + 1;  // clusters that no label names cost nothing
   detail::PlanBuilder(pattern, plan).build(query_labels, key_labels);
 }
 
 /// Writes a clustered plan whose labels are drawn from a seed: the paper's baseline.
 /// Formula: the label of a position in its sequence is a hash of (seed, position); that of a query the one of c(i).
-/// Requires, Allocates, Cost: as plan_clustered.
+/// Requires, Allocates: as plan_clustered.
+/// Cost: linear in tokens, keys, clusters and sequences.
 /// Source: Roy et al. 2021, section 5 (random Transformer).
 inline void plan_random(const RandomConfig& config, AttentionPlan& plan) {
   detail::Faults faults("plan_random");

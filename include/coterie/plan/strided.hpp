@@ -19,15 +19,18 @@ struct StridedConfig {
 
 /// Writes the clustered plan whose label is the residue of the position modulo the stride.
 /// Requires, Allocates: as plan_clustered.
-/// Cost: linear in tokens, keys, stride and sequences.
+/// Cost: linear in tokens, keys and sequences.
 /// Source: Child et al. 2019 (Sparse Transformer), the strided pattern.
 inline void plan_strided(const StridedConfig& config, AttentionPlan& plan) {
   detail::Faults faults("plan_strided");
-  const detail::Pattern pattern = detail::read_clustered(faults, config, "stride", config.stride, config.tokens,
-                                                         config.keys == 0 ? config.tokens : config.keys);
-  detail::PlanBuilder(pattern, plan).build_by_position([&config](Index position) {
-    const Index residue = position % config.stride;
-    return static_cast<std::int32_t>(residue < 0 ? residue + config.stride : residue);
+  const Index keys = config.keys == 0 ? config.tokens : config.keys;
+  detail::Pattern pattern = detail::read_clustered(faults, config, "stride", config.stride, config.tokens, keys);
+  // No two positions are further apart: a longer stride groups them no differently, and would cost its length.
+  const Index stride = std::min(config.stride, config.tokens + keys + 1);
+  pattern.clusters = stride;
+  detail::PlanBuilder(pattern, plan).build_by_position([stride](Index position) {
+    const Index residue = position % stride;
+    return static_cast<std::int32_t>(residue < 0 ? residue + stride : residue);
   });
 }
 
