@@ -40,4 +40,18 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
   add_flags_check(v3 ${avx2} FLAGS -O2 -march=x86-64-v3)
   add_flags_check(avx2 ${avx2} FLAGS -O2 -mavx2)
   add_flags_check(avx512 COMPILE_ONLY FLAGS -O2 -mavx512f -mfma)  # Eigen asks for both
+
+  # Files built for different instruction sets in one program. Eigen asks for one alignment in all of them.
+  check_cxx_compiler_flag(-march=native COTERIE_HAS_MARCH_NATIVE)
+  if(COTERIE_HAS_MARCH_NATIVE)
+    foreach(name IN ITEMS plain native)
+      add_library(check_mixed_${name} OBJECT mixed.cpp)
+      target_link_libraries(check_mixed_${name} PRIVATE coterie::coterie)
+      target_compile_definitions(check_mixed_${name} PRIVATE NAME=${name} EIGEN_MAX_ALIGN_BYTES=64)
+    endforeach()
+    target_compile_options(check_mixed_native PRIVATE -march=native)
+    add_executable(check_mixed mixed_main.cpp)
+    target_link_libraries(check_mixed PRIVATE check_mixed_native check_mixed_plain Threads::Threads)
+    add_test(NAME checks.flags.mixed COMMAND check_mixed)
+  endif()
 endif()
