@@ -30,3 +30,26 @@ TEST_CASE("a striped sum runs in its stated order") {
   x[8] = 0.f, x[6] = -1e8f;
   REQUIRE(sum(x) == 0.f);
 }
+
+TEST_CASE("a sum over rows has every row once, in the same order for any number of workers") {
+  for (Index rows : {0, 1, 511, 512, 513, 1300, 40000}) {
+    std::vector<double> expected = {7, 7}, first_run;
+    for (Index i = 0; i < rows; ++i) expected[0] += static_cast<double>(i + 1), expected[1] += 1;
+    for (Index workers : {1, 2, 3, 8}) {
+      ThreadPool pool(workers);
+      Workspace workspace;
+      Context context(pool, workspace);
+      std::vector<double> sum = {7, 7};
+      std::vector<float> rounded = {0};
+      detail::sum_over_rows(rows, 2, sum.data(), context, [](double* partial, Index first, Index last) {
+        for (Index i = first; i < last; ++i) partial[0] += static_cast<double>(i + 1), partial[1] += 1;
+      });
+      REQUIRE(sum == expected);
+      detail::sum_over_rows(rows, 1, rounded.data(), context, [](float* partial, Index first, Index last) {
+        for (Index i = first; i < last; ++i) *partial += 1.f / static_cast<float>(i + 1);
+      });
+      if (workers == 1) first_run = {static_cast<double>(rounded[0])};
+      REQUIRE(static_cast<double>(rounded[0]) == first_run[0]);
+    }
+  }
+}

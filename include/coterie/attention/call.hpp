@@ -170,13 +170,6 @@ class HeadTasks {
 /// Rows of a task that walks all rows of a call.
 inline constexpr Index row_chunk = 1024;
 
-/// Calls f(begin, end) for chunks of rows.
-template <class F>
-void for_each_chunk(Index rows, Context& context, F&& f) {
-  context.for_each((rows + row_chunk - 1) / row_chunk,
-                   [&](Index i, Index) { f(i * row_chunk, std::min(rows, (i + 1) * row_chunk)); });
-}
-
 /// Writes the rows of a head that no single entry has written: those without an entry, and those with several to combine.
 template <class T>
 void combine_rows(const AttentionCall<T>& call, Index head, View<T> out, const SoftmaxStates<T>& states,
@@ -185,7 +178,7 @@ void combine_rows(const AttentionCall<T>& call, Index head, View<T> out, const S
   const bool single = plan.combine == Combine::single, mean = plan.combine == Combine::mean;
   if (single && Index(plan.entries.size()) == plan.tokens) return;
   const Index dv = call.dv();
-  for_each_chunk(plan.tokens, context, [&](Index begin, Index end) {
+  context.for_chunks(plan.tokens, row_chunk, [&](Index begin, Index end, Index) {
     for (Index i = begin; i < end; ++i) {
       const std::int32_t* entries = plan.row_entries.data() + plan.row_begin[std::size_t(i)];
       const Index count = plan.row_begin[std::size_t(i) + 1] - plan.row_begin[std::size_t(i)];
@@ -234,7 +227,7 @@ T* entry_weights(const AttentionPlan& plan, T* weights) {
 /// d_q of a row += the gradients of its entries, in order.
 template <class T>
 void add_entry_rows(const AttentionPlan& plan, View<T> entry_d_q, View<T> d_q, Context& context) {
-  for_each_chunk(plan.tokens, context, [&](Index begin, Index end) {
+  context.for_chunks(plan.tokens, row_chunk, [&](Index begin, Index end, Index) {
     for (Index i = begin; i < end; ++i)
       for (Index j = plan.row_begin[std::size_t(i)]; j < plan.row_begin[std::size_t(i) + 1]; ++j) {
         const T* from = entry_d_q.row(plan.row_entries[std::size_t(j)]);

@@ -1,6 +1,7 @@
 // What a call runs on: threads, scratch memory, instruction set.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 
 #include "coterie/core/executor.hpp"
@@ -48,6 +49,14 @@ class Context {
     TaskRef task(f);
     for_each_(executor_, count, task);
     workspace_->level();
+  }
+
+  /// Calls f(first, last, worker) for [0, count) cut at multiples of `size`, a task each: where it is cut does not depend
+  /// on the workers.
+  template <class F>
+  void for_chunks(Index count, Index size, F&& f) {
+    for_each((count + size - 1) / size,
+             [&](Index task, Index worker) { f(task * size, std::min(count, (task + 1) * size), worker); });
   }
 
  private:

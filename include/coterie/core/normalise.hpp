@@ -70,10 +70,8 @@ void normalise_rows(detail::Same<ConstView<T>> x, View<T> y, detail::Same<View<T
     detail::check_no_alias(function, "inverse_deviation", inverse_deviation, "x", x);
     detail::check_no_alias<T>(function, "inverse_deviation", inverse_deviation, "y", y);
   }
-  const Index chunk = detail::normalise_task_rows;
-  context.for_each((x.rows() + chunk - 1) / chunk, [&](Index task, Index) {
-    const Index end = std::min((task + 1) * chunk, x.rows());
-    for (Index i = task * chunk; i < end; ++i)
+  context.for_chunks(x.rows(), detail::normalise_task_rows, [&](Index first, Index last, Index) {
+    for (Index i = first; i < last; ++i)
       for (Index s = 0; s < segments; ++s) {
         const T inverse = detail::normalise_row(x.row(i) + s * width, y.row(i) + s * width, width);
         if (keep) inverse_deviation(i, s) = inverse;
@@ -100,10 +98,8 @@ void normalise_rows_backward(detail::Same<ConstView<T>> y, detail::Same<ConstVie
   detail::check_no_alias(function, "d_x", d_x, "y", y);
   detail::check_no_alias(function, "d_x", d_x, "inverse_deviation", inverse_deviation);
   detail::check_no_alias(function, "d_x", d_x, "d_y", d_y);
-  const Index chunk = detail::normalise_task_rows;
-  context.for_each((y.rows() + chunk - 1) / chunk, [&](Index task, Index) {
-    const Index end = std::min((task + 1) * chunk, y.rows());
-    for (Index i = task * chunk; i < end; ++i)
+  context.for_chunks(y.rows(), detail::normalise_task_rows, [&](Index first, Index last, Index) {
+    for (Index i = first; i < last; ++i)
       for (Index s = 0; s < segments; ++s)
         detail::normalise_row_backward(y.row(i) + s * width, inverse_deviation(i, s), d_y.row(i) + s * width,
                                        d_x.row(i) + s * width, width);

@@ -1,7 +1,9 @@
 // Sums whose order follows from the number of terms alone, so that their bits do too.
 #pragma once
 
-#include "coterie/core/matrix.hpp"
+#include <algorithm>
+
+#include "coterie/core/context.hpp"
 
 namespace coterie::detail {
 
@@ -25,6 +27,23 @@ template <class T, class F>
   if (i + 5 < count) s5 += term(i + 5);
   if (i + 6 < count) s6 += term(i + 6);
   return ((s0 + s4) + (s2 + s6)) + ((s1 + s5) + (s3 + s7));
+}
+
+/// Sums over rows: f(partial, first, last) adds the rows [first, last) into a zeroed partial sum of `size` numbers; the
+/// partial sums, at most 64 of them, are then added to `sum` in row order.
+template <class T, class F>
+void sum_over_rows(Index rows, Index size, T* sum, Context& context, F&& f) {
+  Arena& arena = context.workspace().shared();
+  Arena::Scope scope(arena);
+  const Index chunk = std::max(Index(512), (rows + 63) / 64), partials = (rows + chunk - 1) / chunk;
+  T* const all = arena.take<T>(partials * size);
+  context.for_chunks(rows, chunk, [&](Index first, Index last, Index) {
+    T* const partial = all + first / chunk * size;
+    std::fill(partial, partial + size, T(0));
+    f(partial, first, last);
+  });
+  for (Index p = 0; p < partials; ++p)
+    for (Index j = 0; j < size; ++j) sum[j] += all[p * size + j];
 }
 
 }  // namespace coterie::detail

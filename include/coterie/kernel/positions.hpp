@@ -75,14 +75,12 @@ class Rotary {
                                detail::join(x.cols(), " columns"));
     if (static_cast<Index>(positions.size()) != x.rows())
       detail::fail<ShapeError>(function, "positions", detail::join(x.rows(), " values"), positions.size());
-    const Index tasks = (x.rows() + block - 1) / block;
-    context.for_each(tasks, [&](Index task, Index worker) {
+    context.for_chunks(x.rows(), block, [&](Index first, Index last, Index worker) {
       Arena& arena = context.workspace().worker(worker);
       Arena::Scope scope(arena);
       double* const scratch = arena.take<double>(4 * half_);
       Angles angles{scratch, scratch + half_, scratch + 2 * half_, scratch + 3 * half_};
-      const Index last = std::min(x.rows(), (task + 1) * block);
-      for (Index i = task * block; i < last; ++i)
+      for (Index i = first; i < last; ++i)
         turn(x.row(i), x.cols() / heads, heads, positions[static_cast<std::size_t>(i)], sign, angles);
     });
   }

@@ -26,10 +26,9 @@ void packed_product(ConstView<T> x, ConstView<T> w, bool transposed, View<T> y, 
   context.for_each(panels, [&](Index i, Index) {
     kernel.pack(PanelSource<T>{w.data(), w.stride(), transposed, depth, columns, i, i + 1}, packed);
   });
-  context.for_each((x.rows() + product_rows - 1) / product_rows, [&](Index i, Index) {
-    const Index first = i * product_rows, rows = std::min(product_rows, x.rows() - first);
+  context.for_chunks(x.rows(), product_rows, [&](Index first, Index last, Index) {
     kernel.product(
-        ProductPart<T>{x.row(first), x.stride(), packed, y.row(first), y.stride(), rows, depth, columns, add});
+        ProductPart<T>{x.row(first), x.stride(), packed, y.row(first), y.stride(), last - first, depth, columns, add});
   });
 }
 
@@ -101,15 +100,12 @@ void nearest_centroids(ConstView<T> x, ConstView<T> centroids, std::span<std::in
   if (Index(labels.size()) != x.rows())
     detail::fail<ShapeError>("nearest_centroids", "labels", detail::join(x.rows(), " labels"), labels.size());
   const detail::KernelTable<T>& kernel = detail::kernels<T>(context.instructions());
-  constexpr Index rows = 512;
-  context.for_each((x.rows() + rows - 1) / rows, [&](Index i, Index worker) {
+  context.for_chunks(x.rows(), 512, [&](Index first, Index last, Index worker) {
     Arena& arena = context.workspace().worker(worker);
     Arena::Scope scope(arena);
-    const Index first = i * rows;
-    kernel.nearest(
-        detail::NearestPart<T>{x.row(first), x.stride(), std::min(rows, x.rows() - first), x.cols(), centroids.data(),
-                               centroids.stride(), centroids.rows(), labels.data() + first},
-        arena.template take<T>(kernel.nearest_scratch(x.cols())));
+    kernel.nearest(detail::NearestPart<T>{x.row(first), x.stride(), last - first, x.cols(), centroids.data(),
+                                          centroids.stride(), centroids.rows(), labels.data() + first},
+                   arena.template take<T>(kernel.nearest_scratch(x.cols())));
   });
 }
 

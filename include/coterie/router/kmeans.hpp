@@ -253,9 +253,8 @@ class OnlineKMeans {
     if (n == 0) return;
     Arena::Scope scope(context.workspace().shared());
     std::int32_t* const label = context.workspace().shared().template take<std::int32_t>(n);
-    constexpr Index chunk = 512;
-    context.for_each((n + chunk - 1) / chunk, [&](Index task, Index) {
-      for (Index i = task * chunk; i < std::min(n, (task + 1) * chunk); ++i)
+    context.for_chunks(n, 512, [&](Index first, Index last, Index) {
+      for (Index i = first; i < last; ++i)
         label[i] = detail::finite_row(x.row(i), d) ? labels[static_cast<std::size_t>(i)] : -1;
     });
     // A task owns a few columns (a cache line) of all sums; the last one owns the counts and the sample.
