@@ -13,7 +13,7 @@ struct Sizes {
   Index n = 0, d = 0, w = 0;
 };
 
-/// The pattern's plan, as the tests build it; clusters of half a window on average, as DESIGN's default has it.
+/// The pattern's plan, as the tests build it; clusters of half a window on average, the good default.
 void fill(const std::string& pattern, const Sizes& sizes, AttentionPlan& plan) {
   const std::string wanted = pattern == "dense"   ? "dense causal"
                              : pattern == "local" ? "local causal"

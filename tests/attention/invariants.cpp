@@ -208,3 +208,49 @@ TEST_CASE("attention: strided and unaligned views with guard zones, exact sizes"
     CHECK(m->array().isNaN().all());  // nothing was written outside
   }
 }
+
+TEST_CASE("attention: backward on a context of its own, whose scratch memory is exactly what it asks for") {
+  for (const AttentionCase& c : attention_cases()) {
+    const Inputs<float> in(c, 15);
+    Context forward_context, backward_context;
+    const Outputs<float> expected = run(in, forward_context);
+    Outputs<float> got(in);
+    AttentionTape<float> tape;
+    attention_forward(in.plan, in.q, in.k, in.v, got.out, tape, in.config, forward_context, in.terms());
+    attention_backward(in.plan, in.q, in.k, in.v, got.out, tape, in.d_out, got.d_q, got.d_k, got.d_v, in.config,
+                       backward_context, in.terms(), got.terms(in));
+    INFO(c.name);
+    CHECK(same_bits(got.d_q, expected.d_q));
+    CHECK(same_bits(got.d_k, expected.d_k));
+    CHECK(same_bits(got.d_v, expected.d_v));
+  }
+}
+
+TEST_CASE("attention: a large bias does not reach the gradients of keys through lanes without a query") {
+  AttentionCase c = attention_cases({.tokens = 13, .window = 4, .clusters = 1, .d = 5})[3];  // local, with a bias
+  Inputs<float> in(c, 16);
+  in.bias.setConstant(88.7f);
+  Context context;
+  const Outputs<float> got = run(in, context);
+  CHECK(largest_difference(got.d_k, run_reference(in.cast<double>()).d_k) < 1e-5);
+  CHECK(largest_difference(got.d_v, run_reference(in.cast<double>()).d_v) < 1e-5);
+}
+
+TEST_CASE("attention: an entry without weight does not spoil its row's one softmax") {
+  // Two entries of one row; a bias of minus infinity takes all weight from the second one's key.
+  AttentionPlan plan;
+  plan.tokens = 1;
+  plan.key_tokens = 2;
+  plan.combine = Combine::lse;
+  plan.entries = {0, 0};
+  plan.keys = {0, 1};
+  plan.groups = {{0, 1, 0, 1}, {1, 2, 1, 2}};
+  plan.visible = {{0, 1}, {0, 1}};
+  complete(plan);
+  const RowMatrix<float> q = RowMatrix<float>::Ones(1, 4), k = RowMatrix<float>::Ones(2, 4), v = 3 * k;
+  RowMatrix<float> out(1, 4), bias(1, 2);
+  bias << -infinite, 0;  // distances -1, 0
+  Context context;
+  attention_forward(plan, q, k, v, out, {}, context, {.bias = bias, .bias_first = -1});
+  CHECK(out == RowMatrix<float>::Constant(1, 4, 3));
+}

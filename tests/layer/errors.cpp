@@ -206,6 +206,7 @@ TEST_CASE("backward refuses what does not fit, and adds nothing") {
   shape("d_x", [](Call& c) { c.d_x = {c.layer.parameters().w_q.data(), 12, 10}; });
   shape("d_x", [](Call& c) { c.d_x = {c.gradients.w_v.data() + 7, 12, 10}; });
   value("offsets", [](Call& c) { c.offsets = {0, 6, 12}; });
+  value("parameters.gain", [](Call& c) { c.layer.parameters().gain(0, 0) = std::numeric_limits<float>::infinity(); });
   value("tape", [](Call& c) { c.tape = Layer::Tape(); });
   value("tape", [](Call& c) {
     RoutingAttentionConfig other = config;

@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <span>
-#include <vector>
 
 #include "coterie/attention/call.hpp"
 #include "coterie/attention/config.hpp"
@@ -111,7 +109,7 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
           g.d_out = d_out.data() + sums.head * call.dv();
           g.d_out_stride = d_out.stride();
           g.weight = weight ? weight + first : nullptr;
-          g.d_lse = gradients.d_lse.data() ? gradients.d_lse.data() + sums.head : nullptr;
+          g.d_lse = given(gradients.d_lse) ? gradients.d_lse.data() + sums.head : nullptr;
           g.d_lse_stride = gradients.d_lse.stride();
           g.by_entry = !single;
           g.d_q = single ? d_q.data() + sums.head * call.d() : entry_d_q.row(first);
@@ -202,7 +200,8 @@ inline void attention_forward(const Plans& plans, ConstView<double> q, ConstView
 /// Adds or overwrites: adds.
 /// Allocates: nothing after warm-up.
 /// Threads and determinism: the same bits for any number of workers: partial sums of parts are added in order.
-/// Cost: 10 d operations per visible pair.
+/// Cost: 10 d operations per visible pair. Scratch memory: for every worker the gradients of the keys that one part of the
+///   plan (512 queries at most) sees, and 16 MiB in float, more only where one part alone needs more.
 /// Source: Dao et al. 2022 (recomputation); from maximum and sum rather than their log-sum-exp, which would round twice: ours.
 inline void attention_backward(const Plans& plans, ConstView<float> q, ConstView<float> k, ConstView<float> v,
                                ConstView<float> out, const AttentionTape<float>& tape, ConstView<float> d_out,
@@ -234,12 +233,20 @@ void merge(View<T> out, View<T> lse, ConstView<T> other_out, ConstView<T> other_
   check_shape<T>(function, "other_out", other_out, tokens, out.cols());
   check_shape<T>(function, "other_lse", other_lse, tokens, heads);
   check_no_alias<T>(function, "out", out, "other_out", other_out);
+  check_no_alias<T>(function, "out", out, "other_lse", other_lse);
+  check_no_alias<T>(function, "lse", lse, "out", out);
+  check_no_alias<T>(function, "lse", lse, "other_out", other_out);
   check_no_alias<T>(function, "lse", lse, "other_lse", other_lse);
   const Index dv = out.cols() / heads;
   for (Index i = 0; i < tokens; ++i)
     for (Index h = 0; h < heads; ++h) {
       const T a = lse(i, h), b = other_lse(i, h);
       if (b < -std::numeric_limits<T>::max()) continue;  // nothing seen: the identity
+      if (a < -std::numeric_limits<T>::max()) {
+        std::copy(other_out.row(i) + h * dv, other_out.row(i) + (h + 1) * dv, out.row(i) + h * dv);
+        lse(i, h) = b;
+        continue;
+      }
       const T most = a > b ? a : b;
       const T weight = std::exp(a - most), other_weight = std::exp(b - most), sum = weight + other_weight;
       for (Index c = h * dv; c < (h + 1) * dv; ++c)

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <span>
 #include <utility>
 
 #include "coterie/attention/config.hpp"
@@ -12,6 +14,12 @@
 #include "coterie/kernel/part.hpp"
 
 namespace coterie::detail {
+
+/// Whether an optional matrix was given.
+template <class V>
+bool given(const V& m) {
+  return m.rows() > 0 && m.cols() > 0;
+}
 
 /// The arguments of attention_forward and attention_backward, checked.
 template <class T>
@@ -31,11 +39,11 @@ class AttentionCall {
     faults.require(heads_ >= 1, "heads", "at least 1", heads_);
     faults.require(heads_ < 1 || (kv_heads_ >= 1 && heads_ % kv_heads_ == 0), "kv_heads", "a divisor of heads",
                    kv_heads_);
-    faults.require(std::isfinite(config.scale), "scale", "a finite number", config.scale);
+    faults.require(std::isfinite(static_cast<T>(config.scale)), "scale", "a finite number", config.scale);
     faults.require(config.scales.empty() || Index(config.scales.size()) == heads_, "scales",
                    "none, or one for each head", config.scales.size());
     for (const double scale : config.scales)
-      if (!std::isfinite(scale)) {
+      if (!std::isfinite(static_cast<T>(scale))) {
         faults.require(false, "scales", "finite numbers", scale);
         break;
       }
@@ -91,7 +99,7 @@ class AttentionCall {
   Index kv_head(Index head) const { return head / (heads_ / kv_heads_); }
   Index d() const { return d_; }
   Index dv() const { return dv_; }
-  Index bias_count() const { return terms_.bias.rows() > 0 ? terms_.bias.cols() : 0; }
+  Index bias_count() const { return given(terms_.bias) ? terms_.bias.cols() : 0; }
   Index bias_row(Index head) const { return terms_.bias.rows() == 1 ? 0 : head; }
   const AttentionTerms<T>& terms() const { return terms_; }
   std::span<const double> scales() const { return config_.scales; }
@@ -197,6 +205,7 @@ void combine_rows(const AttentionCall<T>& call, Index head, View<T> out, const S
         if (!sees_key(plan, entry)) continue;
         // mean: out = sum_e out_e / m; lse: out = sum_e weight_e out_e / sum, weight_e = sum_j e^(logit_ej - most)
         const T weight = mean ? T(1) : std::exp(entry_states.max[entry] - most) / entry_states.inverse[entry];
+        if (weight == 0) continue;  // an output of no weight may be no number
         sum += weight;
         const T* from = entry_out.row(entry);
         for (Index c = 0; c < dv; ++c) to[c] += weight * from[c];
@@ -259,15 +268,14 @@ void check_backward(const char* function, const AttentionCall<T>& call, ConstVie
     Index rows, cols;
     bool wanted;
   };
-  const auto wanted = [](View<T> m) { return m.rows() > 0 && m.cols() > 0; };
   const Output outputs[] = {
       {"d_q", d_q, tokens, heads * call.d(), true},
       {"d_k", d_k, keys, call.kv_heads() * call.d(), true},
       {"d_v", d_v, keys, call.kv_heads() * call.dv(), true},
-      {"d_bias", gradients.d_bias, call.terms().bias.rows(), call.bias_count(), wanted(gradients.d_bias)},
-      {"d_memory_keys", gradients.d_memory_keys, memory, call.kv_heads() * call.d(), wanted(gradients.d_memory_keys)},
+      {"d_bias", gradients.d_bias, call.terms().bias.rows(), call.bias_count(), given(gradients.d_bias)},
+      {"d_memory_keys", gradients.d_memory_keys, memory, call.kv_heads() * call.d(), given(gradients.d_memory_keys)},
       {"d_memory_values", gradients.d_memory_values, memory, call.kv_heads() * call.dv(),
-       wanted(gradients.d_memory_values)},
+       given(gradients.d_memory_values)},
   };
   for (const Output& output : outputs) {
     if (!output.wanted) continue;
@@ -278,12 +286,15 @@ void check_backward(const char* function, const AttentionCall<T>& call, ConstVie
     for (const Output* other = outputs; other != &output; ++other)
       if (other->wanted) check_no_alias<T>(function, output.name, output.view, other->name, other->view);
   }
-  if (!gradients.d_scales.empty() && gradients.d_scales.data() == call.scales().data())
+  const std::less<const double*> before;
+  const std::span<const double> scales = call.scales(), d_scales = gradients.d_scales;
+  if (!d_scales.empty() && !scales.empty() && before(d_scales.data(), scales.data() + scales.size()) &&
+      before(scales.data(), d_scales.data() + d_scales.size()))
     fail<ShapeError>(function, "d_scales", "storage of its own", "an overlap with scales");
   if (!gradients.d_scales.empty() && Index(gradients.d_scales.size()) != heads)
     fail<ShapeError>(function, "d_scales", join("none, or one for each of ", heads, " heads"),
                      gradients.d_scales.size());
-  if (gradients.d_lse.rows() > 0) {
+  if (given(gradients.d_lse)) {
     if (call.combine() == Combine::mean)
       fail<ValueError>(function, "d_lse", "none for Combine::mean, which has no lse", "a matrix");
     check_shape<T>(function, "d_lse", gradients.d_lse, tokens, heads);

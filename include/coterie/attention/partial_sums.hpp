@@ -77,7 +77,7 @@ class Wave {
         find_ranges(plan, sums, arena);
         sums.d = call.d();
         sums.dv = call.dv();
-        sums.bias_count = gradients.d_bias.rows() > 0 ? call.bias_count() : 0;
+        sums.bias_count = given(gradients.d_bias) ? call.bias_count() : 0;
         sums.d_k = arena.take<T>(sums.rows * padded(sums.d));
         sums.d_v = arena.take<T>(sums.rows * padded(sums.dv));
         sums.d_bias = arena.take<T>(sums.bias_count);
@@ -129,7 +129,7 @@ class Wave {
         T* y = nullptr;
         if (key < call.key_tokens())
           y = to.row(key);
-        else if (memory.rows() > 0)
+        else if (given(memory))
           y = memory.row(key - call.key_tokens());
         else
           return;

@@ -157,9 +157,8 @@ class Reference {
 }  // namespace detail
 
 /// Attention along a plan by its definition: slow, plain, in double.
-/// Shapes: q tokens x heads*d, k key_tokens x kv_heads*d, v key_tokens x kv_heads*dv, out tokens x heads*dv; lse tokens
-/// x
-///   heads, or empty when it is not wanted; for Combine::mean there is none.
+/// Shapes: q tokens x heads*d, k key_tokens x kv_heads*d, v key_tokens x kv_heads*dv, out tokens x heads*dv; lse
+///   tokens x heads, or empty when it is not wanted; for Combine::mean there is none.
 /// Formula: out_i = sum_j p_ij v_j, p_i = softmax over visible j of (scale q_i.k_j + bias[i - j]), lse_i its
 ///   log-sum-exp; several entries: one softmax over all (lse), or the mean over the entries that see a key (mean).
 ///   A row that sees nothing: out 0, lse -inf.

@@ -3,7 +3,6 @@
 
 #include <Eigen/Core>
 #include <concepts>
-#include <cstdint>
 #include <functional>
 #include <type_traits>
 #include <utility>

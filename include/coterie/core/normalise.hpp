@@ -1,7 +1,6 @@
 // Layer norm without scale or bias over the head width: what the router and shared queries and keys get.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 
 #include "coterie/core/context.hpp"
@@ -54,7 +53,7 @@ Index check_segments(const char* function, ConstView<T> m, Index width) {
 /// Requires: matching shapes, and y's own storage or exactly x's (ShapeError).
 /// Overwrites y and inverse_deviation.
 /// Threads and determinism: a segment's bits depend on that segment alone.
-/// Source: paper.md 1.2 (the paper's routing heads); width below 3 is degenerate and refused by its users.
+/// Source: Roy et al. 2021, section 4.1 (the paper's routing heads); width below 3 is degenerate and refused by its users.
 template <class T>
 void normalise_rows(detail::Same<ConstView<T>> x, View<T> y, detail::Same<View<T>> inverse_deviation, Index width,
                     Context& context) {

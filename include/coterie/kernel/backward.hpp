@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "coterie/kernel/tile.hpp"
 
@@ -21,7 +22,6 @@ struct Backward {
   using L = typename M::L;
   using F = typename L::F;
   using I = typename L::I;
-  using Integer = typename L::Integer;
   using Lookout = Sight<T, M>;
   static constexpr int lanes = L::count, width = M::width;
 
@@ -31,7 +31,7 @@ struct Backward {
 
   static constexpr Index scratch_size(Index d, Index dv, Index bias_count) {
     return 3 * padded(d) * width + 2 * padded(dv) * width + 2 * key_block * width + 2 * padded(bias_count + 2 * width) +
-           2 * width;
+           3 * width;
   }
 
   static COTERIE_INLINE void run(const AttentionPart<T>& part, const AttentionPartGradients<T>& gradients, T* scratch) {
@@ -48,6 +48,7 @@ struct Backward {
     b.max = b.d_bias + padded(part.bias_count + 2 * width);
     b.inverse = b.max + width;
     b.delta = b.inverse + width;
+    COTERIE_ASSERT(b.delta + width == scratch + scratch_size(part.d, part.dv, part.bias_count));
     if (part.bias) {
       Common::pad_bias(part, b.bias);
       std::fill_n(b.d_bias, part.bias_count + 2 * width, T(0));
@@ -75,7 +76,9 @@ struct Backward {
     Common::pack(sight, part.dv, b.d_out_rows, b.d_out, d_row, d_factor);
     std::memset(b.d_q, 0, static_cast<std::size_t>(padded(part.d) * width) * sizeof(T));
     for (int l = 0; l < sight.vectors * lanes; ++l) {
-      b.max[l] = b.inverse[l] = b.delta[l] = 0;
+      // Lanes without an entry: probabilities of zero, whatever a bias adds.
+      b.max[l] = std::numeric_limits<T>::max();
+      b.inverse[l] = b.delta[l] = 0;
       if (l >= count || !sight.sees_any(l)) continue;
       // delta = sum_c d_out[c] out[c] - d_lse
       const Index target = part.target(first + l);

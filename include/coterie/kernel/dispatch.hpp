@@ -34,6 +34,8 @@ inline InstructionSet machine_instruction_set() {
 /// The instruction set that `asked` means here. Throws ValueError where the machine lacks it.
 inline InstructionSet resolve(InstructionSet asked) {
   const InstructionSet machine = machine_instruction_set();
+  if (asked < InstructionSet::automatic || asked > InstructionSet::avx512)
+    fail<ValueError>("Context", "instructions", "automatic, baseline, avx2 or avx512", static_cast<int>(asked));
   if (asked == InstructionSet::automatic) return machine;
   if (asked > machine) {
     constexpr const char* names[] = {"automatic", "baseline", "avx2", "avx512"};

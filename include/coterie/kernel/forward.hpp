@@ -43,6 +43,7 @@ struct Forward {
     f.max = f.bias + padded(part.bias_count + 2 * width);
     f.sum = f.max + width;
     f.factor = f.sum + width;
+    COTERIE_ASSERT(f.factor + width == scratch + scratch_size(part.d, part.dv, part.bias_count));
     if (part.bias) Common::pad_bias(part, f.bias);
     for (Index first = 0; first < part.entries; first += width)
       tile(part, first, static_cast<int>(std::min<Index>(width, part.entries - first)), f);

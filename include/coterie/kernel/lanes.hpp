@@ -67,11 +67,6 @@ struct Lanes {
 
   static COTERIE_INLINE void fill(T value, F& x) { x = F{} + value; }
 
-  /// 0, 1, 2, ...
-  static COTERIE_INLINE void iota(I& x) {
-    for (int i = 0; i < count; ++i) x[i] = i;
-  }
-
   /// Nothing of x is non-finite. Looks at bits: comparisons of NaN do not survive -ffast-math.
   static COTERIE_INLINE bool finite(const F& x) {
     constexpr Unsigned exponent = sizeof(T) == 4 ? Unsigned(0x7f800000u) : Unsigned(0x7ff0000000000000ull);

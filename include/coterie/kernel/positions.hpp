@@ -1,7 +1,6 @@
 // Positions in queries and keys: rotary embeddings, forward and backward.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <span>
@@ -73,6 +72,7 @@ class Rotary {
     if (heads < 1 || x.cols() % heads != 0 || x.cols() / heads / 2 != half_)
       detail::fail<ShapeError>(function, "x", detail::join(heads, " heads of ", 2 * half_, " or one more columns"),
                                detail::join(x.cols(), " columns"));
+    detail::check_shape<T>(function, "x", x, x.rows(), x.cols());
     if (static_cast<Index>(positions.size()) != x.rows())
       detail::fail<ShapeError>(function, "positions", detail::join(x.rows(), " values"), positions.size());
     context.for_chunks(x.rows(), block, [&](Index first, Index last, Index worker) {

@@ -27,7 +27,8 @@ namespace coterie {
 /// With a source, keys and values are those of its rows: cross-attention, of heads that do not share. The last causal
 /// query then meets the last row of its sequence of the source, two-sided ones meet in proportion (Alignment).
 /// Routing passes no gradient.
-/// Allocates: nothing in forward, backward and update_router, once tape and workspace have grown to the sizes in use.
+/// Allocates: nothing in forward, backward and update_router, once tape and workspace have grown to the sizes in use; the
+///   first update_router allocates for its k-means++.
 /// Threads and determinism: const calls with different tapes and contexts may run at the same time. A row's bits depend
 ///   on what that row sees and not on other sequences, later tokens (causal) or the number of workers.
 /// Errors: what is wrong with an argument is thrown before anything is written.
@@ -61,14 +62,14 @@ class RoutingAttention {
   ///   [-1, clusters) and only without a source, a source only where no head shares and Self::visible (ValueError).
   /// Overwrites y.
   void forward(const Input<T>& input, View<T> y, Context& context) const {
-    check_forward(input, y);
+    check_forward(input, y, context);
     Scratch& scratch = context.workspace().template object<Scratch>();
     run(input, y, nullptr, scratch.places, scratch.plans, scratch.plans, context);
   }
 
   /// The same, keeping on the tape what backward and update_router need.
   void forward(const Input<T>& input, View<T> y, Tape& tape, Context& context) const {
-    check_forward(input, y);
+    check_forward(input, y, context);
     tape.tokens_ = -1;  // no longer what it was, should something throw
     tape.config_ = parts_.config;
     run(input, y, &tape, tape.places_, tape.local_.plans, tape.routed_.plans, context);
@@ -116,6 +117,7 @@ class RoutingAttention {
         input, [&](std::size_t i, std::int32_t place) { same = same && tape.places_.queries[i] == place; },
         [&](std::size_t j, std::int32_t place) { same = same && tape.places_.keys[j] == place; });
     if (!same) detail::fail<ValueError>(function, "offsets", "those of the forward pass", "others");
+    check_ready(function, context);
 
     if (n == 0) return;
     // y += b_o
@@ -233,13 +235,22 @@ class RoutingAttention {
     if (!input.source_offsets.empty()) detail::check_offsets(faults, "source_offsets", input.source_offsets, rows);
   }
 
-  void check_forward(const Input<T>& input, View<T> y) const {
+  void check_forward(const Input<T>& input, View<T> y, Context& context) const {
     const char* const function = "RoutingAttention::forward";
     check_input(function, input);
     detail::check_shape<T>(function, "y", y, input.x.rows(), config().model_dim);
     detail::check_no_alias<T>(function, "y", y, "x", input.x);
     detail::check_no_alias<T>(function, "y", y, "source", input.source);
     detail::check_apart<T>(function, "y", y, "parameters", parameters());
+    check_ready(function, context);
+  }
+
+  // What the calls inside would find out too late.
+  void check_ready(const char* function, const Context& context) const {
+    detail::resolve(context.instructions());
+    const RowMatrix<T>& gain = parameters().gain;
+    if (!detail::finite_row(gain.data(), gain.size()))
+      detail::fail<ValueError>(function, "parameters.gain", "finite numbers", "NaN or infinity");
   }
 
   void check_tape(const char* function, const Tape& tape) const {
@@ -256,11 +267,7 @@ class RoutingAttention {
                                detail::join(c.routed_heads, " x ", c.clusters, " x ", c.head_dim),
                                detail::join(s.heads(), " x ", s.clusters(), " x ", s.dim()));
     // All heads before any of them: an update that fails leaves every centroid where it was.
-    if (!detail::finite_row(s.block().data(), static_cast<Index>(s.block().size())))
-      detail::fail<ValueError>(function, "statistics", "finite numbers", "NaN or infinity");
-    for (Index h = 0; h < s.heads(); ++h)
-      for (const double count : s.counts(h))
-        if (count < 0) detail::fail<ValueError>(function, "statistics", "counts of at least 0", count);
+    for (Index h = 0; h < s.heads(); ++h) parts_.routers[static_cast<std::size_t>(h)].check_update(s, h);
   }
 
   // Calls of_query(row, place) and, with a source, of_key(row, place) for all rows: where each is in its sequence, keys by

@@ -6,6 +6,7 @@
 #include <memory>
 #include <new>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "coterie/attention/attention.hpp"
@@ -22,8 +23,9 @@ class Buffer {
  public:
   /// A rows x cols matrix, uninitialised.
   View<T> matrix(Index rows, Index cols) {
-    if (rows * cols > capacity_) {
+    if (!data_ || rows * cols > capacity_) {
       data_.reset();
+      capacity_ = 0;
       data_.reset(static_cast<T*>(::operator new[](static_cast<std::size_t>(rows * cols) * sizeof(T), alignment)));
       capacity_ = rows * cols;
     }
@@ -94,8 +96,18 @@ template <class T>
 class RoutingAttentionTape {
  public:
   RoutingAttentionTape() = default;
-  RoutingAttentionTape(RoutingAttentionTape&&) noexcept = default;
-  RoutingAttentionTape& operator=(RoutingAttentionTape&&) noexcept = default;
+  RoutingAttentionTape(RoutingAttentionTape&& other) noexcept { *this = std::move(other); }
+  RoutingAttentionTape& operator=(RoutingAttentionTape&& other) noexcept {
+    if (this == &other) return *this;
+    places_ = std::move(other.places_);
+    local_ = std::move(other.local_);
+    routed_ = std::move(other.routed_);
+    config_ = other.config_;
+    crosses_ = other.crosses_;
+    key_tokens_ = other.key_tokens_;
+    tokens_ = std::exchange(other.tokens_, Index(-1));  // what was moved from is empty again
+    return *this;
+  }
 
   /// Tokens of the forward pass; -1 before the first.
   Index tokens() const { return tokens_; }

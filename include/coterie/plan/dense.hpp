@@ -18,7 +18,7 @@ struct DenseConfig {
 /// Writes the plan in which every query sees all keys of its sequence: [0, keys), or [0, c(i)] if causal.
 /// Requires: a config as its fields say, otherwise ValueError, and the plan is unchanged.
 /// Allocates: only where the plan's vectors have to grow.
-/// Cost: linear in tokens and keys.
+/// Cost: linear in tokens, keys and sequences.
 inline void plan_dense(const DenseConfig& config, AttentionPlan& plan) {
   detail::Faults faults("plan_dense");
   detail::Pattern pattern =

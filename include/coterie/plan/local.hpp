@@ -20,7 +20,7 @@ struct LocalConfig {
 /// Writes the plan in which query i sees the keys of its sequence at positions (c(i) - window, c(i) + lookahead].
 /// Requires: a config as its fields say, otherwise ValueError, and the plan is unchanged.
 /// Allocates: only where the plan's vectors have to grow.
-/// Cost: linear in tokens and keys.
+/// Cost: linear in tokens, keys and sequences.
 inline void plan_local(const LocalConfig& config, AttentionPlan& plan) {
   detail::Faults faults("plan_local");
   faults.require(config.window >= 1, "window", "at least 1", config.window);

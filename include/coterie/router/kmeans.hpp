@@ -184,7 +184,8 @@ struct KMeansConfig {
 /// sums() and updates(); restore() takes them back.
 /// Threads and determinism: everything drawn is a function of the seed, the number of updates and the row's number; no result
 /// depends on the number of workers. const calls may run at the same time; routers of different heads share nothing.
-/// Source: paper.md 1.8 in the form of counts and sums; start, schedule and revival are ours (traps T6 to T8).
+/// Source: Roy et al. 2021, section 4.1, in the form of counts and sums of van den Oord et al. 2017 (VQ-VAE); start,
+/// schedule and revival are ours.
 template <class T>
 class OnlineKMeans {
  public:
@@ -323,6 +324,20 @@ class OnlineKMeans {
     ++updates_;
   }
 
+  /// Throws what update() would throw for these statistics, and does nothing else.
+  void check_update(const RouterStatistics<T>& statistics, Index head) const {
+    const char* const function = "OnlineKMeans::update";
+    check_statistics(function, statistics, head);
+    check_numbers(function, statistics.counts(head), statistics.sums(head));
+    const Index filled = statistics.samples(head).rows();
+    if (filled < 0 || filled > statistics.sample_limit())
+      detail::fail<ValueError>(function, "sample_counts", detail::join("in [0, ", statistics.sample_limit(), "]"),
+                               filled);
+    bool finite = true;
+    for (Index i = 0; i < filled; ++i) finite &= detail::finite_row(statistics.samples(head).row(i), dim());
+    if (!finite) detail::fail<ValueError>(function, "samples", "finite rows", "NaN or infinity");
+  }
+
   /// Takes back a state that centroids(), counts(), sums() and updates() gave.
   /// Requires: their shapes (ShapeError); finite numbers, no negative count or number of updates (ValueError).
   void restore(ConstView<T> centroids, std::span<const double> counts, std::span<const double> sums, Index updates) {
@@ -373,19 +388,6 @@ class OnlineKMeans {
       if (count < 0) detail::fail<ValueError>(function, "counts", "at least 0", count);
     if (!detail::finite_row(sums.data(), static_cast<Index>(sums.size())))
       detail::fail<ValueError>(function, "sums", "finite numbers", "NaN or infinity");
-  }
-
-  void check_update(const RouterStatistics<T>& statistics, Index head) const {
-    const char* const function = "OnlineKMeans::update";
-    check_statistics(function, statistics, head);
-    check_numbers(function, statistics.counts(head), statistics.sums(head));
-    const Index filled = statistics.samples(head).rows();
-    if (filled < 0 || filled > statistics.sample_limit())
-      detail::fail<ValueError>(function, "sample_counts", detail::join("in [0, ", statistics.sample_limit(), "]"),
-                               filled);
-    bool finite = true;
-    for (Index i = 0; i < filled; ++i) finite &= detail::finite_row(statistics.samples(head).row(i), dim());
-    if (!finite) detail::fail<ValueError>(function, "samples", "finite rows", "NaN or infinity");
   }
 
   double* sum_of(Index c) { return sums_.data() + c * dim(); }
