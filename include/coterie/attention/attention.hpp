@@ -191,7 +191,8 @@ inline void attention_forward(const Plans& plans, ConstView<double> q, ConstView
   detail::checked_forward<double>(plans, q, k, v, out, nullptr, config, context, terms);
 }
 
-/// Gradients of attention_forward; undoes out = softmax(scale q k^T + bias) v, recomputing the probabilities from each row's maximum and sum.
+/// Gradients of attention_forward; undoes out = softmax(scale q k^T + bias) v, recomputing the probabilities from each row's
+/// maximum and sum.
 ///
 /// Shapes: as in attention_forward; d_out as out, d_q, d_k, d_v as q, k, v.
 /// Formula: dp_ij = d_out_i.v_j, ds_ij = p_ij (dp_ij - d_out_i.out_i + d_lse_i); d_v_j += p_ij d_out_i,
@@ -200,9 +201,9 @@ inline void attention_forward(const Plans& plans, ConstView<double> q, ConstView
 /// Adds or overwrites: adds.
 /// Allocates: nothing after warm-up.
 /// Threads and determinism: the same bits for any number of workers: partial sums of parts are added in order.
-/// Cost: 10 d operations per visible pair. Scratch memory: for every worker the gradients of the keys that one part of the
-///   plan (512 queries at most) sees, and 16 MiB in float, more only where one part alone needs more.
-/// Source: Dao et al. 2022 (recomputation); from maximum and sum rather than their log-sum-exp, which would round twice: ours.
+/// Cost: 10 d operations per visible pair. Scratch memory: gradients of the keys that a task (a part of 512 queries, or
+///   small groups of as many) sees, for one task of every worker, or for more tasks up to 4 Mi numbers.
+/// Source: Dao et al. 2022 (recomputation); from maximum and sum rather than log-sum-exp, which rounds once more: ours.
 inline void attention_backward(const Plans& plans, ConstView<float> q, ConstView<float> k, ConstView<float> v,
                                ConstView<float> out, const AttentionTape<float>& tape, ConstView<float> d_out,
                                View<float> d_q, View<float> d_k, View<float> d_v, const AttentionConfig& config,

@@ -21,12 +21,11 @@ struct Tile {
   using L = typename M::L;
   using F = typename L::F;
   using I = typename L::I;
-  using Integer = typename L::Integer;
   using Lookout = Sight<T, M>;
   static constexpr int lanes = L::count, width = M::width;
 
-  /// Copies rows of `source` into `rows[lane][padded(columns)]` times `factor` (per lane or one), and transposes them
-  /// into `columns_out[column][lane]`. Lanes without an entry become zero.
+  /// Copies row(lane) times factor(lane) into `rows[lane][padded(columns)]`, and transposes that into
+  /// `transposed[column][lane]`. Lanes without an entry become zero.
   template <class Row, class Factor>
   static COTERIE_INLINE void pack(const Lookout& sight, Index columns, T* rows, T* transposed, const Row& row,
                                   const Factor& factor) {
