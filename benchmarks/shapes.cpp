@@ -105,7 +105,7 @@ bool group_sizes(const Options& options) {
   std::vector<Tick> ticks;
   for (Index g = 1; g <= 256; g *= 2) ticks.push_back({static_cast<double>(g), std::to_string(g)});
   const Panel panel{.title = "Cost of a visible pair over the size of its group",
-                    .x = {.title = "tokens in a group", .ticks = ticks},
+                    .x = {.title = "tokens in a group (routed, n=16384, d=64)", .ticks = ticks},
                     .y = {.title = "nanoseconds", .ticks = decades(lines, [](double y) { return format("%g", y); })},
                     .lines = lines};
   options.write("group_size.svg", svg({panel}, caption(peak)));
