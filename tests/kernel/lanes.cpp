@@ -17,7 +17,7 @@ T exp_of(T x, int lane) {
   in[lane] = x;
   typename L::F v, y;
   L::load(in, v);
-  L::exp(v, y);
+  L::exp2(v, y);
   L::store(out, y);
   return out[lane];
 }
@@ -27,10 +27,10 @@ template <class T, int Bytes>
 double largest_error() {
   test::Random random(1);
   double most = 0;
-  const double low = sizeof(T) == 4 ? -87.3 : -708.3;
+  const double low = sizeof(T) == 4 ? -126 : -1022;
   for (int i = 0; i < 40000; ++i) {
     const T x = static_cast<T>(i % 2 ? random.uniform(low, 0.5) : random.uniform(-2, 0.01));
-    const double exact = std::exp(static_cast<double>(x));
+    const double exact = std::exp2(static_cast<double>(x));
     const double unit = exact * std::numeric_limits<T>::epsilon() / 2;
     most = std::max(most, std::abs(exp_of<T, Bytes>(x, i % Lanes<T, Bytes>::count) - exact) / unit);
   }
@@ -44,7 +44,7 @@ void check_exp() {
   CHECK(exp_of<T, Bytes>(0, 1) == 1);
   CHECK(exp_of<T, Bytes>(-infinity, 1) == 0);
   CHECK(exp_of<T, Bytes>(std::numeric_limits<T>::lowest(), 1) == 0);
-  CHECK(exp_of<T, Bytes>(T(-800), 1) == 0);
+  CHECK(exp_of<T, Bytes>(T(-1100), 1) == 0);
   volatile T nan = std::numeric_limits<T>::quiet_NaN();
   CHECK(std::isnan(exp_of<T, Bytes>(nan, 1)));
 }
@@ -79,7 +79,7 @@ void check_finite() {
 
 }  // namespace
 
-TEST_CASE("lanes: exp within its stated error, exact at 0, 0 far below, NaN kept") {
+TEST_CASE("lanes: exp2 within its stated error, exact at 0, 0 far below, NaN kept") {
   check_exp<float, 16>();
   check_exp<float, 32>();
   check_exp<float, 64>();

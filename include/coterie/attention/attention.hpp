@@ -17,6 +17,21 @@ namespace coterie {
 namespace detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
+/// Asks for the first rows of a part before it is its turn: rows sorted by cluster lie scattered.
+template <class T>
+void fetch_rows(const AttentionPart<T>& part) {
+  constexpr Index most = 64, line = 64 / Index(sizeof(T));
+  const auto fetch = [](const T* row, Index columns) {
+    for (Index c = 0; c < columns; c += line) __builtin_prefetch(row + c, 0, 2);
+  };
+  for (Index e = 0; e < std::min(most, part.entries); ++e) fetch(part.q.row(part.rows[e]), part.d);
+  const Interval first = part.entries > 0 ? part.visible[std::min(most, part.entries) - 1] : Interval{};
+  for (Index j = std::max<Index>(first.end - most, 0); j < first.end; ++j) {
+    fetch(part.k.row(part.keys[j]), part.d);
+    fetch(part.v.row(part.keys[j]), part.dv);
+  }
+}
+
 /// The forward pass: heads' parts in any order, then rows that have none or several entries.
 template <class T>
 void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, const KernelTable<T>& kernel,
@@ -57,6 +72,7 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
           part.use_rows(out.columns(head * call.dv(), call.dv()), states.from(0, head));
         else
           part.use_entries(entry_out, entry_states, piece.entry_begin);
+        if (p + 1 < plan.task_begin[std::size_t(task) + 1]) fetch_rows(call.part(head, plan.parts[std::size_t(p) + 1]));
         kernel.forward(part, scratch);
       }
     });
@@ -94,7 +110,9 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
         Arena& arena = context.workspace().worker(worker);
         Arena::Scope task_scope(arena);
         T* scratch = arena.template take<T>(kernel.backward_scratch(call.d(), call.dv(), call.bias_count()));
-        for (const PartialSums<T>& sums : wave.task(i)) {
+        for (PartialSums<T> sums : wave.task(i)) {
+          Arena::Scope part_scope(arena);
+          if (sums.alone) sums.take_rows(arena);
           sums.clear();
           AttentionPart<T> part = call.part(sums.head, *sums.part);
           const Index first = sums.part->entry_begin;
@@ -115,9 +133,14 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
           g.d_q = single ? d_q.data() + sums.head * call.d() : entry_d_q.row(first);
           g.d_q_stride = single ? d_q.stride() : entry_d_q.stride();
           kernel.backward(part, g, scratch);
+          if (sums.alone) {
+            wave.add_rows(call, sums, 0, call.key_tokens(), d_k, d_v, gradients, kernel);
+            wave.add_rows(call, sums, call.key_tokens(), call.key_tokens() + call.memory_tokens(), d_k, d_v, gradients,
+                          kernel);
+          }
         }
       });
-      wave.add(call, d_k, d_v, gradients, context);
+      wave.add(call, d_k, d_v, gradients, kernel, context);
       begin += wave.tasks();
     }
     if (!single)

@@ -203,8 +203,8 @@ void combine_rows(const AttentionCall<T>& call, Index head, View<T> out, const S
       for (Index e = 0; e < count; ++e) {
         const std::int32_t entry = entries[e];
         if (!sees_key(plan, entry)) continue;
-        // mean: out = sum_e out_e / m; lse: out = sum_e weight_e out_e / sum, weight_e = sum_j e^(logit_ej - most)
-        const T weight = mean ? T(1) : std::exp(entry_states.max[entry] - most) / entry_states.inverse[entry];
+        // mean: out = sum_e out_e / m; lse: out = sum_e weight_e out_e / sum, weight_e = sum_j 2^(logit_ej - most)
+        const T weight = mean ? T(1) : std::exp2(entry_states.max[entry] - most) / entry_states.inverse[entry];
         if (weight == 0) continue;  // an output of no weight may be no number
         sum += weight;
         const T* from = entry_out.row(entry);
@@ -215,7 +215,7 @@ void combine_rows(const AttentionCall<T>& call, Index head, View<T> out, const S
       const Index at = i * states.stride;
       if (states.max) states.max[at] = most;
       if (states.inverse) states.inverse[at] = sees ? T(1) / sum : T(0);
-      if (states.lse) states.lse[at] = sees ? most + std::log(sum) : -std::numeric_limits<T>::infinity();
+      if (states.lse) states.lse[at] = sees ? most * ln_2<T> + std::log(sum) : -std::numeric_limits<T>::infinity();
     }
   });
 }

@@ -1,15 +1,18 @@
 // Gradients of keys and values, summed part by part in a fixed order.
 //
 // Several parts may see the same key. Each adds its gradients into rows of its own, and those rows are added to d_k and
-// d_v part after part, column slices side by side: no atomics, and the same bits for any number of workers.
+// d_v part after part, ranges of key rows side by side: no atomics, and the same bits for any number of workers. A part
+// whose keys no other part sees adds its rows itself, while they are in its cache.
 #pragma once
 
 #include <algorithm>
 #include <span>
 
 #include "coterie/attention/call.hpp"
+#include "coterie/kernel/dispatch.hpp"
 
 namespace coterie::detail {
+inline namespace COTERIE_FLAGS_NAMESPACE {
 
 /// The partial sums of one part.
 template <class T>
@@ -19,7 +22,13 @@ struct PartialSums {
   const std::int32_t* keys = nullptr;  // key row of each rank of the group
   std::span<PartialRange> ranges;      // ranks that the part sees
   Index rows = 0, d = 0, dv = 0, bias_count = 0;
+  bool alone = false;  // adds its rows itself
   T *d_k = nullptr, *d_v = nullptr, *d_bias = nullptr, *d_scale = nullptr;
+
+  void take_rows(Arena& arena) {
+    d_k = arena.take<T>(rows * padded(d));
+    d_v = arena.take<T>(rows * padded(dv));
+  }
 
   void clear() const {
     std::fill_n(d_k, rows * padded(d), T(0));
@@ -39,11 +48,17 @@ struct PartialSums {
     return g;
   }
 
-  /// Calls f(key row, row of the partial sums) for every key that the part may have seen, ascending by rank.
-  template <class F>
-  void each_key(F&& f) const {
-    for (const PartialRange& range : ranges)
-      for (Index rank = range.begin; rank < range.end; ++rank) f(Index(keys[rank]), range.row + rank - range.begin);
+  /// to[key - first] += the sums in `from` (d_k or d_v) for the keys in [begin, end) that the part sees.
+  void add_keys(const KernelTable<T>& kernel, const T* from, Index begin, Index end, Index first, View<T> to) const {
+    const Index columns = to.cols();
+    for (const PartialRange& range : ranges) {
+      const std::int32_t* const last = keys + range.end;
+      const std::int32_t* const low = std::lower_bound(keys + range.begin, last, begin);
+      const std::int32_t* const high = std::lower_bound(low, last, end);
+      if (low == high) continue;
+      const T* const row = from + (range.row + (low - keys) - range.begin) * padded(columns);
+      kernel.add_rows({row, padded(columns), to.data(), to.stride(), low, first, high - low, columns});
+    }
   }
 };
 
@@ -78,11 +93,13 @@ class Wave {
         sums.d = call.d();
         sums.dv = call.dv();
         sums.bias_count = given(gradients.d_bias) ? call.bias_count() : 0;
-        sums.d_k = arena.take<T>(sums.rows * padded(sums.d));
-        sums.d_v = arena.take<T>(sums.rows * padded(sums.dv));
+        sums.alone = sums.part->alone && call.heads() == call.kv_heads();
+        if (!sums.alone) {
+          sums.take_rows(arena);
+          numbers += sums.rows * (padded(sums.d) + padded(sums.dv));
+        }
         sums.d_bias = arena.take<T>(sums.bias_count);
         sums.d_scale = arena.take<T>(1);
-        numbers += sums.rows * (padded(sums.d) + padded(sums.dv));
       }
     }
     task_begin_[tasks_] = parts;
@@ -96,47 +113,40 @@ class Wave {
 
   /// d_k, d_v and the terms' gradients += the wave's partial sums, part after part.
   void add(const AttentionCall<T>& call, View<T> d_k, View<T> d_v, const AttentionTermGradients<T>& gradients,
-           Context& context) const {
-    constexpr Index slice = 16;
-    const Index d = call.d(), dv = call.dv();
-    const Index k_slices = (d + slice - 1) / slice, v_slices = (dv + slice - 1) / slice;
-    context.for_each(k_slices + v_slices, [&](Index i, Index) {
-      if (i < k_slices)
-        add_slice(call, d_k, gradients.d_memory_keys, d, i * slice, std::min(slice, d - i * slice),
-                  &PartialSums<T>::d_k);
-      else
-        add_slice(call, d_v, gradients.d_memory_values, dv, (i - k_slices) * slice,
-                  std::min(slice, dv - (i - k_slices) * slice), &PartialSums<T>::d_v);
-    });
+           const KernelTable<T>& kernel, Context& context) const {
+    bool shared = false;
+    for (const PartialSums<T>* sums = parts_; sums != parts_ + task_begin_[tasks_]; ++sums) shared |= !sums->alone;
+    // A task adds all parts to its own rows: ranges of a size that depends on the problem alone.
+    const Index tokens = call.key_tokens(), range = std::max<Index>(256, (tokens + 63) / 64);
+    const Index ranges = (tokens + range - 1) / range;
+    if (shared)
+      context.for_each(ranges + 1, [&](Index i, Index) {
+        const Index begin = std::min(i * range, tokens);
+        const Index end = i < ranges ? std::min(begin + range, tokens) : tokens + call.memory_tokens();
+        for (const PartialSums<T>* sums = parts_; sums != parts_ + task_begin_[tasks_]; ++sums)
+          if (!sums->alone) add_rows(call, *sums, begin, end, d_k, d_v, gradients, kernel);
+      });
     for (const PartialSums<T>* sums = parts_; sums != parts_ + task_begin_[tasks_]; ++sums) {
       for (Index c = 0; c < sums->bias_count; ++c) gradients.d_bias(call.bias_row(sums->head), c) += sums->d_bias[c];
       if (!gradients.d_scales.empty()) gradients.d_scales[std::size_t(sums->head)] += double(*sums->d_scale);
     }
   }
 
+  /// Adds a part's sums to keys [begin, end), which are all tokens or all memory.
+  static void add_rows(const AttentionCall<T>& call, const PartialSums<T>& sums, Index begin, Index end, View<T> d_k,
+                       View<T> d_v, const AttentionTermGradients<T>& gradients, const KernelTable<T>& kernel) {
+    const bool memory = begin >= call.key_tokens();
+    const Index head = call.kv_head(sums.head), d = call.d(), dv = call.dv();
+    const View<T> keys = memory ? gradients.d_memory_keys : d_k, values = memory ? gradients.d_memory_values : d_v;
+    if (begin == end) return;
+    const Index first = memory ? call.key_tokens() : 0;
+    if (given(keys)) sums.add_keys(kernel, sums.d_k, begin, end, first, keys.columns(head * d, d));
+    if (given(values)) sums.add_keys(kernel, sums.d_v, begin, end, first, values.columns(head * dv, dv));
+  }
+
  private:
   static Index parts_of(const AttentionPlan& plan, Index task) {
     return plan.task_begin[std::size_t(task) + 1] - plan.task_begin[std::size_t(task)];
-  }
-
-  /// Columns [column, column + count) of every head.
-  void add_slice(const AttentionCall<T>& call, View<T> to, View<T> memory, Index width, Index column, Index count,
-                 T* PartialSums<T>::*from) const {
-    const Index stride = padded(width);
-    for (const PartialSums<T>* sums = parts_; sums != parts_ + task_begin_[tasks_]; ++sums) {
-      const Index first = call.kv_head(sums->head) * width + column;
-      sums->each_key([&](Index key, Index row) {
-        T* y = nullptr;
-        if (key < call.key_tokens())
-          y = to.row(key);
-        else if (given(memory))
-          y = memory.row(key - call.key_tokens());
-        else
-          return;
-        const T* x = sums->*from + row * stride + column;
-        for (Index c = 0; c < count; ++c) y[first + c] += x[c];
-      });
-    }
   }
 
   /// The ranks that a part's entries see, as ascending ranges without overlap. Ranges that meet in a block of keys become
@@ -187,4 +197,5 @@ class Wave {
   PartialSums<T>* parts_ = nullptr;
 };
 
+}  // namespace COTERIE_FLAGS_NAMESPACE
 }  // namespace coterie::detail

@@ -1,8 +1,8 @@
 // The backward tile: probabilities again from each row's maximum and sum, then four products.
 //
-//     S = K Qt, P = exp(S - max) / sum                 undoes the forward tile line by line:
+//     S = K Qt, P = 2^(S - max) / sum                 undoes the forward tile line by line:
 //     dP[key][lane]  = sum_c V[key][c] dOt[c][lane]    of Ot += V P for P
-//     dS             = P (dP - delta)                  of the softmax
+//     dS             = P (dP - delta) ln(2)            of the softmax, for logits to base 2
 //     dQt[d][lane]  += sum_key K[key][d] dS[key][lane] of S = K Qt for Q
 //     dV[key][c]    += sum_lane P[key][lane] dO[lane][c]
 //     dK[key][d]    += sum_lane dS[key][lane] Q[lane][d]
@@ -53,11 +53,14 @@ struct Backward {
       Common::pad_bias(part, b.bias);
       std::fill_n(b.d_bias, part.bias_count + 2 * width, T(0));
     }
-    for (Index first = 0; first < part.entries; first += width)
+    Index fetched = part.entries > 0 ? part.visible[std::min<Index>(width, part.entries) - 1].end : 0;
+    for (Index first = 0; first < part.entries; first += width) {
+      if (first + width < part.entries) Common::fetch_keys(part, first + width, fetched);
       tile(part, gradients, first, static_cast<int>(std::min<Index>(width, part.entries - first)), b);
+    }
     if (gradients.d_bias)
       for (Index i = 0; i < part.bias_count + 2 * width; ++i)
-        gradients.d_bias[std::clamp<Index>(i - width, 0, part.bias_count - 1)] += b.d_bias[i];
+        gradients.d_bias[std::clamp<Index>(i - width, 0, part.bias_count - 1)] += b.d_bias[i] * log2_e<T>;
   }
 
   static COTERIE_INLINE void tile(const AttentionPart<T>& part, const AttentionPartGradients<T>& gradients, Index first,
@@ -65,7 +68,7 @@ struct Backward {
     Lookout sight;
     sight.look(part, first, count);
     const auto q_row = [&](int l) __attribute__((always_inline)) { return part.q.row(part.rows[first + l]); };
-    const auto q_factor = [&](int) __attribute__((always_inline)) { return part.scale; };
+    const auto q_factor = [&](int) __attribute__((always_inline)) { return part.scale * log2_e<T>; };
     const auto d_row = [&](int l) __attribute__((always_inline)) {
       return gradients.d_out + part.rows[first + l] * gradients.d_out_stride;
     };
@@ -84,9 +87,8 @@ struct Backward {
       const Index target = part.target(first + l);
       const T* out = part.out + target * part.out_stride;
       const T* d_out = b.d_out_rows + l * padded(part.dv);
-      T delta = gradients.d_lse ? -gradients.d_lse[part.rows[first + l] * gradients.d_lse_stride] : T(0);
-      for (Index c = 0; c < part.dv; ++c) delta += d_out[c] * out[c];
-      b.delta[l] = delta;
+      const T d_lse = gradients.d_lse ? gradients.d_lse[part.rows[first + l] * gradients.d_lse_stride] : T(0);
+      b.delta[l] = dot(d_out, out, part.dv) - d_lse;
       b.max[l] = part.states.max[target * part.states.stride];
       b.inverse[l] = part.states.inverse[target * part.states.stride];
     }
@@ -133,15 +135,37 @@ struct Backward {
     M::transpose_out(b.d_q, sight.vectors, part.d, b.q_rows, padded(part.d));
     for (int l = 0; l < count; ++l) {
       const T* from = b.q_rows + l * padded(part.d);
-      const T* q = q_row(l);
       T* to = gradients.d_q + (gradients.by_entry ? first + l : Index(part.rows[first + l])) * gradients.d_q_stride;
-      T d_scale = 0;
-      for (Index c = 0; c < part.d; ++c) {
-        to[c] += from[c] * part.scale;
-        d_scale += from[c] * q[c];
-      }
-      if (gradients.d_scale && sight.sees_any(l)) *gradients.d_scale += d_scale;
+      add_scaled(from, q_factor(l), part.d, to);
+      if (gradients.d_scale && sight.sees_any(l)) *gradients.d_scale += dot(from, q_row(l), part.d) * log2_e<T>;
     }
+  }
+
+  static COTERIE_INLINE T dot(const T* a, const T* b, Index columns) {
+    F sum{}, x, y;
+    Index c = 0;
+    for (; c + lanes <= columns; c += lanes) {
+      L::load(a + c, x);
+      L::load(b + c, y);
+      COTERIE_OPAQUE(sum);
+      sum += x * y;
+    }
+    T result = 0;
+    for (int l = 0; l < lanes; ++l) result += sum[l];
+    for (; c < columns; ++c) result += a[c] * b[c];
+    return result;
+  }
+
+  /// to[c] += from[c] * factor
+  static COTERIE_INLINE void add_scaled(const T* from, T factor, Index columns, T* to) {
+    Index c = 0;
+    for (; c + lanes <= columns; c += lanes) {
+      F x, y;
+      L::load(from + c, x);
+      L::load(to + c, y);
+      L::store(to + c, y + x * factor);
+    }
+    for (; c < columns; ++c) to[c] += from[c] * factor;
   }
 
   static COTERIE_INLINE Index partial_row(const AttentionPartGradients<T>& gradients, int key) {
@@ -164,9 +188,9 @@ struct Backward {
         F x, p, d_p;
         L::load(b.scores + at, x);
         L::load(b.d_scores + at, d_p);
-        L::exp(x - max, p);
+        L::exp2(x - max, p);
         p *= inverse;
-        F d_s = p * (d_p - delta);
+        F d_s = p * ((d_p - delta) * ln_2<T>);
         if (s.masked) {
           I mask;
           sight.visible(v, j, mask);

@@ -49,22 +49,29 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
 
 // The micro-kernels of one instruction set. Never inlined: between the loops of a tile g++ would keep constants in the
 // registers that the sums need, and spill sums in the innermost loop.
-#define COTERIE_MICRO(name, target, bytes, vectors, rows_at_once)                                                    \
-  template <class T>                                                                                                 \
-  struct name : Micro<T, bytes, vectors, rows_at_once> {                                                             \
-    using Inline = Micro<T, bytes, vectors, rows_at_once>;                                                           \
-    target __attribute__((noinline)) static void scores(const T* const* keys, Index count, Index depth, const T* qt, \
-                                                        T* s, int used) {                                            \
-      Inline::scores(keys, count, depth, qt, s, used);                                                               \
-    }                                                                                                                \
-    target __attribute__((noinline)) static Index columns(const T* const* rows, Index begin, Index end, Index count, \
-                                                          const T* p, T* out, int used, bool checked) {              \
-      return Inline::columns(rows, begin, end, count, p, out, used, checked);                                        \
-    }                                                                                                                \
-    target __attribute__((noinline)) static Index rows(const T* const* p, Index count, Index depth, const T* x,      \
-                                                       Index columns, T* to, bool checked) {                         \
-      return Inline::rows(p, count, depth, x, columns, to, checked);                                                 \
-    }                                                                                                                \
+#define COTERIE_MICRO(name, target, bytes, vectors, rows_at_once)                                                     \
+  template <class T>                                                                                                  \
+  struct name : Micro<T, bytes, vectors, rows_at_once> {                                                              \
+    using Inline = Micro<T, bytes, vectors, rows_at_once>;                                                            \
+    target __attribute__((noinline)) static void scores(const T* const* keys, Index count, Index depth, const T* qt,  \
+                                                        T* s, int used) {                                             \
+      Inline::scores(keys, count, depth, qt, s, used);                                                                \
+    }                                                                                                                 \
+    target __attribute__((noinline)) static Index columns(const T* const* rows, Index begin, Index end, Index count,  \
+                                                          const T* p, T* out, int used, bool checked) {               \
+      return Inline::columns(rows, begin, end, count, p, out, used, checked);                                         \
+    }                                                                                                                 \
+    target __attribute__((noinline)) static Index rows(const T* const* p, Index count, Index depth, const T* x,       \
+                                                       Index columns, T* to, bool checked) {                          \
+      return Inline::rows(p, count, depth, x, columns, to, checked);                                                  \
+    }                                                                                                                 \
+    target __attribute__((noinline)) static void row_scores(const T* q, Index depth, const T* keys, T* s, int used) { \
+      Inline::row_scores(q, depth, keys, s, used);                                                                    \
+    }                                                                                                                 \
+    target __attribute__((noinline)) static void row_values(const T* p, const T* const* rows, Index begin, Index end, \
+                                                            Index columns, T* out) {                                  \
+      Inline::row_values(p, rows, begin, end, columns, out);                                                          \
+    }                                                                                                                 \
   };
 
 #if defined(__aarch64__)
@@ -90,6 +97,10 @@ COTERIE_MICRO(Avx512Micro, COTERIE_AVX512, 64, 4, 6)
   template <class T>                                                                                                  \
   target void backward_##name(const AttentionPart<T>& part, const AttentionPartGradients<T>& gradients, T* scratch) { \
     Backward<T, micro<T>>::run(part, gradients, scratch);                                                             \
+  }                                                                                                                   \
+  template <class T>                                                                                                  \
+  target void add_rows_##name(const RowSums<T>& sums) {                                                               \
+    Tile<T, micro<T>>::add_rows(sums);                                                                                \
   }                                                                                                                   \
   template <class T>                                                                                                  \
   target void pack_##name(const PanelSource<T>& source, T* panels) {                                                  \
@@ -122,6 +133,7 @@ COTERIE_ENTRY_POINTS(avx512, COTERIE_AVX512, Avx512Micro)
 #define COTERIE_KERNEL_LIST(prefix, name, T)                                                              \
   prefix template void forward_##name<T>(const AttentionPart<T>&, T*);                                    \
   prefix template void backward_##name<T>(const AttentionPart<T>&, const AttentionPartGradients<T>&, T*); \
+  prefix template void add_rows_##name<T>(const RowSums<T>&);                                             \
   prefix template void pack_##name<T>(const PanelSource<T>&, T*);                                         \
   prefix template void product_##name<T>(const ProductPart<T>&);                                          \
   prefix template void weight_gradient_##name<T>(const WeightGradientPart<T>&);                           \
@@ -147,6 +159,7 @@ template <class T>
 struct KernelTable {
   void (*forward)(const AttentionPart<T>&, T*);
   void (*backward)(const AttentionPart<T>&, const AttentionPartGradients<T>&, T*);
+  void (*add_rows)(const RowSums<T>&);
   void (*pack)(const PanelSource<T>&, T*);
   void (*product)(const ProductPart<T>&);
   void (*weight_gradient)(const WeightGradientPart<T>&);
@@ -157,11 +170,11 @@ struct KernelTable {
   Index (*nearest_scratch)(Index d);
 };
 
-#define COTERIE_TABLE(name, micro)                                                                       \
-  KernelTable<T> {                                                                                       \
-    forward_##name<T>, backward_##name<T>, pack_##name<T>, product_##name<T>, weight_gradient_##name<T>, \
-        nearest_##name<T>, Forward<T, micro<T>>::scratch_size, Backward<T, micro<T>>::scratch_size,      \
-        Panel<T, micro<T>>::width, Panel<T, micro<T>>::nearest_scratch                                   \
+#define COTERIE_TABLE(name, micro)                                                                          \
+  KernelTable<T> {                                                                                          \
+    forward_##name<T>, backward_##name<T>, add_rows_##name<T>, pack_##name<T>, product_##name<T>,           \
+        weight_gradient_##name<T>, nearest_##name<T>, Forward<T, micro<T>>::scratch_size,                   \
+        Backward<T, micro<T>>::scratch_size, Panel<T, micro<T>>::width, Panel<T, micro<T>>::nearest_scratch \
   }
 
 /// The kernels for a context's instruction set; throws ValueError where the machine lacks it.

@@ -5,10 +5,9 @@
 //     Ot[d][lane]  += sum_key V[key][d] P[key][lane]   columns kernel: V's rows broadcast in place
 #pragma once
 
-#include <cmath>
 #include <limits>
 
-#include "coterie/kernel/tile.hpp"
+#include "coterie/kernel/row.hpp"
 
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
@@ -29,6 +28,9 @@ struct Forward {
   };
 
   static constexpr Index scratch_size(Index d, Index dv, Index bias_count) {
+    return std::max(tile_size(d, dv, bias_count), Row<T, M>::scratch_size(d, dv));
+  }
+  static constexpr Index tile_size(Index d, Index dv, Index bias_count) {
     return padded(std::max(d, dv)) * width + padded(d) * width + key_block * width + padded(dv) * width +
            padded(bias_count + 2 * width) + 3 * width;
   }
@@ -43,17 +45,24 @@ struct Forward {
     f.max = f.bias + padded(part.bias_count + 2 * width);
     f.sum = f.max + width;
     f.factor = f.sum + width;
-    COTERIE_ASSERT(f.factor + width == scratch + scratch_size(part.d, part.dv, part.bias_count));
-    if (part.bias) Common::pad_bias(part, f.bias);
-    for (Index first = 0; first < part.entries; first += width)
-      tile(part, first, static_cast<int>(std::min<Index>(width, part.entries - first)), f);
+    COTERIE_ASSERT(f.factor + width == scratch + tile_size(part.d, part.dv, part.bias_count));
+    if (part.bias && part.entries > Row<T, M>::most) Common::pad_bias(part, f.bias);
+    Index fetched = part.entries > 0 ? part.visible[std::min<Index>(width, part.entries) - 1].end : 0;
+    for (Index first = 0; first < part.entries; first += width) {
+      const int count = static_cast<int>(std::min<Index>(width, part.entries - first));
+      if (first + width < part.entries) Common::fetch_keys(part, first + width, fetched);
+      if (count <= Row<T, M>::most)
+        Row<T, M>::run(part, first, count, scratch);
+      else
+        tile(part, first, count, f);
+    }
   }
 
   static COTERIE_INLINE void tile(const AttentionPart<T>& part, Index first, int count, const Scratch& f) {
     Lookout sight;
     sight.look(part, first, count);
     const auto q_row = [&](int l) __attribute__((always_inline)) { return part.q.row(part.rows[first + l]); };
-    const auto q_factor = [&](int) __attribute__((always_inline)) { return part.scale; };
+    const auto q_factor = [&](int) __attribute__((always_inline)) { return part.scale * log2_e<T>; };
     Common::pack(sight, part.d, f.rows, f.q, q_row, q_factor);
     for (int v = 0; v < sight.vectors; ++v) {
       L::store(f.max + v * lanes, F{} + lowest);
@@ -78,7 +87,7 @@ struct Forward {
                   f.scores + (s.begin - block_begin) * width + s.first * lanes, s.last - s.first);
         if (part.bias) Common::add_bias(part, first, sight, s, block_begin, f.bias, f.scores);
       }
-      // P = exp(S - max), with earlier sums rescaled where the maximum grew
+      // P = 2^(S - max), with earlier sums rescaled where the maximum grew
       const bool rescale = softmax(sight, block_begin, f);
       if (rescale)
         for (Index c = 0; c < part.dv; ++c)
@@ -132,7 +141,7 @@ struct Forward {
       best = best > old ? best : old;
       // A lane that has seen nothing yet keeps its state of zeros; its exponents stay finite.
       const F safe = best == F{} + lowest ? F{} : best;
-      L::exp(old - safe, factor);
+      L::exp2(old - safe, factor);
       const I changed = (best > old) & (old > F{} + lowest);
       for (int l = 0; l < lanes; ++l) grown |= changed[l];
       factor = changed ? factor : F{} + T(1);
@@ -150,7 +159,7 @@ struct Forward {
         T* at = f.scores + (s.begin - block_begin) * width + v * lanes;
         for (int j = s.begin; j < s.end; ++j, at += width) {
           L::load(at, x);
-          L::exp(x - best, p);
+          L::exp2(x - best, p);
           sum += p;
           L::store(at, p);
         }
@@ -160,25 +169,25 @@ struct Forward {
     return grown != 0;
   }
 
-  /// out = Ot / sum, lse = max + log(sum); zero and minus infinity where nothing is seen.
+  /// out = Ot / sum, lse = max ln(2) + log(sum); zero and minus infinity where nothing is seen.
   static COTERIE_INLINE void finish(const AttentionPart<T>& part, Index first, const Lookout& sight, const Scratch& f) {
     alignas(64) T inverse[width];
+    alignas(64) T log_sum[width];
+    for (int v = 0; v < sight.vectors; ++v) {
+      F sum, y;
+      L::load(f.sum + v * lanes, sum);
+      L::log(sum, y);
+      L::store(log_sum + v * lanes, y);
+    }
     for (int l = 0; l < sight.count; ++l) {
       const bool sees = sight.sees_any(l);
-      const Index at = part.target(first + l) * part.states.stride;
       inverse[l] = sees ? T(1) / f.sum[l] : T(0);
-      if (part.states.max) part.states.max[at] = f.max[l];
-      if (part.states.inverse) part.states.inverse[at] = inverse[l];
-      if (part.states.lse)
-        part.states.lse[at] = sees ? f.max[l] + std::log(f.sum[l]) : -std::numeric_limits<T>::infinity();
+      Common::write_state(part, part.target(first + l), f.max[l], log_sum[l], inverse[l], sees);
     }
     const Index stride = padded(part.dv);
     M::transpose_out(f.out, sight.vectors, part.dv, f.rows, stride);
-    for (int l = 0; l < sight.count; ++l) {
-      T* to = part.out + part.target(first + l) * part.out_stride;
-      const T* from = f.rows + l * stride;
-      for (Index c = 0; c < part.dv; ++c) to[c] = from[c] * inverse[l];
-    }
+    for (int l = 0; l < sight.count; ++l)
+      Common::scale_row(f.rows + l * stride, inverse[l], part.dv, part.out + part.target(first + l) * part.out_stride);
   }
 };
 

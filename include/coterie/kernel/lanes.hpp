@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -48,6 +49,12 @@
 #endif
 
 namespace coterie::detail {
+/// Factors between logits to base e and to base 2.
+template <class T>
+inline constexpr T log2_e = T(1.442695040888963407359924681001892137);
+template <class T>
+inline constexpr T ln_2 = T(0.693147180559945309417232121458176568);
+
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
 /// The vector types of `Bytes` bytes of T: numbers, the same at any address, and integers of the same width (masks: -1 or 0).
@@ -78,74 +85,129 @@ struct Lanes {
     return any == 0;
   }
 
-  /// y = e^x for x <= 0 and a little above; 0 below the smallest normal number; exactly 1 at 0; NaN stays NaN.
-  /// Method: x = n ln 2 + f, |f| <= ln(2)/2, a polynomial in f, and n added to the exponent bits.
-  static COTERIE_INLINE void exp(const F& argument, F& y) {
-    constexpr T low = sizeof(T) == 4 ? T(-87.3365447505531) : T(-708.396418532264);
-    const I normal = argument >= low;
-    const F x = normal ? argument : F{} + low;  // also keeps NaN and infinity out of the conversion
-    F t = x * T(1.44269504088896340736);
-    // Round half away from zero by a conversion: adding 0.5 with the sign of t, then truncating.
-    constexpr Unsigned sign = Unsigned(1) << (8 * sizeof(T) - 1);
-    const F half = F{} + T(0.5);
-    const U signed_half = ((U)t & (U{} + sign)) | (U)half;
-    t += (F)signed_half;
+  /// y = 2^x for x <= 0 and a little above; 0 below the smallest normal number; exactly 1 at 0; NaN stays NaN.
+  /// Method: x = n + f, n whole, -1 < f <= 0, a polynomial in f, and n added to the exponent bits.
+  static COTERIE_INLINE void exp2(const F& x, F& y) {
+    constexpr T low = std::numeric_limits<T>::min_exponent - 1;  // -126 or -1022
     I n;
-    F p;
+    F f, p;
     if constexpr (sizeof(T) == 4) {
-      n = __builtin_convertvector(t, I);
-      const F whole = __builtin_convertvector(n, F);
-      const F f = (x - whole * T(0.693359375)) - whole * T(-2.12194440e-4);
-      p = f * T(1.9875691500e-4) + T(1.3981999507e-3);
-      p = p * f + T(8.3334519073e-3);
-      p = p * f + T(4.1665795894e-2);
-      p = p * f + T(1.6666665459e-1);
-      p = p * f + T(5.0000001201e-1);
-      p = p * (f * f) + f + T(1);
+      n = __builtin_convertvector(x, I);
+      f = x - __builtin_convertvector(n, F);
+      p = f * T(1.090232476325604388e-4) + T(1.274748342648115863e-3);
+      p = p * f + T(9.579179711314167680e-3);
+      p = p * f + T(5.549075708670119381e-2);
+      p = p * f + T(2.402243678190716160e-1);
+      p = p * f + T(6.931470643268464333e-1);
     } else {
-      const Half narrow = __builtin_convertvector(t, Half);
+      const Half narrow = __builtin_convertvector(x, Half);
       n = __builtin_convertvector(narrow, I);
-      const F whole = __builtin_convertvector(narrow, F);
-      const F f = (x - whole * T(6.93145751953125e-1)) - whole * T(1.42860682030941723212e-6);
-      p = f * T(1.6059043836821614599e-10) + T(2.0876756987868098979e-9);
-      p = p * f + T(2.5052108385441718775e-8);
-      p = p * f + T(2.7557319223985890653e-7);
-      p = p * f + T(2.7557319223985890653e-6);
-      p = p * f + T(2.4801587301587301587e-5);
-      p = p * f + T(1.9841269841269841270e-4);
-      p = p * f + T(1.3888888888888888889e-3);
-      p = p * f + T(8.3333333333333333333e-3);
-      p = p * f + T(4.1666666666666666667e-2);
-      p = p * f + T(1.6666666666666666667e-1);
-      p = p * f + T(0.5);
-      p = p * (f * f) + f + T(1);
+      f = x - __builtin_convertvector(narrow, F);
+      p = f * T(3.141086367411872084e-10) + T(6.729902155810392119e-9);
+      p = p * f + T(1.013009499197938348e-7);
+      p = p * f + T(1.321093512989240217e-6);
+      p = p * f + T(1.525244689091070917694e-5);
+      p = p * f + T(1.540351829381783695553e-4);
+      p = p * f + T(1.333355781044518056668e-3);
+      p = p * f + T(9.618129101732921170831e-3);
+      p = p * f + T(5.550410866421736335710e-2);
+      p = p * f + T(2.402265069590696439114e-1);
+      p = p * f + T(6.931471805599447500168e-1);
     }
-    constexpr int mantissa = sizeof(T) == 4 ? 23 : 52;
+    p = p * f + T(1);
+    constexpr int mantissa = std::numeric_limits<T>::digits - 1;
     const U bits = (U)p + ((U)n << mantissa);
-    const F special = argument < low ? F{} : argument;
-    y = normal ? (F)bits : special;
+    y = x < low ? F{} : (F)bits;  // where x does not fit n too, whatever the machine made of that
   }
 
-  template <int... Is>
-  static COTERIE_INLINE void interleave_low(const F& a, const F& b, F& y, std::integer_sequence<int, Is...>) {
-    y = __builtin_shufflevector(a, b, (Is % 2 == 0 ? Is / 2 : count + Is / 2)...);
-  }
-  template <int... Is>
-  static COTERIE_INLINE void interleave_high(const F& a, const F& b, F& y, std::integer_sequence<int, Is...>) {
-    y = __builtin_shufflevector(a, b, (Is % 2 == 0 ? count / 2 + Is / 2 : count + count / 2 + Is / 2)...);
+  /// y = log(x), base e, for normal x > 0.
+  /// Method: x = m 2^e with m around 1; s = (m - 1) / (m + 1), log(m) = 2 s (1 + s^2 / 3 + s^4 / 5 + ..).
+  static COTERIE_INLINE void log(const F& x, F& y) {
+    constexpr int mantissa = std::numeric_limits<T>::digits - 1;
+    constexpr Unsigned root = sizeof(T) == 4 ? Unsigned(0x3f3504f3u) : Unsigned(0x3fe6a09e667f3bcdull);  // sqrt(1/2)
+    const U above = (U)x - (U{} + root);
+    const I e = (I)above >> mantissa;
+    const F m = (F)((U)x - ((U)e << mantissa));
+    F exponent;
+    if constexpr (sizeof(T) == 4)
+      exponent = __builtin_convertvector(e, F);
+    else
+      exponent = __builtin_convertvector(__builtin_convertvector(e, Half), F);
+    const F s = (m - T(1)) / (m + T(1)), square = s * s;
+    constexpr int terms = sizeof(T) == 4 ? 5 : 11;  // s^2 < 0.0295: the next one is below a tenth of a unit
+    F sum = F{} + T(1) / T(2 * terms + 1);
+    COTERIE_UNROLL for (int i = terms - 1; i >= 0; --i) sum = sum * square + T(1) / T(2 * i + 1);
+    y = exponent * ln_2<T> + (s + s) * sum;
   }
 
-  /// Transposes `count` vectors of `count` numbers, by log2(count) rounds of interleaving.
-  static COTERIE_INLINE void transpose(F (&rows)[count]) {
+  /// y[i] = the i-th number of a and b together that Pick::of(i) names.
+  template <class Pick, int... Is>
+  static COTERIE_INLINE void shuffle(const F& a, const F& b, F& y, std::integer_sequence<int, Is...>) {
+    y = __builtin_shufflevector(a, b, Pick::of(Is)...);
+  }
+
+  /// a, b = the blocks of `Size` numbers of a and b that have even and odd places: a0 b0 a2 b2 .. and a1 b1 a3 b3 ..
+  template <int Size>
+  static COTERIE_INLINE void exchange_blocks(F& a, F& b) {
+    struct Even {
+      static constexpr int of(int i) { return i / Size % 2 == 0 ? i : count + i - Size; }
+    };
+    struct Odd {
+      static constexpr int of(int i) { return i / Size % 2 == 0 ? i + Size : count + i; }
+    };
     constexpr auto sequence = std::make_integer_sequence<int, count>{};
-    COTERIE_UNROLL for (int stage = 1; stage < count; stage *= 2) {
-      F next[count];
-      COTERIE_UNROLL for (int i = 0; i < count / 2; ++i) {
-        interleave_low(rows[i], rows[i + count / 2], next[2 * i], sequence);
-        interleave_high(rows[i], rows[i + count / 2], next[2 * i + 1], sequence);
+    F even, odd;
+    shuffle<Even>(a, b, even, sequence);
+    shuffle<Odd>(a, b, odd, sequence);
+    a = even;
+    b = odd;
+  }
+
+  /// a, b = blocks of `Size` numbers of a and b by turns, from the lower and the upper half of every 16 bytes.
+  template <int Size>
+  static COTERIE_INLINE void interleave_halves(F& a, F& b) {
+    constexpr int quarter = 16 / static_cast<int>(sizeof(T)), half = quarter / 2;
+    struct Low {
+      static constexpr int of(int i) {
+        const int within = i % quarter;
+        return i / quarter * quarter + within / (2 * Size) * Size + within % Size + (within / Size % 2 ? count : 0);
       }
-      COTERIE_UNROLL for (int i = 0; i < count; ++i) rows[i] = next[i];
+    };
+    struct High {
+      static constexpr int of(int i) { return Low::of(i) + half; }
+    };
+    constexpr auto sequence = std::make_integer_sequence<int, count>{};
+    F low, high;
+    shuffle<Low>(a, b, low, sequence);
+    shuffle<High>(a, b, high, sequence);
+    a = low;
+    b = high;
+  }
+
+  /// Transposes `count` vectors of `count` numbers: first inside every 16 bytes, then blocks of 16 bytes, so that every
+  /// step is one shuffle.
+  static COTERIE_INLINE void transpose(F (&rows)[count]) {
+    constexpr int quarter = 16 / static_cast<int>(sizeof(T)), blocks = count / quarter;
+    COTERIE_UNROLL for (int i = 0; i < count; i += quarter) {
+      if constexpr (quarter == 4) {
+        interleave_halves<1>(rows[i], rows[i + 1]);
+        interleave_halves<1>(rows[i + 2], rows[i + 3]);
+        interleave_halves<2>(rows[i], rows[i + 2]);
+        interleave_halves<2>(rows[i + 1], rows[i + 3]);
+        const F second = rows[i + 2];  // rows hold columns 0, 2, 1, 3
+        rows[i + 2] = rows[i + 1];
+        rows[i + 1] = second;
+      } else {
+        interleave_halves<1>(rows[i], rows[i + 1]);
+      }
     }
+    if constexpr (blocks >= 2)
+      COTERIE_UNROLL for (int i = 0; i < count; ++i) if (i / quarter % 2 == 0)
+          exchange_blocks<quarter>(rows[i], rows[i + quarter]);
+    if constexpr (blocks >= 4)
+      COTERIE_UNROLL for (int i = 0; i < count; ++i) if (i / (2 * quarter) % 2 == 0)
+          exchange_blocks<2 * quarter>(rows[i], rows[i + 2 * quarter]);
+    // rows[4 g + k] (16-byte blocks of four) now holds, block q, columns k of block g of rows 4 q ..: column 4 g + k.
   }
 };
 

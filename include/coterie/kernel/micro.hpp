@@ -1,7 +1,7 @@
-// The two micro-kernels: a few rows of sums in registers, one factor broadcast, the other loaded as vectors.
+// The micro-kernels: a few rows of sums in registers, one factor broadcast, the other loaded as vectors.
 #pragma once
 
-#include "coterie/kernel/lanes.hpp"
+#include "coterie/kernel/part.hpp"
 
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
@@ -145,6 +145,67 @@ struct Micro {
     COTERIE_UNROLL for (int c = 0; c < Columns; ++c) COTERIE_UNROLL for (int v = 0; v < N; ++v)
         L::store(out + c * width + v * lanes, sum[c][v]);
     return true;
+  }
+
+  // s[key] = sum_d q[d] keys[d][key] for N vectors of keys; keys have rows of key_block numbers.
+  template <int N>
+  static COTERIE_INLINE void row_scores_of(const T* q, Index depth, const T* keys, T* s) {
+    F sum[N];
+    COTERIE_UNROLL for (int v = 0; v < N; ++v) sum[v] = F{};
+    for (Index l = 0; l < depth; ++l) {
+      const T y = q[l];
+      COTERIE_UNROLL for (int v = 0; v < N; ++v) {
+        F x;
+        L::load(keys + l * key_block + v * lanes, x);
+        COTERIE_OPAQUE(sum[v]);
+        sum[v] += y * x;
+      }
+    }
+    COTERIE_UNROLL for (int v = 0; v < N; ++v) L::store(s + v * lanes, sum[v]);
+  }
+
+  /// s[key] = sum_d q[d] keys[d][key] for `vectors` vectors of keys: one query, lanes are keys.
+  static COTERIE_INLINE void row_scores(const T* q, Index depth, const T* keys, T* s, int vectors) {
+    int v = 0;
+    for (; v + 8 <= vectors; v += 8) row_scores_of<8>(q, depth, keys + v * lanes, s + v * lanes);
+    for (; v + 4 <= vectors; v += 4) row_scores_of<4>(q, depth, keys + v * lanes, s + v * lanes);
+    for (; v < vectors; ++v) row_scores_of<1>(q, depth, keys + v * lanes, s + v * lanes);
+  }
+
+  // out[c] += sum over j in [begin, end) of p[j] rows[j][c], N vectors of columns from `column` on.
+  template <int N>
+  static COTERIE_INLINE void row_values_of(const T* p, const T* const* rows, Index begin, Index end, Index column,
+                                           T* out) {
+    F sum[N];
+    COTERIE_UNROLL for (int v = 0; v < N; ++v) L::load(out + column + v * lanes, sum[v]);
+    for (Index j = begin; j < end; ++j) {
+      const T y = p[j];
+      const T* row = rows[j] + column;
+      COTERIE_UNROLL for (int v = 0; v < N; ++v) {
+        F x;
+        L::load(row + v * lanes, x);
+        COTERIE_OPAQUE(sum[v]);
+        sum[v] += y * x;
+      }
+    }
+    COTERIE_UNROLL for (int v = 0; v < N; ++v) L::store(out + column + v * lanes, sum[v]);
+  }
+
+  /// out[c] += sum over j in [begin, end) of p[j] rows[j][c]: one query, lanes are columns.
+  static COTERIE_INLINE void row_values(const T* p, const T* const* rows, Index begin, Index end, Index columns,
+                                        T* out) {
+    Index c = 0;
+    for (; c + 8 * lanes <= columns; c += 8 * lanes) row_values_of<8>(p, rows, begin, end, c, out);
+    for (; c + 4 * lanes <= columns; c += 4 * lanes) row_values_of<4>(p, rows, begin, end, c, out);
+    for (; c + lanes <= columns; c += lanes) row_values_of<1>(p, rows, begin, end, c, out);
+    for (; c < columns; ++c) {
+      T sum = out[c];
+      for (Index j = begin; j < end; ++j) {
+        COTERIE_OPAQUE(sum);
+        sum += p[j] * rows[j][c];
+      }
+      out[c] = sum;
+    }
   }
 
   template <int N>

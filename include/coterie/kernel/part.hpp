@@ -5,6 +5,7 @@
 
 #include "coterie/core/interval.hpp"
 #include "coterie/core/matrix.hpp"
+#include "coterie/kernel/lanes.hpp"
 
 namespace coterie::detail {
 
@@ -26,8 +27,8 @@ struct PartialRange {
   Index row = 0;
 };
 
-/// Where the softmaxes of rows stand: a row's probabilities are exp(logit - max) * inverse, its log-sum-exp is
-/// max - log(inverse), minus infinity where nothing is seen. Arrays of rows x heads; null where not wanted.
+/// Where the softmaxes of rows stand. max: of the logits to base 2; a row's probabilities are 2^(logit - max) * inverse.
+/// lse: log-sum-exp to base e, minus infinity where nothing is seen. Arrays of rows x heads; null where not wanted.
 template <class T>
 struct SoftmaxStates {
   T *max = nullptr, *inverse = nullptr, *lse = nullptr;
@@ -96,6 +97,17 @@ struct AttentionPartGradients {
   T* d_v = nullptr;
   T* d_bias = nullptr;   // partial sum: bias_count numbers, added to; or null
   T* d_scale = nullptr;  // partial sum: one number, added to; or null
+};
+
+/// Rows of a partial sum, to be added to rows of a matrix: to[rows[i] - first][c] += from[i][c].
+template <class T>
+struct RowSums {
+  const T* from = nullptr;
+  Index from_stride = 0;
+  T* to = nullptr;
+  Index to_stride = 0;
+  const std::int32_t* rows = nullptr;
+  Index first = 0, count = 0, columns = 0;
 };
 
 /// Rows in scratch memory are padded to this many numbers, so that whole vectors fit.

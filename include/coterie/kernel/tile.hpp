@@ -3,12 +3,15 @@
 // A tile is up to `width` consecutive entries of a part, one per vector lane: lanes are queries. Their rows are transposed
 // once; keys and values are read in place, block after block of the group's key list.
 //
+// Logits are kept to base 2, times log2(e) by way of queries and bias, for 2^x is what machines do best.
+//
 // The row invariant: a lane's numbers come from the same operations in the same order whatever the other lanes see.
 // Blocks are cut at multiples of `key_block` in the group's key list; sums run key by key; a masked key adds an exact zero.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "coterie/kernel/micro.hpp"
 #include "coterie/kernel/sight.hpp"
@@ -24,6 +27,63 @@ struct Tile {
   using Lookout = Sight<T, M>;
   static constexpr int lanes = L::count, width = M::width;
 
+  /// to[c] = from[c] * factor
+  static COTERIE_INLINE void scale_row(const T* from, T factor, Index columns, T* to) {
+    Index c = 0;
+    for (; c + lanes <= columns; c += lanes) {
+      F x;
+      L::load(from + c, x);
+      L::store(to + c, x * factor);
+    }
+    for (; c < columns; ++c) to[c] = from[c] * factor;
+  }
+
+  /// to[rows[i] - first][c] += from[i][c]
+  static COTERIE_INLINE void add_rows(const RowSums<T>& sums) {
+    constexpr Index ahead = 4;
+    for (Index i = 0; i < sums.count; ++i) {
+      if (i + ahead < sums.count) fetch(sums.to + (sums.rows[i + ahead] - sums.first) * sums.to_stride, sums.columns);
+      T* to = sums.to + (sums.rows[i] - sums.first) * sums.to_stride;
+      const T* from = sums.from + i * sums.from_stride;
+      Index c = 0;
+      for (; c + lanes <= sums.columns; c += lanes) {
+        F x, y;
+        L::load(from + c, x);
+        L::load(to + c, y);
+        L::store(to + c, y + x);
+      }
+      for (; c < sums.columns; ++c) to[c] += from[c];
+    }
+  }
+
+  /// Asks for a row's cache lines.
+  static COTERIE_INLINE void fetch(const T* row, Index columns) {
+    constexpr Index line = 64 / static_cast<Index>(sizeof(T));
+    for (Index c = 0; c < columns; c += line) __builtin_prefetch(row + c, 0, 2);
+  }
+
+  /// Asks for the key and value rows that the tile from `first` on sees and `fetched` does not cover, a block at most:
+  /// rows sorted by cluster lie scattered, and the machine cannot guess the next one.
+  static COTERIE_INLINE void fetch_keys(const AttentionPart<T>& part, Index first, Index& fetched) {
+    const Index last = std::min<Index>(first + width, part.entries) - 1;
+    const Index begin = std::max<Index>(fetched, part.visible[first].begin);
+    const Index end = std::min<Index>(part.visible[last].end, begin + key_block);
+    for (Index j = begin; j < end; ++j) {
+      fetch(part.k.row(part.keys[j]), part.d);
+      fetch(part.v.row(part.keys[j]), part.dv);
+    }
+    fetched = std::max(fetched, end);
+  }
+
+  /// Writes what the tape keeps of a row.
+  static COTERIE_INLINE void write_state(const AttentionPart<T>& part, Index target, T max, T log_sum, T inverse,
+                                         bool sees) {
+    const Index at = target * part.states.stride;
+    if (part.states.max) part.states.max[at] = max;
+    if (part.states.inverse) part.states.inverse[at] = inverse;
+    if (part.states.lse) part.states.lse[at] = sees ? max * ln_2<T> + log_sum : -std::numeric_limits<T>::infinity();
+  }
+
   /// Copies row(lane) times factor(lane) into `rows[lane][padded(columns)]`, and transposes that into
   /// `transposed[column][lane]`. Lanes without an entry become zero.
   template <class Row, class Factor>
@@ -33,9 +93,7 @@ struct Tile {
     for (int l = 0; l < sight.vectors * lanes; ++l) {
       T* to = rows + l * stride;
       if (l < sight.count) {
-        const T* from = row(l);
-        const T f = factor(l);
-        for (Index c = 0; c < columns; ++c) to[c] = from[c] * f;
+        scale_row(row(l), factor(l), columns, to);
         for (Index c = columns; c < stride; ++c) to[c] = 0;
       } else {
         std::memset(to, 0, static_cast<std::size_t>(stride) * sizeof(T));
@@ -44,10 +102,10 @@ struct Tile {
     M::transpose_in(rows, stride, sight.vectors, columns, transposed);
   }
 
-  // The bias table with its end columns repeated `width` times on both sides, so that edge vectors load in place.
+  // The bias table, to base 2, with its end columns repeated `width` times on both sides, so that edge vectors load in place.
   static COTERIE_INLINE void pad_bias(const AttentionPart<T>& part, T* table) {
     for (Index i = 0; i < part.bias_count + 2 * width; ++i)
-      table[i] = part.bias[std::clamp<Index>(i - width, 0, part.bias_count - 1)];
+      table[i] = part.bias[std::clamp<Index>(i - width, 0, part.bias_count - 1)] * log2_e<T>;
   }
 
   /// The column of the padded table for lane l of vector v and a key; lanes of a diagonal vector follow one by one.

@@ -29,6 +29,7 @@ struct AttentionPlan {
   /// A piece of a group's entries, [entry_begin, entry_end): the unit of work and of partial sums.
   struct Part {
     std::int32_t group = 0, entry_begin = 0, entry_end = 0;
+    bool alone = false;  ///< no other part sees its keys: it is its group's only one, and they are in no other group
   };
   /// Entries of a part at most. Parts begin at multiples of it, counted from their group's first entry.
   static constexpr Index part_entries = 512;
@@ -79,6 +80,22 @@ void each_part(const AttentionPlan& plan, F&& f) {
       in_task = (begins_task ? 0 : in_task) + (end - begin);
       begin = end;
     }
+  }
+}
+
+/// Finds the parts whose keys no other part sees. `listed`: memory, kept by the caller.
+inline void find_alone(const AttentionPlan& plan, std::vector<AttentionPlan::Part>& parts,
+                       std::vector<std::int32_t>& listed) {
+  if (plan.groups.size() > 1) {
+    listed.assign(static_cast<std::size_t>(plan.key_tokens + plan.memory_tokens), 0);
+    for (const std::int32_t key : plan.keys) ++listed[static_cast<std::size_t>(key)];
+  }
+  for (AttentionPlan::Part& part : parts) {
+    const AttentionPlan::Group& group = plan.groups[static_cast<std::size_t>(part.group)];
+    part.alone = part.entry_begin == group.entry_begin && part.entry_end == group.entry_end;
+    if (plan.groups.size() > 1)
+      for (std::int32_t i = group.key_begin; part.alone && i < group.key_end; ++i)
+        part.alone = listed[static_cast<std::size_t>(plan.keys[static_cast<std::size_t>(i)])] == 1;
   }
 }
 
@@ -201,6 +218,7 @@ inline void complete(AttentionPlan& plan) {
     plan.parts.push_back(part);
   });
   plan.task_begin.push_back(static_cast<std::int32_t>(plan.parts.size()));
+  detail::find_alone(plan, plan.parts, plan.scratch);
 }
 
 /// Throws ShapeError (sizes) or ValueError (values) that names what is wrong with a plan; does nothing for a good one.
@@ -246,6 +264,11 @@ inline void validate(const AttentionPlan& plan) {
       stale("parts");
   });
   if (plan.parts.size() != parts) stale("parts");
+  std::vector<AttentionPlan::Part> again = plan.parts;
+  std::vector<std::int32_t> listed;
+  detail::find_alone(plan, again, listed);
+  for (std::size_t i = 0; i < parts; ++i)
+    if (again[i].alone != plan.parts[i].alone) stale("parts");
   if (plan.task_begin.size() != tasks + 1 || plan.task_begin.back() != static_cast<std::int32_t>(parts))
     stale("task_begin");
 }

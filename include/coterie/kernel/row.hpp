@@ -1,0 +1,166 @@
+// A few queries against the keys that they see: lanes are keys. For decoding, and for tiles that would be mostly empty.
+//
+//     S[key]   = sum_d Kt[d][key] q[d]          keys are transposed, a block at a time, for all the queries
+//     online softmax along the block
+//     O[c]    += sum_key P[key] V[key][c]       V's rows read in place
+//
+// The same operations in the same order as in the forward tile, so a row has the same bits here and there.
+#pragma once
+
+#include <limits>
+
+#include "coterie/kernel/tile.hpp"
+
+namespace coterie::detail {
+inline namespace COTERIE_FLAGS_NAMESPACE {
+
+template <class T, class M>
+struct Row {
+  using Common = Tile<T, M>;
+  using L = typename M::L;
+  using F = typename L::F;
+  using Lookout = Sight<T, M>;
+  static constexpr int lanes = L::count;
+  static constexpr T lowest = std::numeric_limits<T>::lowest();
+
+  /// Tiles of at most so many queries cost less here: a transposition of the keys is for all of them, a lane for one.
+  static constexpr int most = lanes >= 8 ? 3 * lanes / 8 : 1;
+
+  struct State {
+    T max, sum;
+    T *q, *out;
+  };
+
+  static constexpr Index scratch_size(Index d, Index dv) {
+    return (padded(d) + 1) * key_block + most * (padded(d) + padded(dv));
+  }
+
+  static COTERIE_INLINE void run(const AttentionPart<T>& part, Index first, int count, T* scratch) {
+    T* keys = scratch;  // [d][key_block]
+    T* scores = keys + padded(part.d) * key_block;
+    State states[most];
+    T* rows = scores + key_block;
+    for (int r = 0; r < count; ++r, rows += padded(part.d) + padded(part.dv)) {
+      states[r] = {lowest, 0, rows, rows + padded(part.d)};
+      Common::scale_row(part.q.row(part.rows[first + r]), part.scale * log2_e<T>, part.d, states[r].q);
+      std::memset(states[r].out, 0, static_cast<std::size_t>(padded(part.dv)) * sizeof(T));
+    }
+    Lookout sight;
+    sight.look(part, first, count);
+    for (int key = sight.next_key(0); key != Lookout::none;
+         key = sight.next_key(key / key_block * key_block + key_block))
+      block(part, first, count, key / key_block * key_block, states, keys, scores);
+    for (int r = 0; r < count; ++r) {
+      const bool sees = sight.sees_any(r);
+      const T inverse = sees ? T(1) / states[r].sum : T(0);
+      const Index target = part.target(first + r);
+      F log_sum;
+      L::log(F{} + states[r].sum, log_sum);
+      Common::write_state(part, target, states[r].max, log_sum[0], inverse, sees);
+      Common::scale_row(states[r].out, inverse, part.dv, part.out + target * part.out_stride);
+    }
+  }
+
+  /// The ranks of a block that an entry sees, as an interval inside the block; interval 0 or 1.
+  static COTERIE_INLINE Interval seen(const AttentionPart<T>& part, Index entry, int interval, int block_begin) {
+    const Interval* visible = interval ? part.visible_too : part.visible;
+    if (!visible) return {0, 0};
+    const std::int32_t begin = std::max(visible[entry].begin - block_begin, 0);
+    const std::int32_t end = std::min(visible[entry].end - block_begin, key_block);
+    return {begin, std::max(begin, end)};
+  }
+
+  static COTERIE_INLINE void block(const AttentionPart<T>& part, Index first, int count, int block_begin, State* states,
+                                   T* keys, T* scores) {
+    int low = key_block, high = 0;
+    for (int r = 0; r < count; ++r)
+      for (int i = 0; i < 2; ++i) {
+        const Interval s = seen(part, first + r, i, block_begin);
+        if (s.begin == s.end) continue;
+        low = std::min(low, int(s.begin));
+        high = std::max(high, int(s.end));
+      }
+    const T* k_rows[key_block];
+    const T* v_rows[key_block];
+    low = low / lanes * lanes;
+    const int vectors = (high - low + lanes - 1) / lanes;
+    for (int j = low; j < low + vectors * lanes; ++j) {
+      const Index row = part.keys[block_begin + std::min(j, high - 1)];
+      k_rows[j] = part.k.row(row);
+      v_rows[j] = part.v.row(row);
+    }
+    transpose_keys(k_rows + low, vectors, part.d, keys + low);
+    for (int r = 0; r < count; ++r) {
+      const Interval one = seen(part, first + r, 0, block_begin), two = seen(part, first + r, 1, block_begin);
+      if (one.begin == one.end && two.begin == two.end) continue;
+      State& state = states[r];
+      M::row_scores(state.q, part.d, keys + low, scores + low, vectors);
+      mask(part, first + r, block_begin, low, low + vectors * lanes, one, two, scores);
+      softmax(scores, low, low + vectors * lanes, part.dv, state);
+      for (const Interval& s : {one, two}) {
+        for (int j = s.begin; j < s.end; ++j) state.sum += scores[j];
+        if (s.begin < s.end) M::row_values(scores, v_rows, s.begin, s.end, part.dv, state.out);
+      }
+    }
+  }
+
+  /// keys[c][j] = rows[j][c] for `vectors` vectors of rows; keys have rows of key_block numbers.
+  static COTERIE_INLINE void transpose_keys(const T* const* rows, int vectors, Index columns, T* keys) {
+    for (int v = 0; v < vectors; ++v) {
+      Index c = 0;
+      for (; c + lanes <= columns; c += lanes) {
+        F square[lanes];
+        COTERIE_UNROLL for (int l = 0; l < lanes; ++l) L::load(rows[v * lanes + l] + c, square[l]);
+        L::transpose(square);
+        COTERIE_UNROLL for (int l = 0; l < lanes; ++l) L::store(keys + (c + l) * key_block + v * lanes, square[l]);
+      }
+      for (; c < columns; ++c)
+        for (int l = 0; l < lanes; ++l) keys[c * key_block + v * lanes + l] = rows[v * lanes + l][c];
+    }
+  }
+
+  /// Adds the bias, and hides what the entry does not see.
+  static COTERIE_INLINE void mask(const AttentionPart<T>& part, Index entry, int block_begin, int begin, int end,
+                                  const Interval& one, const Interval& two, T* scores) {
+    if (part.bias)
+      for (const Interval& s : {one, two})
+        for (int j = s.begin; j < s.end; ++j) {
+          const Index distance = part.query_position(entry) - part.key_position(block_begin + j) - part.bias_first;
+          scores[j] += part.bias[std::clamp<Index>(distance, 0, part.bias_count - 1)] * log2_e<T>;
+        }
+    for (int j = begin; j < end; ++j)
+      if ((j < one.begin || j >= one.end) && (j < two.begin || j >= two.end)) scores[j] = lowest;
+  }
+
+  /// P = 2^(S - max), with the earlier sum and output rescaled where the maximum grew.
+  static COTERIE_INLINE void softmax(T* scores, int begin, int end, Index columns, State& state) {
+    F best = F{} + lowest, x;
+    for (int j = begin; j < end; j += lanes) {
+      L::load(scores + j, x);
+      best = x > best ? x : best;
+    }
+    T most_here = lowest;
+    for (int l = 0; l < lanes; ++l) most_here = best[l] > most_here ? best[l] : most_here;
+    const T old = state.max;
+    state.max = most_here > old ? most_here : old;
+    const T safe = state.max == lowest ? T(0) : state.max;
+    if (state.max > old && old > lowest) {
+      F factor;
+      L::exp2(F{} + (old - safe), factor);
+      state.sum *= factor[0];
+      for (Index c = 0; c < padded(columns); c += lanes) {
+        L::load(state.out + c, x);
+        L::store(state.out + c, x * factor);
+      }
+    }
+    for (int j = begin; j < end; j += lanes) {
+      F p;
+      L::load(scores + j, x);
+      L::exp2(x - (F{} + safe), p);
+      L::store(scores + j, p);
+    }
+  }
+};
+
+}  // namespace COTERIE_FLAGS_NAMESPACE
+}  // namespace coterie::detail
