@@ -17,21 +17,6 @@ namespace coterie {
 namespace detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
-/// Asks for the first rows of a part before it is its turn: rows sorted by cluster lie scattered.
-template <class T>
-void fetch_rows(const AttentionPart<T>& part) {
-  constexpr Index most = 64, line = 64 / Index(sizeof(T));
-  const auto fetch = [](const T* row, Index columns) {
-    for (Index c = 0; c < columns; c += line) __builtin_prefetch(row + c, 0, 2);
-  };
-  for (Index e = 0; e < std::min(most, part.entries); ++e) fetch(part.q.row(part.rows[e]), part.d);
-  const Interval first = part.entries > 0 ? part.visible[std::min(most, part.entries) - 1] : Interval{};
-  for (Index j = std::max<Index>(first.end - most, 0); j < first.end; ++j) {
-    fetch(part.k.row(part.keys[j]), part.d);
-    fetch(part.v.row(part.keys[j]), part.dv);
-  }
-}
-
 /// The forward pass: heads' parts in any order, then rows that have none or several entries.
 template <class T>
 void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, const KernelTable<T>& kernel,
@@ -72,7 +57,6 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
           part.use_rows(out.columns(head * call.dv(), call.dv()), states.from(0, head));
         else
           part.use_entries(entry_out, entry_states, piece.entry_begin);
-        if (p + 1 < plan.task_begin[std::size_t(task) + 1]) fetch_rows(call.part(head, plan.parts[std::size_t(p) + 1]));
         kernel.forward(part, scratch);
       }
     });

@@ -47,10 +47,8 @@ struct Forward {
     f.factor = f.sum + width;
     COTERIE_ASSERT(f.factor + width == scratch + tile_size(part.d, part.dv, part.bias_count));
     if (part.bias && part.entries > Row<T, M>::most) Common::pad_bias(part, f.bias);
-    Index fetched = part.entries > 0 ? part.visible[std::min<Index>(width, part.entries) - 1].end : 0;
     for (Index first = 0; first < part.entries; first += width) {
       const int count = static_cast<int>(std::min<Index>(width, part.entries - first));
-      if (first + width < part.entries) Common::fetch_keys(part, first + width, fetched);
       if (count <= Row<T, M>::most)
         Row<T, M>::run(part, first, count, scratch);
       else
