@@ -53,11 +53,8 @@ struct Backward {
       Common::pad_bias(part, b.bias);
       std::fill_n(b.d_bias, part.bias_count + 2 * width, T(0));
     }
-    Index fetched = part.entries > 0 ? part.visible[std::min<Index>(width, part.entries) - 1].end : 0;
-    for (Index first = 0; first < part.entries; first += width) {
-      if (first + width < part.entries) Common::fetch_keys(part, first + width, fetched);
+    for (Index first = 0; first < part.entries; first += width)
       tile(part, gradients, first, static_cast<int>(std::min<Index>(width, part.entries - first)), b);
-    }
     if (gradients.d_bias)
       for (Index i = 0; i < part.bias_count + 2 * width; ++i)
         gradients.d_bias[std::clamp<Index>(i - width, 0, part.bias_count - 1)] += b.d_bias[i] * log2_e<T>;
@@ -93,6 +90,16 @@ struct Backward {
       b.inverse[l] = part.states.inverse[target * part.states.stride];
     }
 
+    Index ahead = first + width;
+    const Index ahead_end = std::min<Index>(ahead + width, part.entries);
+    const auto fetch_some = [&]() __attribute__((always_inline)) {
+      if (ahead >= ahead_end) return;
+      Common::fetch_entry(part, ahead);
+      Common::fetch(gradients.d_out + part.rows[ahead] * gradients.d_out_stride, part.dv);
+      Common::fetch(gradients.d_q + (gradients.by_entry ? ahead : Index(part.rows[ahead])) * gradients.d_q_stride,
+                    part.d);
+      ++ahead;
+    };
     const T* k_rows[key_block];
     const T* v_rows[key_block];
     const T* p_rows[key_block];
@@ -100,10 +107,7 @@ struct Backward {
          key = sight.next_key(key / key_block * key_block + key_block)) {
       const int block_begin = key / key_block * key_block;
       sight.cut(block_begin);
-      for (int j = sight.low; j < sight.high; ++j) {
-        k_rows[j - block_begin] = part.k.row(part.keys[j]);
-        v_rows[j - block_begin] = part.v.row(part.keys[j]);
-      }
+      for (int j = sight.low; j < sight.high; ++j) part.locate(j, k_rows[j - block_begin], v_rows[j - block_begin]);
       for (int i = 0; i < sight.segment_count; ++i) {
         const typename Lookout::Segment& s = sight.segments[i];
         // S = K Qt, then dP = V dOt
@@ -115,10 +119,13 @@ struct Backward {
                     s.last - s.first);
         }
         if (part.bias) Common::add_bias(part, first, sight, s, block_begin, b.bias, b.scores);
+        fetch_some();
         probabilities(sight, s, block_begin, b);
         if (gradients.d_bias) Common::add_bias_gradient(part, first, sight, s, block_begin, b.d_scores, b.d_bias);
+        fetch_some();
         // dQt += K^T dS
         Common::accumulate_columns(sight, s, block_begin, k_rows, part.d, b.d_scores, b.d_q);
+        fetch_some();
         // dV += P dO, then dK += dS Q
         const Index row = partial_row(gradients, s.begin);
         for (int pass = 0; pass < 2; ++pass) {

@@ -69,8 +69,8 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
       Inline::row_scores(q, depth, keys, s, used);                                                                    \
     }                                                                                                                 \
     target __attribute__((noinline)) static void row_values(const T* p, const T* const* rows, Index begin, Index end, \
-                                                            Index columns, T* out) {                                  \
-      Inline::row_values(p, rows, begin, end, columns, out);                                                          \
+                                                            Index columns, T* out, T& total) {                        \
+      Inline::row_values(p, rows, begin, end, columns, out, total);                                                   \
     }                                                                                                                 \
   };
 

@@ -68,16 +68,20 @@ struct Forward {
     }
     std::memset(f.out, 0, static_cast<std::size_t>(padded(part.dv) * width) * sizeof(T));
 
+    Index ahead = first + width;
+    const Index ahead_end = std::min<Index>(ahead + width, part.entries);
+    const auto fetch_some = [&]() __attribute__((always_inline)) {
+      for (const Index end = std::min<Index>(ahead + 2, ahead_end); ahead < end; ++ahead)
+        Common::fetch_entry(part, ahead);
+    };
     const T* k_rows[key_block];
     const T* v_rows[key_block];
     for (int key = sight.next_key(0); key != Lookout::none;
          key = sight.next_key(key / key_block * key_block + key_block)) {
       const int block_begin = key / key_block * key_block;
       sight.cut(block_begin);
-      for (int j = sight.low; j < sight.high; ++j) {
-        k_rows[j - block_begin] = part.k.row(part.keys[j]);
-        v_rows[j - block_begin] = part.v.row(part.keys[j]);
-      }
+      for (int j = sight.low; j < sight.high; ++j) part.locate(j, k_rows[j - block_begin], v_rows[j - block_begin]);
+      fetch_some();
       // S = K Qt
       for (int i = 0; i < sight.segment_count; ++i) {
         const typename Lookout::Segment& s = sight.segments[i];
@@ -86,6 +90,7 @@ struct Forward {
         if (part.bias) Common::add_bias(part, first, sight, s, block_begin, f.bias, f.scores);
       }
       // P = 2^(S - max), with earlier sums rescaled where the maximum grew
+      fetch_some();
       const bool rescale = softmax(sight, block_begin, f);
       if (rescale)
         for (Index c = 0; c < part.dv; ++c)
@@ -95,6 +100,7 @@ struct Forward {
             L::load(f.factor + v * lanes, factor);
             L::store(f.out + c * width + v * lanes, x * factor);
           }
+      fetch_some();
       // Ot += V^T P
       for (int i = 0; i < sight.segment_count; ++i)
         Common::accumulate_columns(sight, sight.segments[i], block_begin, v_rows, part.dv, f.scores, f.out);

@@ -172,15 +172,17 @@ struct Micro {
     for (; v < vectors; ++v) row_scores_of<1>(q, depth, keys + v * lanes, s + v * lanes);
   }
 
-  // out[c] += sum over j in [begin, end) of p[j] rows[j][c], N vectors of columns from `column` on.
+  // out[c] += sum over j in [begin, end) of p[j] rows[j][c], N vectors of columns from `column` on; and total += p[j].
   template <int N>
   static COTERIE_INLINE void row_values_of(const T* p, const T* const* rows, Index begin, Index end, Index column,
-                                           T* out) {
+                                           T* out, T& total) {
     F sum[N];
+    T all = total;
     COTERIE_UNROLL for (int v = 0; v < N; ++v) L::load(out + column + v * lanes, sum[v]);
     for (Index j = begin; j < end; ++j) {
       const T y = p[j];
       const T* row = rows[j] + column;
+      all += y;
       COTERIE_UNROLL for (int v = 0; v < N; ++v) {
         F x;
         L::load(row + v * lanes, x);
@@ -189,15 +191,31 @@ struct Micro {
       }
     }
     COTERIE_UNROLL for (int v = 0; v < N; ++v) L::store(out + column + v * lanes, sum[v]);
+    total = all;
   }
 
-  /// out[c] += sum over j in [begin, end) of p[j] rows[j][c]: one query, lanes are columns.
-  static COTERIE_INLINE void row_values(const T* p, const T* const* rows, Index begin, Index end, Index columns,
-                                        T* out) {
+  /// out[c] += sum over j in [begin, end) of p[j] rows[j][c], total += sum of p[j]: one query, lanes are columns.
+  static COTERIE_INLINE void row_values(const T* p, const T* const* rows, Index begin, Index end, Index columns, T* out,
+                                        T& total) {
+    T all = total;  // sums run beside one another: the first strip's is kept
     Index c = 0;
-    for (; c + 8 * lanes <= columns; c += 8 * lanes) row_values_of<8>(p, rows, begin, end, c, out);
-    for (; c + 4 * lanes <= columns; c += 4 * lanes) row_values_of<4>(p, rows, begin, end, c, out);
-    for (; c + lanes <= columns; c += lanes) row_values_of<1>(p, rows, begin, end, c, out);
+    const auto keep = [&]() __attribute__((always_inline)) {
+      if (c == 0) total = all;
+    };
+    for (; c + 8 * lanes <= columns; c += 8 * lanes) {
+      row_values_of<8>(p, rows, begin, end, c, out, all);
+      keep();
+    }
+    for (; c + 4 * lanes <= columns; c += 4 * lanes) {
+      row_values_of<4>(p, rows, begin, end, c, out, all);
+      keep();
+    }
+    for (; c + lanes <= columns; c += lanes) {
+      row_values_of<1>(p, rows, begin, end, c, out, all);
+      keep();
+    }
+    if (c == 0)
+      for (Index j = begin; j < end; ++j) total += p[j];
     for (; c < columns; ++c) {
       T sum = out[c];
       for (Index j = begin; j < end; ++j) {

@@ -75,6 +75,18 @@ struct AttentionPart {
     states = entry_states.from(first, 0);
   }
 
+  /// The key and the value of a rank.
+  void locate(Index rank, const T*& key, const T*& value) const {
+    const Index row = keys[rank];
+    if (row < k.rows) [[likely]] {
+      key = k.data + row * k.stride;
+      value = v.data + row * v.stride;
+    } else {
+      key = k.row(row);
+      value = v.row(row);
+    }
+  }
+
   Index target(Index entry) const { return by_entry ? entry : rows[entry]; }
   Index query_position(Index entry) const { return query_positions ? query_positions[rows[entry]] : rows[entry]; }
   Index key_position(Index rank) const { return key_positions ? key_positions[keys[rank]] : keys[rank]; }

@@ -84,11 +84,8 @@ struct Row {
     const T* v_rows[key_block];
     low = low / lanes * lanes;
     const int vectors = (high - low + lanes - 1) / lanes;
-    for (int j = low; j < low + vectors * lanes; ++j) {
-      const Index row = part.keys[block_begin + std::min(j, high - 1)];
-      k_rows[j] = part.k.row(row);
-      v_rows[j] = part.v.row(row);
-    }
+    for (int j = low; j < high; ++j) part.locate(block_begin + j, k_rows[j], v_rows[j]);
+    for (int j = high; j < low + vectors * lanes; ++j) k_rows[j] = k_rows[high - 1];
     transpose_keys(k_rows + low, vectors, part.d, keys + low);
     for (int r = 0; r < count; ++r) {
       const Interval one = seen(part, first + r, 0, block_begin), two = seen(part, first + r, 1, block_begin);
@@ -97,10 +94,8 @@ struct Row {
       M::row_scores(state.q, part.d, keys + low, scores + low, vectors);
       mask(part, first + r, block_begin, low, low + vectors * lanes, one, two, scores);
       softmax(scores, low, low + vectors * lanes, part.dv, state);
-      for (const Interval& s : {one, two}) {
-        for (int j = s.begin; j < s.end; ++j) state.sum += scores[j];
-        if (s.begin < s.end) M::row_values(scores, v_rows, s.begin, s.end, part.dv, state.out);
-      }
+      for (const Interval& s : {one, two})
+        if (s.begin < s.end) M::row_values(scores, v_rows, s.begin, s.end, part.dv, state.out, state.sum);
     }
   }
 

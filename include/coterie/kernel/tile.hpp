@@ -62,17 +62,16 @@ struct Tile {
     for (Index c = 0; c < columns; c += line) __builtin_prefetch(row + c, 0, 2);
   }
 
-  /// Asks for the key and value rows that the tile from `first` on sees and `fetched` does not cover, a block at most:
-  /// rows sorted by cluster lie scattered, and the machine cannot guess the next one.
-  static COTERIE_INLINE void fetch_keys(const AttentionPart<T>& part, Index first, Index& fetched) {
-    const Index last = std::min<Index>(first + width, part.entries) - 1;
-    const Index begin = std::max<Index>(fetched, part.visible[first].begin);
-    const Index end = std::min<Index>(part.visible[last].end, begin + key_block);
-    for (Index j = begin; j < end; ++j) {
-      fetch(part.k.row(part.keys[j]), part.d);
-      fetch(part.v.row(part.keys[j]), part.dv);
-    }
-    fetched = std::max(fetched, end);
+  /// Asks for what a later entry reads and writes first: its query, its output, its newest key and value. Rows sorted by
+  /// cluster lie scattered, and the machine cannot guess the next one. A few at a time: many wait for each other.
+  static COTERIE_INLINE void fetch_entry(const AttentionPart<T>& part, Index entry) {
+    fetch(part.q.row(part.rows[entry]), part.d);
+    fetch(part.out + part.target(entry) * part.out_stride, part.dv);
+    const Interval seen = part.visible[entry];
+    if (seen.begin == seen.end) return;
+    const Index key = part.keys[seen.end - 1];
+    fetch(part.k.row(key), part.d);
+    fetch(part.v.row(key), part.dv);
   }
 
   /// Writes what the tape keeps of a row.

@@ -86,16 +86,25 @@ void each_part(const AttentionPlan& plan, F&& f) {
 /// Finds the parts whose keys no other part sees. `listed`: memory, kept by the caller.
 inline void find_alone(const AttentionPlan& plan, std::vector<AttentionPlan::Part>& parts,
                        std::vector<std::int32_t>& listed) {
+  // Two bits for each key row: listed by a group, and by another one too.
+  const auto bit = [](std::int32_t key) { return std::int32_t(std::uint32_t(1) << (std::uint32_t(key) % 32)); };
+  const auto word = [](std::int32_t key) { return static_cast<std::size_t>(key) / 32 * 2; };
   if (plan.groups.size() > 1) {
-    listed.assign(static_cast<std::size_t>(plan.key_tokens + plan.memory_tokens), 0);
-    for (const std::int32_t key : plan.keys) ++listed[static_cast<std::size_t>(key)];
+    listed.assign(static_cast<std::size_t>(plan.key_tokens + plan.memory_tokens) / 32 * 2 + 2, 0);
+    for (const std::int32_t key : plan.keys) {
+      std::int32_t* const at = listed.data() + word(key);
+      at[1] |= at[0] & bit(key);
+      at[0] |= bit(key);
+    }
   }
   for (AttentionPlan::Part& part : parts) {
     const AttentionPlan::Group& group = plan.groups[static_cast<std::size_t>(part.group)];
     part.alone = part.entry_begin == group.entry_begin && part.entry_end == group.entry_end;
     if (plan.groups.size() > 1)
-      for (std::int32_t i = group.key_begin; part.alone && i < group.key_end; ++i)
-        part.alone = listed[static_cast<std::size_t>(plan.keys[static_cast<std::size_t>(i)])] == 1;
+      for (std::int32_t i = group.key_begin; part.alone && i < group.key_end; ++i) {
+        const std::int32_t key = plan.keys[static_cast<std::size_t>(i)];
+        part.alone = (listed[word(key) + 1] & bit(key)) == 0;
+      }
   }
 }
 
@@ -120,12 +129,15 @@ inline void check_ascending(const char* function, const char* argument, const st
   }
 }
 
-inline void check_interval(const char* function, const char* argument, std::size_t entry, Interval interval,
-                           std::int32_t first, std::int32_t last) {
-  if (interval.begin < first || interval.end < interval.begin || interval.end > last)
-    fail<ValueError>(function, join(argument, "[", entry, "]").c_str(),
-                     join("begin <= end inside [", first, ", ", last, ")"),
-                     join("[", interval.begin, ", ", interval.end, ")"));
+inline bool is_inside(Interval interval, std::int32_t first, std::int32_t last) {
+  return interval.begin >= first && interval.end >= interval.begin && interval.end <= last;
+}
+
+[[noreturn]] inline void fail_interval(const char* function, const char* argument, std::size_t entry, Interval interval,
+                                       std::int32_t first, std::int32_t last) {
+  fail<ValueError>(function, join(argument, "[", entry, "]").c_str(),
+                   join("begin <= end inside [", first, ", ", last, ")"),
+                   join("[", interval.begin, ", ", interval.end, ")"));
 }
 
 /// What a builder writes: sizes, groups, lists, intervals. How many entries a row has is not looked at.
@@ -173,9 +185,9 @@ inline void check_structure(const char* function, const AttentionPlan& plan) {
     check_ascending(function, "keys", plan.keys, group.key_begin, group.key_end, plan.key_tokens + plan.memory_tokens);
     const std::int32_t length = group.key_end - group.key_begin;
     for (auto e = static_cast<std::size_t>(group.entry_begin); e < static_cast<std::size_t>(group.entry_end); ++e) {
-      check_interval(function, "visible", e, plan.visible[e], 0, length);
-      if (!plan.visible_too.empty())
-        check_interval(function, "visible_too", e, plan.visible_too[e], plan.visible[e].end, length);
+      if (!is_inside(plan.visible[e], 0, length)) fail_interval(function, "visible", e, plan.visible[e], 0, length);
+      if (!plan.visible_too.empty() && !is_inside(plan.visible_too[e], plan.visible[e].end, length))
+        fail_interval(function, "visible_too", e, plan.visible_too[e], plan.visible[e].end, length);
     }
   }
 }
