@@ -137,7 +137,9 @@ struct Lanes {
     constexpr int terms = sizeof(T) == 4 ? 5 : 11;  // s^2 < 0.0295: the next one is below a tenth of a unit
     F sum = F{} + T(1) / T(2 * terms + 1);
     COTERIE_UNROLL for (int i = terms - 1; i >= 0; --i) sum = sum * square + T(1) / T(2 * i + 1);
-    y = exponent * ln_2<T> + (s + s) * sum;
+    F whole = exponent * ln_2<T>;
+    COTERIE_OPAQUE(whole);  // or either product might be the one in a multiply-add
+    y = whole + (s + s) * sum;
   }
 
   /// y[i] = the i-th number of a and b together that Pick::of(i) names.

@@ -121,7 +121,9 @@ struct Row {
       for (const Interval& s : {one, two})
         for (int j = s.begin; j < s.end; ++j) {
           const Index distance = part.query_position(entry) - part.key_position(block_begin + j) - part.bias_first;
-          scores[j] += part.bias[std::clamp<Index>(distance, 0, part.bias_count - 1)] * log2_e<T>;
+          T added = part.bias[std::clamp<Index>(distance, 0, part.bias_count - 1)] * log2_e<T>;
+          COTERIE_OPAQUE(added);  // rounded, as in the tile's table
+          scores[j] += added;
         }
     for (int j = begin; j < end; ++j)
       if ((j < one.begin || j >= one.end) && (j < two.begin || j >= two.end)) scores[j] = lowest;
