@@ -2,8 +2,7 @@
 #define COTERIE_OPAQUE(x)  // no register holds these vectors
 #include "coterie/kernel/dispatch.hpp"
 
-#include "attention/setup.hpp"
-#include "catch.hpp"
+#include "kernel/row_bits.hpp"
 
 using namespace test;
 namespace detail = coterie::detail;
@@ -26,6 +25,18 @@ detail::KernelTable<T> wide_table() {
   return table;
 }
 
+template <class T>
+Outputs<T> run_wide(const Inputs<T>& given, const detail::KernelTable<T>& table, Context& context, bool gradients) {
+  Outputs<T> got(given);
+  AttentionTape<T> tape;
+  const detail::AttentionCall<T> call("test", given.plan, given.q, given.k, given.v, given.config, given.terms());
+  detail::forward<T>(call, got.out, &tape, table, context);
+  if (got.lse.rows() > 0) got.lse = tape.lse().eigen();
+  if (gradients)
+    detail::backward<T>(call, got.out, tape, given.d_out, got.d_q, got.d_k, got.d_v, got.terms(given), table, context);
+  return got;
+}
+
 }  // namespace
 
 TEST_CASE("64-byte tiles: every case as the reference, NaN kept from the past") {
@@ -34,19 +45,8 @@ TEST_CASE("64-byte tiles: every case as the reference, NaN kept from the past") 
   for (const CaseSizes sizes : {CaseSizes{}, CaseSizes{300, 70, 2, 19}})
     for (const AttentionCase& c : attention_cases(sizes)) {
       const Inputs<float> in(c, 2);
-      const auto run_wide = [&](const Inputs<float>& given) {
-        Outputs<float> got(given);
-        AttentionTape<float> tape;
-        const detail::AttentionCall<float> call("test", given.plan, given.q, given.k, given.v, given.config,
-                                                given.terms());
-        detail::forward<float>(call, got.out, &tape, table, context);
-        if (got.lse.rows() > 0) got.lse = tape.lse().eigen();
-        detail::backward<float>(call, got.out, tape, given.d_out, got.d_q, got.d_k, got.d_v, got.terms(given), table,
-                                context);
-        return got;
-      };
       const Outputs<double> expected = run_reference(in.cast<double>());
-      const Outputs<float> got = run_wide(in);
+      const Outputs<float> got = run_wide(in, table, context, true);
       INFO(c.name);
       CHECK(largest_difference(got.out, expected.out) < 2e-6);
       CHECK(largest_difference(got.lse, expected.lse) < 4e-6);
@@ -60,6 +60,13 @@ TEST_CASE("64-byte tiles: every case as the reference, NaN kept from the past") 
       Inputs<float> changed = in;
       changed.k.bottomRows(in.plan.tokens - from).setConstant(std::numeric_limits<float>::quiet_NaN());
       changed.v.bottomRows(in.plan.tokens - from).setConstant(std::numeric_limits<float>::quiet_NaN());
-      CHECK(run_wide(changed).out.topRows(from) == got.out.topRows(from));
+      CHECK(run_wide(changed, table, context, false).out.topRows(from) == got.out.topRows(from));
     }
+}
+
+TEST_CASE("64-byte tiles: a row has the same bits alone, in groups of any size and in full tiles") {
+  const detail::KernelTable<float> table = wide_table<float>();
+  Context context;
+  check_row_bits<float>(
+      [&](const Inputs<float>& in, bool gradients) { return run_wide(in, table, context, gradients); }, 25);
 }

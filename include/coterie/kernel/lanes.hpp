@@ -120,7 +120,7 @@ struct Lanes {
     y = x < low ? F{} : (F)bits;  // where x does not fit n too, whatever the machine made of that
   }
 
-  /// y = log(x), base e, for normal x > 0.
+  /// y = log(x), base e, for normal x > 0; minus infinity below; infinity and NaN stay.
   /// Method: x = m 2^e with m around 1; s = (m - 1) / (m + 1), log(m) = 2 s (1 + s^2 / 3 + s^4 / 5 + ..).
   static COTERIE_INLINE void log(const F& x, F& y) {
     constexpr int mantissa = std::numeric_limits<T>::digits - 1;
@@ -140,6 +140,8 @@ struct Lanes {
     F whole = exponent * ln_2<T>;
     COTERIE_OPAQUE(whole);  // or either product might be the one in a multiply-add
     y = whole + (s + s) * sum;
+    const F special = x > std::numeric_limits<T>::max() ? x : x - std::numeric_limits<T>::infinity();
+    y = (x >= std::numeric_limits<T>::min()) & (x <= std::numeric_limits<T>::max()) ? y : special;
   }
 
   /// y[i] = the i-th number of a and b together that Pick::of(i) names.
