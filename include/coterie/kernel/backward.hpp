@@ -30,13 +30,16 @@ struct Backward {
   };
 
   static constexpr Index scratch_size(Index d, Index dv, Index bias_count) {
-    return 3 * padded(d) * width + 2 * padded(dv) * width + 2 * key_block * width + 2 * padded(bias_count + 2 * width) +
-           3 * width;
+    return Common::gather_size(d, dv) + 3 * padded(d) * width + 2 * padded(dv) * width + 2 * key_block * width +
+           2 * padded(bias_count + 2 * width) + 3 * width;
   }
 
-  static COTERIE_INLINE void run(const AttentionPart<T>& part, const AttentionPartGradients<T>& gradients, T* scratch) {
+  static COTERIE_INLINE void run(const AttentionPart<T>& given, const AttentionPartGradients<T>& gradients,
+                                 T* scratch) {
+    AttentionPart<T> part = given;
+    Common::gather(part, scratch);
     Scratch b;
-    b.q_rows = scratch;
+    b.q_rows = scratch + Common::gather_size(part.d, part.dv);
     b.q = b.q_rows + padded(part.d) * width;
     b.d_q = b.q + padded(part.d) * width;
     b.d_out_rows = b.d_q + padded(part.d) * width;

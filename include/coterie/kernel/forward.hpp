@@ -28,14 +28,17 @@ struct Forward {
   };
 
   static constexpr Index scratch_size(Index d, Index dv, Index bias_count) {
-    return std::max(tile_size(d, dv, bias_count), Row<T, M>::scratch_size(d, dv));
+    return Common::gather_size(d, dv) + std::max(tile_size(d, dv, bias_count), Row<T, M>::scratch_size(d, dv));
   }
   static constexpr Index tile_size(Index d, Index dv, Index bias_count) {
     return padded(std::max(d, dv)) * width + padded(d) * width + key_block * width + padded(dv) * width +
            padded(bias_count + 2 * width) + 3 * width;
   }
 
-  static COTERIE_INLINE void run(const AttentionPart<T>& part, T* scratch) {
+  static COTERIE_INLINE void run(const AttentionPart<T>& given, T* scratch) {
+    AttentionPart<T> part = given;
+    Common::gather(part, scratch);
+    scratch += Common::gather_size(part.d, part.dv);
     Scratch f;
     f.rows = scratch;
     f.q = f.rows + padded(std::max(part.d, part.dv)) * width;

@@ -9,6 +9,10 @@
 
 namespace coterie::detail {
 
+/// Rows in scratch memory are padded to this many numbers, so that whole vectors fit.
+inline constexpr Index row_padding = 16;
+constexpr Index padded(Index n) { return (n + row_padding - 1) / row_padding * row_padding; }
+
 /// A read-only source of rows: `row(i)` for i below `rows` lies in `data`, above in `memory`.
 template <class T>
 struct RowSource {
@@ -75,8 +79,17 @@ struct AttentionPart {
     states = entry_states.from(first, 0);
   }
 
+  // Copies of the keys and values from rank gathered_first on, side by side; or null. See Tile::gather.
+  const T *gathered_k = nullptr, *gathered_v = nullptr;
+  Index gathered_first = 0;
+
   /// The key and the value of a rank.
   void locate(Index rank, const T*& key, const T*& value) const {
+    if (gathered_k) {
+      key = gathered_k + (rank - gathered_first) * padded(d);
+      value = gathered_v + (rank - gathered_first) * padded(dv);
+      return;
+    }
     const Index row = keys[rank];
     if (row < k.rows) [[likely]] {
       key = k.data + row * k.stride;
@@ -122,11 +135,10 @@ struct RowSums {
   Index first = 0, count = 0, columns = 0;
 };
 
-/// Rows in scratch memory are padded to this many numbers, so that whole vectors fit.
-inline constexpr Index row_padding = 16;
-constexpr Index padded(Index n) { return (n + row_padding - 1) / row_padding * row_padding; }
-
 /// Keys of a block: key lists are cut at multiples of it.
 inline constexpr int key_block = 64;
+
+/// Keys that a part copies at most; see Tile::gather.
+inline constexpr Index most_gathered = 4096;
 
 }  // namespace coterie::detail

@@ -62,13 +62,42 @@ struct Tile {
     for (Index c = 0; c < columns; c += line) __builtin_prefetch(row + c, 0, 2);
   }
 
+  static constexpr Index gather_size(Index d, Index dv) { return most_gathered * (padded(d) + padded(dv)); }
+
+  /// Copies the keys and values that a part sees into `scratch` where they do not lie side by side and several tiles read
+  /// them: rows of many heads are a power of two apart and fall on few sets of a cache, rows of a cluster on many pages.
+  static COTERIE_INLINE void gather(AttentionPart<T>& part, T* scratch) {
+    if (part.entries < 3 * width) return;
+    Index begin = std::numeric_limits<std::int32_t>::max(), end = 0;
+    for (const Interval* visible : {part.visible, part.visible_too})
+      for (Index e = 0; visible && e < part.entries; ++e)
+        if (visible[e].begin < visible[e].end) {
+          begin = std::min<Index>(begin, visible[e].begin);
+          end = std::max<Index>(end, visible[e].end);
+        }
+    if (begin >= end || end - begin > most_gathered) return;
+    if (part.k.stride == part.d && part.v.stride == part.dv && part.keys[end - 1] - part.keys[begin] == end - 1 - begin)
+      return;
+    T* const k = scratch;
+    T* const v = scratch + (end - begin) * padded(part.d);
+    for (Index rank = begin; rank < end; ++rank) {
+      const T *key, *value;
+      part.locate(rank, key, value);
+      scale_row(key, T(1), part.d, k + (rank - begin) * padded(part.d));
+      scale_row(value, T(1), part.dv, v + (rank - begin) * padded(part.dv));
+    }
+    part.gathered_k = k;
+    part.gathered_v = v;
+    part.gathered_first = begin;
+  }
+
   /// Asks for what a later entry reads and writes first: its query, its output, its newest key and value. Rows sorted by
   /// cluster lie scattered, and the machine cannot guess the next one. A few at a time: many wait for each other.
   static COTERIE_INLINE void fetch_entry(const AttentionPart<T>& part, Index entry) {
     fetch(part.q.row(part.rows[entry]), part.d);
     fetch(part.out + part.target(entry) * part.out_stride, part.dv);
     const Interval seen = part.visible[entry];
-    if (seen.begin == seen.end) return;
+    if (part.gathered_k || seen.begin == seen.end) return;
     const Index key = part.keys[seen.end - 1];
     fetch(part.k.row(key), part.d);
     fetch(part.v.row(key), part.dv);
