@@ -141,7 +141,8 @@ struct Lanes {
     COTERIE_OPAQUE(whole);  // or either product might be the one in a multiply-add
     y = whole + (s + s) * sum;
     const F special = x > std::numeric_limits<T>::max() ? x : x - std::numeric_limits<T>::infinity();
-    y = (x >= std::numeric_limits<T>::min()) & (x <= std::numeric_limits<T>::max()) ? y : special;
+    const I normal = (x >= std::numeric_limits<T>::min()) & (x <= std::numeric_limits<T>::max());
+    y = normal ? y : special;
   }
 
   /// y[i] = the i-th number of a and b together that Pick::of(i) names.
