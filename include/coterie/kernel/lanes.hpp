@@ -44,6 +44,8 @@
 #if defined(COTERIE_OPAQUE)  // tests of vectors wider than the machine's registers
 #elif defined(__GNUC__) && !defined(__clang__) && (defined(__x86_64__) || defined(__i386__))
 #define COTERIE_OPAQUE(x) __asm__("" : "+v"(x))
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__)
+#define COTERIE_OPAQUE(x) __asm__("" : "+w"(x))
 #else
 #define COTERIE_OPAQUE(x)
 #endif
