@@ -82,9 +82,10 @@ struct Row {
       }
     const T* k_rows[key_block];
     const T* v_rows[key_block];
+    const int seen_low = low;  // a part's copies hold no key below it
     low = low / lanes * lanes;
     const int vectors = (high - low + lanes - 1) / lanes;
-    for (int j = low; j < high; ++j) part.locate(block_begin + j, k_rows[j], v_rows[j]);
+    for (int j = low; j < high; ++j) part.locate(block_begin + std::max(j, seen_low), k_rows[j], v_rows[j]);
     for (int j = high; j < low + vectors * lanes; ++j) k_rows[j] = k_rows[high - 1];
     transpose_keys(k_rows + low, vectors, part.d, keys + low);
     for (int r = 0; r < count; ++r) {
