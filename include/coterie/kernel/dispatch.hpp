@@ -72,6 +72,17 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
                                                             Index columns, T* out, T& total) {                        \
       Inline::row_values(p, rows, begin, end, columns, out, total);                                                   \
     }                                                                                                                 \
+    target __attribute__((noinline)) static void products(const T* const* a, Index count, Index depth, const T* b,    \
+                                                          Index b_stride, T* c, Index c_stride, int used, bool add) { \
+      if (add)                                                                                                        \
+        Inline::template product<true>(a, count, depth, b, b_stride, c, c_stride, used);                              \
+      else                                                                                                            \
+        Inline::template product<false>(a, count, depth, b, b_stride, c, c_stride, used);                             \
+    }                                                                                                                 \
+    target __attribute__((noinline)) static void strips(const T* x, Index rows, const T* d_y, Index tokens, T* d_w,   \
+                                                        Index stride, int used) {                                     \
+      Strips<T, bytes, vectors, rows_at_once>::run(x, rows, d_y, tokens, d_w, stride, used);                          \
+    }                                                                                                                 \
   };
 
 #if defined(__aarch64__)

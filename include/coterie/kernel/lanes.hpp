@@ -89,6 +89,7 @@ struct Lanes {
 
   /// y = 2^x for x <= 0 and a little above; 0 below the smallest normal number; exactly 1 at 0; NaN stays NaN.
   /// Method: x = n + f, n whole, -1 < f <= 0, a polynomial in f, and n added to the exponent bits.
+  /// Error: float at most 1.23 units in the last place (1.61 without fused multiply-adds), all floats tried; double 3 (3.3).
   static COTERIE_INLINE void exp2(const F& x, F& y) {
     constexpr T low = std::numeric_limits<T>::min_exponent - 1;  // -126 or -1022
     I n;

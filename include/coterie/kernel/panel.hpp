@@ -30,9 +30,20 @@ struct ProductPart {
   Index y_stride = 0;
   Index rows = 0, depth = 0, columns = 0;
   bool add = false;
+  // Not null: w itself, of which all panels but the last are read, if that ends inside a vector. Then `panels` holds only this one.
+  const T* w = nullptr;
+  Index w_stride = 0;
 };
 
-/// A strip of d_w += x^T d_y: columns [column, column + columns), rows [row_begin, row_end) of d_w.
+/// The largest blocks of a weight gradient. Packed they stay in a second-level cache (265 KB), and what a panel of d_y and a
+/// strip of x hold together in the first.
+inline constexpr Index gradient_tokens = 128;
+template <class T>
+inline constexpr Index gradient_rows = 1056 / static_cast<Index>(sizeof(T));  // whole strips on every instruction set
+template <class T>
+inline constexpr Index gradient_columns = 1024 / static_cast<Index>(sizeof(T));
+
+/// d_w += x^T d_y for a block of tokens, rows and columns of d_w.
 template <class T>
 struct WeightGradientPart {
   const T* x = nullptr;
@@ -41,7 +52,8 @@ struct WeightGradientPart {
   Index d_y_stride = 0;
   T* d_w = nullptr;
   Index d_w_stride = 0;
-  Index tokens = 0, row_begin = 0, row_end = 0, column = 0, columns = 0;
+  Index tokens = 0, rows = 0, columns = 0;
+  T* scratch = nullptr;  // gradient_tokens * (gradient_rows + columns rounded up to panels)
 };
 
 /// Rows of x and the number of their nearest centroid.
@@ -58,6 +70,67 @@ struct NearestPart {
 
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
+/// The micro-kernel of weight gradients: up to R rows by V vectors of sums in registers, both factors packed.
+template <class T, int Bytes, int V, int R>
+struct Strips {
+  using L = Lanes<T, Bytes>;
+  using F = typename L::F;
+  static constexpr int lanes = L::count, width = lanes * V;
+
+  // d_w[r][c] += sum_i x[i][r] d_y[i][c] for Rows rows and N vectors; x has rows of Rows numbers, d_y of `width`.
+  template <int Rows, int N>
+  static COTERIE_INLINE void strip(const T* x, const T* d_y, Index tokens, T* d_w, Index stride) {
+    COTERIE_UNROLL for (int r = 0; r < Rows; ++r) __builtin_prefetch(d_w + r * stride, 1);
+    F sum[Rows][N];
+    COTERIE_UNROLL for (int r = 0; r < Rows; ++r) COTERIE_UNROLL for (int v = 0; v < N; ++v) sum[r][v] = F{};
+    for (Index i = 0; i < tokens; ++i) {
+      F y[N];
+      COTERIE_UNROLL for (int v = 0; v < N; ++v) L::load(d_y + i * width + v * lanes, y[v]);
+      COTERIE_UNROLL for (int r = 0; r < Rows; ++r) {
+        const T factor = x[i * Rows + r];
+        COTERIE_UNROLL for (int v = 0; v < N; ++v) {
+          COTERIE_OPAQUE(sum[r][v]);
+          sum[r][v] += factor * y[v];
+        }
+      }
+    }
+    COTERIE_UNROLL for (int r = 0; r < Rows; ++r) COTERIE_UNROLL for (int v = 0; v < N; ++v) {
+      F old;
+      L::load(d_w + r * stride + v * lanes, old);
+      old += sum[r][v];
+      L::store(d_w + r * stride + v * lanes, old);
+    }
+  }
+
+  // strip() of `rows` <= Rows rows.
+  template <int Rows, int N>
+  static COTERIE_INLINE void strip_rows(Index rows, const T* x, const T* d_y, Index tokens, T* d_w, Index stride) {
+    if (rows == Rows) return strip<Rows, N>(x, d_y, tokens, d_w, stride);
+    if constexpr (Rows > 1) strip_rows<Rows - 1, N>(rows, x, d_y, tokens, d_w, stride);
+  }
+
+  // All strips against N vectors of a panel.
+  template <int N>
+  static COTERIE_INLINE void all_strips(const T* strips, Index rows, const T* panel, Index tokens, T* d_w,
+                                        Index stride) {
+    Index r = 0;
+    for (; r + R <= rows; r += R) strip<R, N>(strips + r * tokens, panel, tokens, d_w + r * stride, stride);
+    if (r < rows) strip_rows<R - 1, N>(rows - r, strips + r * tokens, panel, tokens, d_w + r * stride, stride);
+  }
+
+  /// d_w[r][c] += sum_i x[i][r] d_y[i][c] for `rows` rows and `vectors` <= V vectors. x lies in strips of [token][R], the
+  /// last one of as many rows as are left, d_y in rows of `width`. A sum runs over its tokens in order and is then added.
+  static COTERIE_INLINE void run(const T* strips, Index rows, const T* panel, Index tokens, T* d_w, Index stride,
+                                 int vectors) {
+    if constexpr (V == 4) {
+      if (vectors == 4) return all_strips<4>(strips, rows, panel, tokens, d_w, stride);
+      if (vectors == 3) return all_strips<3>(strips, rows, panel, tokens, d_w, stride);
+    }
+    if (vectors == 2) return all_strips<2>(strips, rows, panel, tokens, d_w, stride);
+    all_strips<1>(strips, rows, panel, tokens, d_w, stride);
+  }
+};
+
 /// Products in panels of `M::width` columns on the micro-kernels M.
 template <class T, class M>
 struct Panel {
@@ -65,20 +138,56 @@ struct Panel {
   using F = typename L::F;
   using I = typename L::I;
   static constexpr int lanes = L::count, width = M::width, V = width / lanes, R = M::most_rows;
-  static constexpr int tokens_block = 256, centroid_block = 64;
+  static constexpr int centroid_block = 64, pack_rows = 8;
 
-  /// Packs columns [panel * width, (panel + 1) * width) into panels[panel][depth][width], zeros behind the last column.
-  static COTERIE_INLINE void pack(const PanelSource<T>& source, T* panels) {
-    for (Index panel = source.panel_begin; panel < source.panel_end; ++panel) {
-      T* to = panels + panel * source.depth * width;
-      const Index first = panel * width, count = std::min<Index>(width, source.columns - first);
-      for (Index l = 0; l < source.depth; ++l, to += width) {
-        for (Index c = 0; c < count; ++c)
-          to[c] =
-              source.transposed ? source.w[(first + c) * source.stride + l] : source.w[l * source.stride + first + c];
-        for (Index c = count; c < width; ++c) to[c] = 0;
+  static COTERIE_INLINE int vectors_of(Index columns) {
+    return static_cast<int>(((columns < width ? columns : Index(width)) + lanes - 1) / lanes);
+  }
+
+  // Copies rows of `columns` numbers into panels of [row][width]; behind the last column lie zeros up to a whole vector. A
+  // few rows at a time, and the next ones asked for: rows a power of two apart share a few sets of a cache, and so do panels.
+  static COTERIE_INLINE void pack_rows_of(const T* from, Index stride, Index rows, Index columns, T* panels) {
+    const Index whole = columns / width * width, left = columns - whole;
+    for (Index first = 0; first < rows; first += pack_rows) {
+      const Index last = std::min<Index>(first + pack_rows, rows);
+      for (Index c = 0; c < whole; c += width)
+        for (Index i = first; i < last; ++i) {
+          __builtin_prefetch(from + (i + pack_rows) * stride + c);
+          COTERIE_UNROLL for (int v = 0; v < V; ++v) {
+            F x;
+            L::load(from + i * stride + c + v * lanes, x);
+            L::store(panels + c * rows + i * width + v * lanes, x);
+          }
+        }
+      for (Index i = first; i < last && left > 0; ++i) {
+        T* const to = panels + whole * rows + i * width;
+        for (Index c = 0; c < left; ++c) to[c] = from[i * stride + whole + c];
+        for (Index c = left; c % lanes != 0; ++c) to[c] = 0;
       }
     }
+  }
+
+  // to[l][c] = rows[c][l] for `count` <= width rows of `depth` numbers; behind the last one lie zeros up to a whole vector.
+  static COTERIE_INLINE void pack_transposed(const T* rows, Index stride, Index count, Index depth, T* to) {
+    const Index squares = count / lanes * lanes, whole = depth / lanes * lanes;
+    M::transpose_in(rows, stride, static_cast<int>(count / lanes), whole, to);
+    for (Index l = whole; l < depth; ++l)
+      for (Index c = 0; c < squares; ++c) to[l * width + c] = rows[c * stride + l];
+    for (Index c = squares; c < count; ++c)
+      for (Index l = 0; l < depth; ++l) to[l * width + c] = rows[c * stride + l];
+    for (Index c = count; c % lanes != 0; ++c)
+      for (Index l = 0; l < depth; ++l) to[l * width + c] = 0;
+  }
+
+  /// Packs columns [panel * width, (panel + 1) * width) into panels[panel][depth][width], zeros behind the last column up
+  /// to a whole vector.
+  static COTERIE_INLINE void pack(const PanelSource<T>& source, T* panels) {
+    const Index begin = source.panel_begin * width, end = std::min(source.panel_end * width, source.columns);
+    T* const to = panels + begin * source.depth;
+    if (!source.transposed) return pack_rows_of(source.w + begin, source.stride, source.depth, end - begin, to);
+    for (Index c = begin; c < end; c += width)
+      pack_transposed(source.w + c * source.stride, source.stride, std::min<Index>(width, end - c), source.depth,
+                      panels + c * source.depth);
   }
 
   /// y[i][c] (+)= sum_l x[i][l] w[l][c]
@@ -87,88 +196,107 @@ struct Panel {
     const T* rows[group];
     alignas(64) T tail[group * width];
     for (Index first = 0; first < part.columns; first += width) {
-      const T* panel = part.panels + first * part.depth;
       const Index count = std::min<Index>(width, part.columns - first);
+      const bool whole = count % lanes == 0, in_place = part.w && whole;
+      const T* const panel = in_place ? part.w + first : part.panels + (part.w ? 0 : first * part.depth);
+      const Index panel_stride = in_place ? part.w_stride : Index(width);
       for (Index i = 0; i < part.rows; i += group) {
         const Index n = std::min<Index>(group, part.rows - i);
         for (Index r = 0; r < n; ++r) rows[r] = part.x + (i + r) * part.x_stride;
-        T* y = part.y + i * part.y_stride + first;
-        // The last panel goes through a buffer of whole vectors.
-        T* to = count == width ? y : tail;
-        const Index stride = count == width ? part.y_stride : Index(width);
-        if (to == tail && part.add)
+        T* const y = part.y + i * part.y_stride + first;
+        // What ends inside a vector goes through a buffer of whole vectors.
+        T* const to = whole ? y : tail;
+        const Index stride = whole ? part.y_stride : Index(width);
+        if (!whole && part.add)
           for (Index r = 0; r < n; ++r)
             for (Index c = 0; c < width; ++c) tail[r * width + c] = c < count ? y[r * part.y_stride + c] : T(0);
-        if (part.add)
-          M::template product<true>(rows, n, part.depth, panel, width, to, stride, V);
-        else
-          M::template product<false>(rows, n, part.depth, panel, width, to, stride, V);
-        if (to == tail)
+        M::products(rows, n, part.depth, panel, panel_stride, to, stride, vectors_of(count), part.add);
+        if (!whole)
           for (Index r = 0; r < n; ++r)
             for (Index c = 0; c < count; ++c) y[r * part.y_stride + c] = tail[r * width + c];
       }
     }
   }
 
-  /// d_w[l][c] += sum_i x[i][l] d_y[i][c], summed in blocks of tokens, block after block.
-  static COTERIE_INLINE void weight_gradient(const WeightGradientPart<T>& part) {
-    constexpr int group = 4 * R;
-    const T* rows[tokens_block];
-    alignas(64) T d_y[tokens_block * width];
-    alignas(64) T sum[group * width];
-    for (Index i = 0; i < part.tokens; i += tokens_block) {
-      const Index n = std::min<Index>(tokens_block, part.tokens - i);
-      for (Index r = 0; r < n; ++r) {
-        const T* from = part.d_y + (i + r) * part.d_y_stride + part.column;
-        for (Index c = 0; c < width; ++c) d_y[r * width + c] = c < part.columns ? from[c] : T(0);
-      }
-      for (Index row = part.row_begin; row < part.row_end; row += group) {
-        const Index count = std::min<Index>(group, part.row_end - row);
-        for (Index r = 0; r < n; ++r) rows[r] = part.x + (i + r) * part.x_stride + row;
-        std::memset(sum, 0, sizeof sum);
-        M::columns(rows, 0, n, count, d_y, sum, V, false);
-        for (Index r = 0; r < count; ++r)
-          for (Index c = 0; c < part.columns; ++c)
-            part.d_w[(row + r) * part.d_w_stride + part.column + c] += sum[r * width + c];
-      }
+  // Copies `rows` numbers of every token into strips of [token][R], the last one of as many as are left; see pack_rows_of.
+  static COTERIE_INLINE void pack_strips(const T* x, Index stride, Index tokens, Index rows, T* strips) {
+    const Index whole = rows / R * R, left = rows - whole;
+    for (Index first = 0; first < tokens; first += pack_rows) {
+      const Index last = std::min<Index>(first + pack_rows, tokens);
+      for (Index r = 0; r < whole; r += R)
+        for (Index i = first; i < last; ++i) {
+          __builtin_prefetch(x + (i + pack_rows) * stride + r);
+          std::memcpy(strips + r * tokens + i * R, x + i * stride + r, R * sizeof(T));
+        }
+      for (Index i = first; i < last; ++i)
+        for (Index r = 0; r < left; ++r) strips[whole * tokens + i * left + r] = x[i * stride + whole + r];
     }
   }
 
-  static constexpr Index nearest_scratch(Index d) { return 2 * padded(d) * width; }
+  /// d_w[l][c] += sum_i x[i][l] d_y[i][c]
+  static COTERIE_INLINE void weight_gradient(const WeightGradientPart<T>& part) {
+    alignas(64) T sums[gradient_rows<T> * lanes * V];
+    T* const strips = part.scratch;
+    T* const panels = part.scratch + gradient_rows<T> * gradient_tokens;
+    const Index n = part.tokens, stride = part.d_w_stride;
+    pack_rows_of(part.d_y, part.d_y_stride, n, part.columns, panels);
+    pack_strips(part.x, part.x_stride, n, part.rows, strips);
+    for (Index c = 0; c < part.columns; c += width) {
+      const Index columns = std::min<Index>(width, part.columns - c);
+      if (columns % lanes == 0) {
+        M::strips(strips, part.rows, panels + c * n, n, part.d_w + c, stride, vectors_of(columns));
+        continue;
+      }
+      // What ends inside a vector goes through a buffer of whole vectors.
+      std::memset(sums, 0, part.rows * width * sizeof(T));
+      M::strips(strips, part.rows, panels + c * n, n, sums, width, vectors_of(columns));
+      for (Index r = 0; r < part.rows; ++r)
+        for (Index k = 0; k < columns; ++k) part.d_w[r * stride + c + k] += sums[r * width + k];
+    }
+  }
+
+  static constexpr Index nearest_scratch(Index d) { return (d + centroid_block) * width; }
+
+  // best, label = the largest of these scores and where it was, for N vectors of lanes; number: of the first centroid.
+  template <int N>
+  static COTERIE_INLINE void largest(const T* scores, Index count, Index number, F* best, I* label) {
+    F b[N];
+    I l[N], j = I{} + static_cast<typename L::Integer>(number);
+    COTERIE_UNROLL for (int v = 0; v < N; ++v) b[v] = best[v], l[v] = label[v];
+    for (const T* const end = scores + count * width; scores < end; scores += width, j += 1)
+      COTERIE_UNROLL for (int v = 0; v < N; ++v) {
+        F s;
+        L::load(scores + v * lanes, s);
+        const I better = s > b[v];
+        b[v] = better ? s : b[v];
+        l[v] = better ? j : l[v];
+      }
+    COTERIE_UNROLL for (int v = 0; v < N; ++v) best[v] = b[v], label[v] = l[v];
+  }
 
   /// labels[i] = argmax_c x_i . centroids_c: lanes are rows of x, centroids are broadcast.
   static COTERIE_INLINE void nearest(const NearestPart<T>& part, T* scratch) {
-    const Index stride = padded(part.d);
-    T* x_rows = scratch;
-    T* x = scratch + stride * width;
-    alignas(64) T scores[centroid_block * width];
+    T *const x = scratch, *const scores = scratch + part.d * width;
     const T* rows[centroid_block];
     for (Index first = 0; first < part.rows; first += width) {
       const Index count = std::min<Index>(width, part.rows - first);
-      const int vectors = static_cast<int>((count + lanes - 1) / lanes);
-      for (Index l = 0; l < vectors * lanes; ++l)
-        for (Index c = 0; c < stride; ++c)
-          x_rows[l * stride + c] = l < count && c < part.d ? part.x[(first + l) * part.x_stride + c] : T(0);
-      M::transpose_in(x_rows, stride, vectors, part.d, x);
+      const int vectors = vectors_of(count);
+      pack_transposed(part.x + first * part.x_stride, part.x_stride, count, part.d, x);
       F best[V];
       I label[V];
       for (Index c = 0; c < part.clusters; c += centroid_block) {
         const Index n = std::min<Index>(centroid_block, part.clusters - c);
         for (Index j = 0; j < n; ++j) rows[j] = part.centroids + (c + j) * part.centroid_stride;
         M::scores(rows, n, part.d, x, scores, vectors);
-        for (int v = 0; v < vectors; ++v)
-          for (Index j = 0; j < n; ++j) {
-            F s;
-            L::load(scores + j * width + v * lanes, s);
-            if (c + j == 0) {
-              best[v] = s;
-              label[v] = I{};
-              continue;
-            }
-            const I better = s > best[v];
-            best[v] = better ? s : best[v];
-            label[v] = better ? I{} + static_cast<typename L::Integer>(c + j) : label[v];
+        if (c == 0)
+          for (int v = 0; v < vectors; ++v) {
+            L::load(scores + v * lanes, best[v]);
+            label[v] = I{};
           }
+        if (vectors == V)
+          largest<V>(scores, n, c, best, label);
+        else
+          for (int v = 0; v < vectors; ++v) largest<1>(scores + v * lanes, n, c, best + v, label + v);
       }
       for (Index l = 0; l < count; ++l) part.labels[first + l] = static_cast<std::int32_t>(label[l / lanes][l % lanes]);
     }

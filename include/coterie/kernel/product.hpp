@@ -14,22 +14,40 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
 /// Rows of a task of a product.
 inline constexpr Index product_rows = 96;
 
+/// Panels of a task that packs.
+inline constexpr Index packed_panels = 4;
+
+/// Below this many rows w is read in place: packing would cost more than it saves.
+inline constexpr Index few_rows = 24;
+
 /// y (+)= x m, with m = w or w^T packed into panels first.
 template <class T>
 void packed_product(ConstView<T> x, ConstView<T> w, bool transposed, View<T> y, Context& context, bool add) {
   const KernelTable<T>& kernel = kernels<T>(context.instructions());
-  const Index depth = x.cols(), columns = y.cols();
-  const Index panels = (columns + kernel.panel_width - 1) / kernel.panel_width;
+  const Index depth = x.cols(), columns = y.cols(), width = kernel.panel_width;
+  const Index panels = (columns + width - 1) / width;
+  const bool in_place = !transposed && x.rows() < few_rows;
   Arena& shared = context.workspace().shared();
   Arena::Scope scope(shared);
-  T* packed = shared.template take<T>(panels * kernel.panel_width * depth);
-  context.for_each(panels, [&](Index i, Index) {
-    kernel.pack(PanelSource<T>{w.data(), w.stride(), transposed, depth, columns, i, i + 1}, packed);
-  });
+  T* packed = shared.template take<T>((in_place ? 1 : panels) * width * depth);
+  if (in_place)
+    kernel.pack(
+        PanelSource<T>{w.data() + (panels - 1) * width, w.stride(), false, depth, columns - (panels - 1) * width, 0, 1},
+        packed);
+  else
+    context.for_chunks(panels, packed_panels, [&](Index first, Index last, Index) {
+      kernel.pack(PanelSource<T>{w.data(), w.stride(), transposed, depth, columns, first, last}, packed);
+    });
   context.for_chunks(x.rows(), product_rows, [&](Index first, Index last, Index) {
-    kernel.product(
-        ProductPart<T>{x.row(first), x.stride(), packed, y.row(first), y.stride(), last - first, depth, columns, add});
+    ProductPart<T> part{x.row(first), x.stride(), packed, y.row(first), y.stride(), last - first, depth, columns, add};
+    if (in_place) part.w = w.data(), part.w_stride = w.stride();
+    kernel.product(part);
   });
+}
+
+/// Token chunks of a weight gradient of `tiles` blocks: where these are few, partial sums of chunks give more tasks.
+inline Index gradient_chunks(Index tokens, Index tiles) {
+  return tiles >= 4 ? 1 : std::clamp(tokens / 512, Index(1), Index(8));
 }
 
 }  // namespace COTERIE_FLAGS_NAMESPACE
@@ -66,7 +84,8 @@ void product_input_gradient(ConstView<T> d_y, ConstView<T> w, View<T> d_x, Conte
 /// d_w += x^T d_y: undoes y = x w for w.
 /// Shapes: x tokens x in, d_y tokens x out, d_w in x out.
 /// Requires: shapes that fit and no overlap, otherwise ShapeError.
-/// Threads and determinism: tokens are summed in blocks, block after block, whatever the number of workers.
+/// Threads and determinism: tokens are summed in blocks, block after block, cut by the sizes alone, whatever the number of
+///   workers.
 /// Cost: 2 tokens in out operations.
 template <class T>
 void product_weight_gradient(ConstView<T> x, ConstView<T> d_y, View<T> d_w, Context& context) {
@@ -75,15 +94,45 @@ void product_weight_gradient(ConstView<T> x, ConstView<T> d_y, View<T> d_w, Cont
   detail::check_no_alias<T>("product_weight_gradient", "d_w", d_w, "x", x);
   detail::check_no_alias<T>("product_weight_gradient", "d_w", d_w, "d_y", d_y);
   const detail::KernelTable<T>& kernel = detail::kernels<T>(context.instructions());
-  const Index width = kernel.panel_width, panels = (d_w.cols() + width - 1) / width;
-  constexpr Index rows = 192;
-  const Index row_blocks = (d_w.rows() + rows - 1) / rows;
-  context.for_each(panels * row_blocks, [&](Index i, Index) {
-    const Index column = i / row_blocks * width, row = i % row_blocks * rows;
-    kernel.weight_gradient(detail::WeightGradientPart<T>{x.data(), x.stride(), d_y.data(), d_y.stride(), d_w.data(),
-                                                         d_w.stride(), x.rows(), row, std::min(row + rows, d_w.rows()),
-                                                         column, std::min(width, d_w.cols() - column)});
+  const Index n = x.rows(), in = d_w.rows(), out = d_w.cols(), width = kernel.panel_width;
+  constexpr Index rows = detail::gradient_rows<T>, columns = detail::gradient_columns<T>;
+  const Index row_blocks = (in + rows - 1) / rows, column_blocks = (out + columns - 1) / columns;
+  const Index tiles = row_blocks * column_blocks, chunks = detail::gradient_chunks(n, tiles);
+  const Index chunk_tokens = (n + chunks - 1) / chunks;
+  Arena& shared = context.workspace().shared();
+  Arena::Scope scope(shared);
+  T* const partial = chunks > 1 ? shared.template take<T>(chunks * in * out) : nullptr;
+  context.for_each(chunks * tiles, [&](Index task, Index worker) {
+    const Index chunk = task / tiles, row = task % tiles / column_blocks * rows,
+                column = task % column_blocks * columns;
+    const View<T> sum = chunks > 1 ? View<T>(partial + chunk * in * out, in, out) : d_w;
+    detail::WeightGradientPart<T> part;
+    part.x_stride = x.stride();
+    part.d_y_stride = d_y.stride();
+    part.d_w = sum.row(row) + column;
+    part.d_w_stride = sum.stride();
+    part.rows = std::min(rows, in - row);
+    part.columns = std::min(columns, out - column);
+    if (chunks > 1)
+      for (Index r = row; r < row + part.rows; ++r) std::fill_n(sum.row(r) + column, part.columns, T(0));
+    Arena& arena = context.workspace().worker(worker);
+    Arena::Scope task_scope(arena);
+    part.scratch =
+        arena.template take<T>(detail::gradient_tokens * (rows + (part.columns + width - 1) / width * width));
+    const Index end = std::min(n, (chunk + 1) * chunk_tokens);
+    for (Index first = chunk * chunk_tokens; first < end; first += detail::gradient_tokens) {
+      part.tokens = std::min(detail::gradient_tokens, end - first);
+      part.x = x.row(first) + row;
+      part.d_y = d_y.row(first) + column;
+      kernel.weight_gradient(part);
+    }
   });
+  if (chunks > 1)
+    context.for_chunks(in, 32, [&](Index first, Index last, Index) {
+      for (Index chunk = 0; chunk < chunks; ++chunk)
+        for (Index r = first; r < last; ++r)
+          for (Index c = 0; c < out; ++c) d_w(r, c) += partial[(chunk * in + r) * out + c];
+    });
 }
 
 /// labels[i] = argmax over c of x_i . centroids_c; the lowest c wins ties.
