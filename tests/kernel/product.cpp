@@ -1,5 +1,6 @@
 #include "coterie/kernel/product.hpp"
 
+#include <array>
 #include <cstring>
 
 #include "attention/setup.hpp"
@@ -10,7 +11,10 @@ using namespace test;
 
 namespace {
 
-constexpr Index sizes[][3] = {{1, 1, 1}, {1, 64, 17}, {7, 5, 3}, {97, 33, 64}, {200, 70, 49}, {300, 128, 100}};
+// Tokens, in, out: few rows, ends inside vectors, panels and strips, more than a block of each, several chunks of tokens.
+constexpr Index sizes[][3] = {{0, 3, 4},     {3, 0, 4},     {3, 4, 0},       {1, 1, 1},     {1, 64, 17},
+                              {6, 40, 100},  {7, 5, 3},     {97, 33, 64},    {200, 70, 49}, {300, 128, 80},
+                              {193, 270, 9}, {65, 11, 517}, {200, 300, 530}, {2100, 9, 21}};
 
 template <class T>
 double allowed(Index terms) {
@@ -54,11 +58,12 @@ TEST_CASE("product: a row's bits depend on that row alone; any number of workers
     RowMatrix<float> y(260, 45), d_w = RowMatrix<float>::Zero(37, 45);
     product<float>(x, w, y, serial);
     product_weight_gradient<float>(x, d_y, d_w, serial);
-    for (Index first : {0, 1, 95, 96, 259}) {
-      RowMatrix<float> one(1, 45);
-      product<float>(x.middleRows(first, 1), w, one, serial);
-      CHECK(one == y.row(first));
-    }
+    for (Index first : {0, 1, 95, 96, 251})
+      for (Index rows : {1, 2, 6, 7, 9}) {  // few of them read w in place
+        RowMatrix<float> some(rows, 45);
+        product<float>(x.middleRows(first, rows), w, some, serial);
+        CHECK(some == y.middleRows(first, rows));
+      }
     for (Index workers : {2, 3, 8}) {
       ThreadPool pool(workers);
       Workspace workspace;
@@ -68,6 +73,26 @@ TEST_CASE("product: a row's bits depend on that row alone; any number of workers
       product_weight_gradient<float>(x, d_y, other_d_w, context);
       CHECK(other == y);
       CHECK(other_d_w == d_w);
+    }
+  }
+}
+
+TEST_CASE("product_weight_gradient: chunks of tokens give the same bits with any number of workers") {
+  Random random(6);
+  for (const auto& [n, in, out] : {std::array<Index, 3>{4100, 7, 20}, {2500, 270, 3}, {600, 265, 20}}) {
+    const RowMatrix<float> x = random.matrix<float>(n, in), d_y = random.matrix<float>(n, out);
+    for (InstructionSet set : instruction_sets()) {
+      Context serial(set);
+      RowMatrix<float> d_w = RowMatrix<float>::Constant(in, out, 2);
+      product_weight_gradient<float>(x, d_y, d_w, serial);
+      for (Index workers : {2, 3, 8}) {
+        ThreadPool pool(workers);
+        Workspace workspace;
+        Context context(pool, workspace, set);
+        RowMatrix<float> other = RowMatrix<float>::Constant(in, out, 2);
+        product_weight_gradient<float>(x, d_y, other, context);
+        CHECK(other == d_w);
+      }
     }
   }
 }

@@ -35,13 +35,14 @@ struct ProductPart {
   Index w_stride = 0;
 };
 
-/// The largest blocks of a weight gradient. Packed they stay in a second-level cache (265 KB), and what a panel of d_y and a
-/// strip of x hold together in the first.
-inline constexpr Index gradient_tokens = 128;
-template <class T>
-inline constexpr Index gradient_rows = 1056 / static_cast<Index>(sizeof(T));  // whole strips on every instruction set
-template <class T>
-inline constexpr Index gradient_columns = 1024 / static_cast<Index>(sizeof(T));
+/// The largest blocks of a weight gradient: a strip of x and a panel of d_y stay in the first-level cache, all strips in the
+/// second. Rows are whole strips on every instruction set.
+inline constexpr Index gradient_tokens = 192, gradient_rows = 264, gradient_columns = 512;
+
+/// Numbers of scratch memory of a weight gradient in panels of `width`.
+constexpr Index gradient_scratch(Index columns, Index width) {
+  return gradient_tokens * (gradient_rows + (columns + width - 1) / width * width) + gradient_rows * width;
+}
 
 /// d_w += x^T d_y for a block of tokens, rows and columns of d_w.
 template <class T>
@@ -53,7 +54,7 @@ struct WeightGradientPart {
   T* d_w = nullptr;
   Index d_w_stride = 0;
   Index tokens = 0, rows = 0, columns = 0;
-  T* scratch = nullptr;  // gradient_tokens * (gradient_rows + columns rounded up to panels)
+  T* scratch = nullptr;  // of gradient_scratch()
 };
 
 /// Rows of x and the number of their nearest centroid.
@@ -235,9 +236,9 @@ struct Panel {
 
   /// d_w[l][c] += sum_i x[i][l] d_y[i][c]
   static COTERIE_INLINE void weight_gradient(const WeightGradientPart<T>& part) {
-    alignas(64) T sums[gradient_rows<T> * lanes * V];
     T* const strips = part.scratch;
-    T* const panels = part.scratch + gradient_rows<T> * gradient_tokens;
+    T* const sums = strips + gradient_rows * gradient_tokens;
+    T* const panels = sums + gradient_rows * width;
     const Index n = part.tokens, stride = part.d_w_stride;
     pack_rows_of(part.d_y, part.d_y_stride, n, part.columns, panels);
     pack_strips(part.x, part.x_stride, n, part.rows, strips);

@@ -17,8 +17,8 @@ inline constexpr Index product_rows = 96;
 /// Panels of a task that packs.
 inline constexpr Index packed_panels = 4;
 
-/// Below this many rows w is read in place: packing would cost more than it saves.
-inline constexpr Index few_rows = 24;
+/// Up to so many rows w is read in place: one pass over it, which packing would only double.
+inline constexpr Index few_rows = 6;
 
 /// y (+)= x m, with m = w or w^T packed into panels first.
 template <class T>
@@ -26,18 +26,18 @@ void packed_product(ConstView<T> x, ConstView<T> w, bool transposed, View<T> y, 
   const KernelTable<T>& kernel = kernels<T>(context.instructions());
   const Index depth = x.cols(), columns = y.cols(), width = kernel.panel_width;
   const Index panels = (columns + width - 1) / width;
-  const bool in_place = !transposed && x.rows() < few_rows;
+  const bool in_place = !transposed && x.rows() <= few_rows && panels > 0;
   Arena& shared = context.workspace().shared();
   Arena::Scope scope(shared);
   T* packed = shared.template take<T>((in_place ? 1 : panels) * width * depth);
-  if (in_place)
-    kernel.pack(
-        PanelSource<T>{w.data() + (panels - 1) * width, w.stride(), false, depth, columns - (panels - 1) * width, 0, 1},
-        packed);
-  else
+  if (in_place) {
+    const Index last = (panels - 1) * width;
+    kernel.pack(PanelSource<T>{w.data() + last, w.stride(), false, depth, columns - last, 0, 1}, packed);
+  } else {
     context.for_chunks(panels, packed_panels, [&](Index first, Index last, Index) {
       kernel.pack(PanelSource<T>{w.data(), w.stride(), transposed, depth, columns, first, last}, packed);
     });
+  }
   context.for_chunks(x.rows(), product_rows, [&](Index first, Index last, Index) {
     ProductPart<T> part{x.row(first), x.stride(), packed, y.row(first), y.stride(), last - first, depth, columns, add};
     if (in_place) part.w = w.data(), part.w_stride = w.stride();
@@ -45,9 +45,9 @@ void packed_product(ConstView<T> x, ConstView<T> w, bool transposed, View<T> y, 
   });
 }
 
-/// Token chunks of a weight gradient of `tiles` blocks: where these are few, partial sums of chunks give more tasks.
+/// Chunks of the tokens of a weight gradient of `tiles` blocks: where these are few, partial sums make about eight tasks.
 inline Index gradient_chunks(Index tokens, Index tiles) {
-  return tiles >= 4 ? 1 : std::clamp(tokens / 512, Index(1), Index(8));
+  return std::clamp(tokens / 1024, Index(1), std::max(Index(1), 8 / std::max(Index(1), tiles)));
 }
 
 }  // namespace COTERIE_FLAGS_NAMESPACE
@@ -95,7 +95,7 @@ void product_weight_gradient(ConstView<T> x, ConstView<T> d_y, View<T> d_w, Cont
   detail::check_no_alias<T>("product_weight_gradient", "d_w", d_w, "d_y", d_y);
   const detail::KernelTable<T>& kernel = detail::kernels<T>(context.instructions());
   const Index n = x.rows(), in = d_w.rows(), out = d_w.cols(), width = kernel.panel_width;
-  constexpr Index rows = detail::gradient_rows<T>, columns = detail::gradient_columns<T>;
+  constexpr Index rows = detail::gradient_rows, columns = detail::gradient_columns;
   const Index row_blocks = (in + rows - 1) / rows, column_blocks = (out + columns - 1) / columns;
   const Index tiles = row_blocks * column_blocks, chunks = detail::gradient_chunks(n, tiles);
   const Index chunk_tokens = (n + chunks - 1) / chunks;
@@ -117,8 +117,7 @@ void product_weight_gradient(ConstView<T> x, ConstView<T> d_y, View<T> d_w, Cont
       for (Index r = row; r < row + part.rows; ++r) std::fill_n(sum.row(r) + column, part.columns, T(0));
     Arena& arena = context.workspace().worker(worker);
     Arena::Scope task_scope(arena);
-    part.scratch =
-        arena.template take<T>(detail::gradient_tokens * (rows + (part.columns + width - 1) / width * width));
+    part.scratch = arena.template take<T>(detail::gradient_scratch(part.columns, width));
     const Index end = std::min(n, (chunk + 1) * chunk_tokens);
     for (Index first = chunk * chunk_tokens; first < end; first += detail::gradient_tokens) {
       part.tokens = std::min(detail::gradient_tokens, end - first);
