@@ -113,11 +113,12 @@ TEST_CASE("nearest_centroids: as plain sums, the lowest index wins ties") {
   Random random(4);
   for (InstructionSet set : instruction_sets()) {
     Context context(set);
-    for (Index clusters : {1, 2, 64, 65, 150}) {
-      const RowMatrix<double> x = random.matrix<double>(531, 7), centroids = random.matrix<double>(clusters, 7);
+    for (const auto& [clusters, d] : {std::array<Index, 2>{1, 7}, {2, 7}, {64, 3}, {65, 21}, {150, 16}}) {
+      // Columns in the midst of wider rows.
+      const RowMatrix<double> wide = random.matrix<double>(531, d + 9), centroids = random.matrix<double>(clusters, d);
       std::vector<std::int32_t> labels(531, -5);
-      nearest_centroids<double>(x, centroids, labels, context);
-      const RowMatrix<double> scores = x * centroids.transpose();
+      nearest_centroids<double>(wide.middleCols(5, d), centroids, labels, context);
+      const RowMatrix<double> scores = wide.middleCols(5, d) * centroids.transpose();
       for (Index i = 0; i < 531; ++i) {
         Index best = 0;
         scores.row(i).maxCoeff(&best);

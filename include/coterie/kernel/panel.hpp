@@ -63,8 +63,7 @@ struct NearestPart {
   const T* x = nullptr;
   Index x_stride = 0;
   Index rows = 0, d = 0;
-  const T* centroids = nullptr;
-  Index centroid_stride = 0;
+  const T* const* centroids = nullptr;  // a pointer to each
   Index clusters = 0;
   std::int32_t* labels = nullptr;
 };
@@ -278,17 +277,18 @@ struct Panel {
   /// labels[i] = argmax_c x_i . centroids_c: lanes are rows of x, centroids are broadcast.
   static COTERIE_INLINE void nearest(const NearestPart<T>& part, T* scratch) {
     T *const x = scratch, *const scores = scratch + part.d * width;
-    const T* rows[centroid_block];
     for (Index first = 0; first < part.rows; first += width) {
       const Index count = std::min<Index>(width, part.rows - first);
       const int vectors = vectors_of(count);
       pack_transposed(part.x + first * part.x_stride, part.x_stride, count, part.d, x);
+      // The next rows are on their way while these are compared: heads lie side by side, so rows are far apart.
+      for (Index l = first + width; l < std::min(first + 2 * width, part.rows); ++l)
+        for (Index c = 0; c < part.d; c += 64 / Index(sizeof(T))) __builtin_prefetch(part.x + l * part.x_stride + c);
       F best[V];
       I label[V];
       for (Index c = 0; c < part.clusters; c += centroid_block) {
         const Index n = std::min<Index>(centroid_block, part.clusters - c);
-        for (Index j = 0; j < n; ++j) rows[j] = part.centroids + (c + j) * part.centroid_stride;
-        M::scores(rows, n, part.d, x, scores, vectors);
+        M::scores(part.centroids + c, n, part.d, x, scores, vectors);
         if (c == 0)
           for (int v = 0; v < vectors; ++v) {
             L::load(scores + v * lanes, best[v]);

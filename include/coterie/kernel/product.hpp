@@ -148,11 +148,15 @@ void nearest_centroids(ConstView<T> x, ConstView<T> centroids, std::span<std::in
   if (Index(labels.size()) != x.rows())
     detail::fail<ShapeError>("nearest_centroids", "labels", detail::join(x.rows(), " labels"), labels.size());
   const detail::KernelTable<T>& kernel = detail::kernels<T>(context.instructions());
+  Arena& shared = context.workspace().shared();
+  Arena::Scope scope(shared);
+  const T** const rows = shared.template take<const T*>(centroids.rows());
+  for (Index c = 0; c < centroids.rows(); ++c) rows[c] = centroids.row(c);
   context.for_chunks(x.rows(), 512, [&](Index first, Index last, Index worker) {
     Arena& arena = context.workspace().worker(worker);
-    Arena::Scope scope(arena);
-    kernel.nearest(detail::NearestPart<T>{x.row(first), x.stride(), last - first, x.cols(), centroids.data(),
-                                          centroids.stride(), centroids.rows(), labels.data() + first},
+    Arena::Scope task_scope(arena);
+    kernel.nearest(detail::NearestPart<T>{x.row(first), x.stride(), last - first, x.cols(), rows, centroids.rows(),
+                                          labels.data() + first},
                    arena.template take<T>(kernel.nearest_scratch(x.cols())));
   });
 }
