@@ -101,11 +101,12 @@ void product_weight_gradient(ConstView<T> x, ConstView<T> d_y, View<T> d_w, Cont
   const Index chunk_tokens = (n + chunks - 1) / chunks;
   Arena& shared = context.workspace().shared();
   Arena::Scope scope(shared);
-  T* const partial = chunks > 1 ? shared.template take<T>(chunks * in * out) : nullptr;
+  T* const partials = chunks > 1 ? shared.template take<T>((chunks - 1) * in * out) : nullptr;
   context.for_each(chunks * tiles, [&](Index task, Index worker) {
-    const Index chunk = task / tiles, row = task % tiles / column_blocks * rows,
-                column = task % column_blocks * columns;
-    const View<T> sum = chunks > 1 ? View<T>(partial + chunk * in * out, in, out) : d_w;
+    const Index chunk = task / tiles;
+    const Index row = task % tiles / column_blocks * rows, column = task % column_blocks * columns;
+    // The first chunk adds into d_w itself.
+    const View<T> sum = chunk > 0 ? View<T>(partials + (chunk - 1) * in * out, in, out) : d_w;
     detail::WeightGradientPart<T> part;
     part.x_stride = x.stride();
     part.d_y_stride = d_y.stride();
@@ -113,24 +114,24 @@ void product_weight_gradient(ConstView<T> x, ConstView<T> d_y, View<T> d_w, Cont
     part.d_w_stride = sum.stride();
     part.rows = std::min(rows, in - row);
     part.columns = std::min(columns, out - column);
-    if (chunks > 1)
+    if (chunk > 0)
       for (Index r = row; r < row + part.rows; ++r) std::fill_n(sum.row(r) + column, part.columns, T(0));
     Arena& arena = context.workspace().worker(worker);
     Arena::Scope task_scope(arena);
     part.scratch = arena.template take<T>(detail::gradient_scratch(part.columns, width));
-    const Index end = std::min(n, (chunk + 1) * chunk_tokens);
-    for (Index first = chunk * chunk_tokens; first < end; first += detail::gradient_tokens) {
-      part.tokens = std::min(detail::gradient_tokens, end - first);
-      part.x = x.row(first) + row;
-      part.d_y = d_y.row(first) + column;
+    const Index last = std::min(n, (chunk + 1) * chunk_tokens);
+    for (Index i = chunk * chunk_tokens; i < last; i += detail::gradient_tokens) {
+      part.tokens = std::min(detail::gradient_tokens, last - i);
+      part.x = x.row(i) + row;
+      part.d_y = d_y.row(i) + column;
       kernel.weight_gradient(part);
     }
   });
   if (chunks > 1)
     context.for_chunks(in, 32, [&](Index first, Index last, Index) {
-      for (Index chunk = 0; chunk < chunks; ++chunk)
-        for (Index r = first; r < last; ++r)
-          for (Index c = 0; c < out; ++c) d_w(r, c) += partial[(chunk * in + r) * out + c];
+      for (Index r = first; r < last; ++r)
+        for (Index chunk = 0; chunk < chunks - 1; ++chunk)
+          for (Index c = 0; c < out; ++c) d_w(r, c) += partials[(chunk * in + r) * out + c];
     });
 }
 
