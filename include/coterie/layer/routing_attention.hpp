@@ -139,8 +139,9 @@ class RoutingAttention {
     if (statistics_.heads() == 0) statistics_ = zero_statistics();
     statistics_.clear();
     observe(tape, statistics_, context);
-    context.for_each(config().routed_heads,
-                     [&](Index h, Index) { parts_.routers[static_cast<std::size_t>(h)].update(statistics_, h); });
+    // All heads before any of them: an update that fails leaves every centroid where it was.
+    context.for_each(config().routed_heads, [&](Index h, Index) { router(h).check_update(statistics_, h); });
+    context.for_each(config().routed_heads, [&](Index h, Index) { router(h).update_checked(statistics_, h); });
   }
 
   /// Empty statistics of the routers' shapes (no heads unless routing is learned).
@@ -180,7 +181,9 @@ class RoutingAttention {
   /// Moves the centroids by what was observed, on this machine or, with block() summed, on several.
   void update_router(const RouterStatistics<T>& statistics) {
     check_statistics("RoutingAttention::update_router", statistics);
-    for (std::size_t h = 0; h < parts_.routers.size(); ++h) parts_.routers[h].update(statistics, static_cast<Index>(h));
+    const Index heads = static_cast<Index>(parts_.routers.size());
+    for (Index h = 0; h < heads; ++h) router(h).check_update(statistics, h);
+    for (Index h = 0; h < heads; ++h) router(h).update_checked(statistics, h);
   }
 
   /// While frozen, update_router does nothing.
@@ -194,6 +197,8 @@ class RoutingAttention {
     detail::Places places;
     detail::HeadsPlans plans;
   };
+
+  OnlineKMeans<T>& router(Index head) { return parts_.routers[static_cast<std::size_t>(head)]; }
 
   void check_input(const char* function, const Input<T>& input) const {
     const Index n = input.x.rows();
@@ -259,6 +264,7 @@ class RoutingAttention {
       detail::fail<ValueError>(function, "tape", "the tape of this layer", "that of a layer with another config");
   }
 
+  // Shapes only: numbers are checked once, where an update takes them.
   void check_statistics(const char* function, const RouterStatistics<T>& s) const {
     if (parts_.routers.empty()) return;
     const RoutingAttentionConfig& c = config();
@@ -266,8 +272,6 @@ class RoutingAttention {
       detail::fail<ShapeError>(function, "statistics",
                                detail::join(c.routed_heads, " x ", c.clusters, " x ", c.head_dim),
                                detail::join(s.heads(), " x ", s.clusters(), " x ", s.dim()));
-    // All heads before any of them: an update that fails leaves every centroid where it was.
-    for (Index h = 0; h < s.heads(); ++h) parts_.routers[static_cast<std::size_t>(h)].check_update(s, h);
   }
 
   // Calls of_query(row, place) and, with a source, of_key(row, place) for all rows: where each is in its sequence, keys by

@@ -311,6 +311,11 @@ class OnlineKMeans {
   /// Allocates in the first update only. Cost: clusters * dim; the first one sample * clusters * dim * (7 + log clusters).
   void update(const RouterStatistics<T>& statistics, Index head) {
     check_update(statistics, head);
+    update_checked(statistics, head);
+  }
+
+  /// update() of statistics that check_update() has let pass, for those who check several heads before they move any.
+  void update_checked(const RouterStatistics<T>& statistics, Index head) {
     if (frozen_) return;
     const std::span<const double> counts = statistics.counts(head);
     double rows = 0;
