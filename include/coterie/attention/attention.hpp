@@ -47,7 +47,8 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
     context.for_each(tasks.count(), [&](Index i, Index worker) {
       Arena& arena = context.workspace().worker(worker);
       Arena::Scope task_scope(arena);
-      T* scratch = arena.template take<T>(kernel.forward_scratch(call.d(), call.dv(), call.bias_count()));
+      T* scratch =
+          arena.template take<T>(kernel.forward_scratch(call.d(), call.dv(), call.bias_count(), call.key_rows()));
       const auto [head, task] = tasks[i];
       const AttentionPlan& plan = call.plan(head);
       for (Index p = plan.task_begin[std::size_t(task)]; p < plan.task_begin[std::size_t(task) + 1]; ++p) {
@@ -93,7 +94,8 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
       context.for_each(wave.tasks(), [&](Index i, Index worker) {
         Arena& arena = context.workspace().worker(worker);
         Arena::Scope task_scope(arena);
-        T* scratch = arena.template take<T>(kernel.backward_scratch(call.d(), call.dv(), call.bias_count()));
+        T* scratch =
+            arena.template take<T>(kernel.backward_scratch(call.d(), call.dv(), call.bias_count(), call.key_rows()));
         for (PartialSums<T> sums : wave.task(i)) {
           Arena::Scope part_scope(arena);
           if (sums.alone) sums.take_rows(arena);

@@ -94,6 +94,7 @@ class AttentionCall {
   Index tokens() const { return plans_[0].tokens; }
   Index key_tokens() const { return plans_[0].key_tokens; }
   Index memory_tokens() const { return plans_[0].memory_tokens; }
+  Index key_rows() const { return key_tokens() + memory_tokens(); }
   Index heads() const { return heads_; }
   Index kv_heads() const { return kv_heads_; }
   Index kv_head(Index head) const { return head / (heads_ / kv_heads_); }

@@ -29,17 +29,21 @@ struct Backward {
     T *q_rows, *q, *d_out_rows, *d_out, *scores, *d_scores, *d_q, *bias, *d_bias, *max, *inverse, *delta;
   };
 
-  static constexpr Index scratch_size(Index d, Index dv, Index bias_count) {
-    return Common::gather_size(d, dv) + 3 * padded(d) * width + 2 * padded(dv) * width + 2 * key_block * width +
-           2 * padded(bias_count + 2 * width) + 3 * width;
+  /// keys: key rows that there are.
+  static constexpr Index scratch_size(Index d, Index dv, Index bias_count, Index keys) {
+    return tile_size(d, dv, bias_count) + Common::gather_size(d, dv, keys);
+  }
+  static constexpr Index tile_size(Index d, Index dv, Index bias_count) {
+    return 3 * padded(d) * width + 2 * padded(dv) * width + 2 * key_block * width + 2 * padded(bias_count + 2 * width) +
+           3 * width;
   }
 
   static COTERIE_INLINE void run(const AttentionPart<T>& given, const AttentionPartGradients<T>& gradients,
                                  T* scratch) {
     AttentionPart<T> part = given;
-    Common::gather(part, scratch);
+    Common::gather(part, scratch + tile_size(part.d, part.dv, part.bias_count));
     Scratch b;
-    b.q_rows = scratch + Common::gather_size(part.d, part.dv);
+    b.q_rows = scratch;
     b.q = b.q_rows + padded(part.d) * width;
     b.d_q = b.q + padded(part.d) * width;
     b.d_out_rows = b.d_q + padded(part.d) * width;
@@ -51,7 +55,7 @@ struct Backward {
     b.max = b.d_bias + padded(part.bias_count + 2 * width);
     b.inverse = b.max + width;
     b.delta = b.inverse + width;
-    COTERIE_ASSERT(b.delta + width == scratch + scratch_size(part.d, part.dv, part.bias_count));
+    COTERIE_ASSERT(b.delta + width == scratch + tile_size(part.d, part.dv, part.bias_count));
     if (part.bias) {
       Common::pad_bias(part, b.bias);
       std::fill_n(b.d_bias, part.bias_count + 2 * width, T(0));
@@ -74,6 +78,9 @@ struct Backward {
     };
     const auto d_factor = [&](int l) __attribute__((always_inline)) {
       return gradients.weight ? gradients.weight[first + l] : T(1);
+    };
+    const auto d_q_row = [&](Index entry) __attribute__((always_inline)) {
+      return gradients.d_q + (gradients.by_entry ? entry : Index(part.rows[entry])) * gradients.d_q_stride;
     };
     Common::pack(sight, part.d, b.q_rows, b.q, q_row, q_factor);
     Common::pack(sight, part.dv, b.d_out_rows, b.d_out, d_row, d_factor);
@@ -98,9 +105,8 @@ struct Backward {
     const auto fetch_some = [&]() __attribute__((always_inline)) {
       if (ahead >= ahead_end) return;
       Common::fetch_entry(part, ahead);
-      Common::fetch(gradients.d_out + part.rows[ahead] * gradients.d_out_stride, part.dv);
-      Common::fetch(gradients.d_q + (gradients.by_entry ? ahead : Index(part.rows[ahead])) * gradients.d_q_stride,
-                    part.d);
+      L::fetch(gradients.d_out + part.rows[ahead] * gradients.d_out_stride, part.dv);
+      L::fetch(d_q_row(ahead), part.d);
       ++ahead;
     };
     const T* k_rows[key_block];
@@ -145,8 +151,7 @@ struct Backward {
     M::transpose_out(b.d_q, sight.vectors, part.d, b.q_rows, padded(part.d));
     for (int l = 0; l < count; ++l) {
       const T* from = b.q_rows + l * padded(part.d);
-      T* to = gradients.d_q + (gradients.by_entry ? first + l : Index(part.rows[first + l])) * gradients.d_q_stride;
-      add_scaled(from, q_factor(l), part.d, to);
+      Common::add_scaled(from, q_factor(l), part.d, d_q_row(first + l));
       if (gradients.d_scale && sight.sees_any(l)) *gradients.d_scale += dot(from, q_row(l), part.d) * log2_e<T>;
     }
   }
@@ -166,18 +171,6 @@ struct Backward {
     return result;
   }
 
-  /// to[c] += from[c] * factor
-  static COTERIE_INLINE void add_scaled(const T* from, T factor, Index columns, T* to) {
-    Index c = 0;
-    for (; c + lanes <= columns; c += lanes) {
-      F x, y;
-      L::load(from + c, x);
-      L::load(to + c, y);
-      L::store(to + c, y + x * factor);
-    }
-    for (; c < columns; ++c) to[c] += from[c] * factor;
-  }
-
   static COTERIE_INLINE Index partial_row(const AttentionPartGradients<T>& gradients, int key) {
     const PartialRange* range = std::upper_bound(gradients.ranges, gradients.ranges + gradients.range_count, key,
                                                  [](int k, const PartialRange& r) { return k < r.end; });
@@ -185,7 +178,7 @@ struct Backward {
     return range->row + key - range->begin;
   }
 
-  /// P = exp(S - max) / sum, dS = P (dP - delta); both zero where masked.
+  /// P = 2^(S - max) / sum, dS = P (dP - delta) ln(2); both zero where masked.
   static COTERIE_INLINE void probabilities(const Lookout& sight, const typename Lookout::Segment& s, int block_begin,
                                            const Scratch& b) {
     for (int v = s.first; v < s.last; ++v) {

@@ -27,8 +27,12 @@ struct Forward {
     T *rows, *q, *scores, *out, *bias, *max, *sum, *factor;
   };
 
-  static constexpr Index scratch_size(Index d, Index dv, Index bias_count) {
-    return Common::gather_size(d, dv) + std::max(tile_size(d, dv, bias_count), Row<T, M>::scratch_size(d, dv));
+  /// keys: key rows that there are.
+  static constexpr Index scratch_size(Index d, Index dv, Index bias_count, Index keys) {
+    return tiles_size(d, dv, bias_count) + Common::gather_size(d, dv, keys);
+  }
+  static constexpr Index tiles_size(Index d, Index dv, Index bias_count) {
+    return std::max(tile_size(d, dv, bias_count), Row<T, M>::scratch_size(d, dv));
   }
   static constexpr Index tile_size(Index d, Index dv, Index bias_count) {
     return padded(std::max(d, dv)) * width + padded(d) * width + key_block * width + padded(dv) * width +
@@ -37,8 +41,7 @@ struct Forward {
 
   static COTERIE_INLINE void run(const AttentionPart<T>& given, T* scratch) {
     AttentionPart<T> part = given;
-    Common::gather(part, scratch);
-    scratch += Common::gather_size(part.d, part.dv);
+    Common::gather(part, scratch + tiles_size(part.d, part.dv, part.bias_count));
     Scratch f;
     f.rows = scratch;
     f.q = f.rows + padded(std::max(part.d, part.dv)) * width;

@@ -74,6 +74,12 @@ struct Lanes {
   static COTERIE_INLINE void load(const T* p, F& x) { x = *reinterpret_cast<const Loose*>(p); }
   static COTERIE_INLINE void store(T* p, const F& x) { *reinterpret_cast<Loose*>(p) = x; }
 
+  /// Asks for the cache lines of a row before it is read.
+  static COTERIE_INLINE void fetch(const T* row, Index columns) {
+    constexpr Index line = 64 / static_cast<Index>(sizeof(T));
+    for (Index c = 0; c < columns; c += line) __builtin_prefetch(row + c, 0, 2);
+  }
+
   static COTERIE_INLINE void fill(T value, F& x) { x = F{} + value; }
 
   /// Nothing of x is non-finite. Looks at bits: comparisons of NaN do not survive -ffast-math.
@@ -154,6 +160,17 @@ struct Lanes {
     y = __builtin_shufflevector(a, b, Pick::of(Is)...);
   }
 
+  /// a, b = what First and Second name of a and b together.
+  template <class First, class Second>
+  static COTERIE_INLINE void exchange(F& a, F& b) {
+    constexpr auto sequence = std::make_integer_sequence<int, count>{};
+    F first, second;
+    shuffle<First>(a, b, first, sequence);
+    shuffle<Second>(a, b, second, sequence);
+    a = first;
+    b = second;
+  }
+
   /// a, b = the blocks of `Size` numbers of a and b that have even and odd places: a0 b0 a2 b2 .. and a1 b1 a3 b3 ..
   template <int Size>
   static COTERIE_INLINE void exchange_blocks(F& a, F& b) {
@@ -161,14 +178,9 @@ struct Lanes {
       static constexpr int of(int i) { return i / Size % 2 == 0 ? i : count + i - Size; }
     };
     struct Odd {
-      static constexpr int of(int i) { return i / Size % 2 == 0 ? i + Size : count + i; }
+      static constexpr int of(int i) { return Even::of(i) + Size; }
     };
-    constexpr auto sequence = std::make_integer_sequence<int, count>{};
-    F even, odd;
-    shuffle<Even>(a, b, even, sequence);
-    shuffle<Odd>(a, b, odd, sequence);
-    a = even;
-    b = odd;
+    exchange<Even, Odd>(a, b);
   }
 
   /// a, b = blocks of `Size` numbers of a and b by turns, from the lower and the upper half of every 16 bytes.
@@ -184,12 +196,7 @@ struct Lanes {
     struct High {
       static constexpr int of(int i) { return Low::of(i) + half; }
     };
-    constexpr auto sequence = std::make_integer_sequence<int, count>{};
-    F low, high;
-    shuffle<Low>(a, b, low, sequence);
-    shuffle<High>(a, b, high, sequence);
-    a = low;
-    b = high;
+    exchange<Low, High>(a, b);
   }
 
   /// Transposes `count` vectors of `count` numbers: first inside every 16 bytes, then blocks of 16 bytes, so that every

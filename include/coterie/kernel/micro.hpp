@@ -197,23 +197,13 @@ struct Micro {
   /// out[c] += sum over j in [begin, end) of p[j] rows[j][c], total += sum of p[j]: one query, lanes are columns.
   static COTERIE_INLINE void row_values(const T* p, const T* const* rows, Index begin, Index end, Index columns, T* out,
                                         T& total) {
-    T all = total;  // sums run beside one another: the first strip's is kept
+    T again = 0;  // the sum of p runs beside the first strip's products; later strips' goes nowhere
     Index c = 0;
-    const auto keep = [&]() __attribute__((always_inline)) {
-      if (c == 0) total = all;
-    };
-    for (; c + 8 * lanes <= columns; c += 8 * lanes) {
-      row_values_of<8>(p, rows, begin, end, c, out, all);
-      keep();
-    }
-    for (; c + 4 * lanes <= columns; c += 4 * lanes) {
-      row_values_of<4>(p, rows, begin, end, c, out, all);
-      keep();
-    }
-    for (; c + lanes <= columns; c += lanes) {
-      row_values_of<1>(p, rows, begin, end, c, out, all);
-      keep();
-    }
+    for (; c + 8 * lanes <= columns; c += 8 * lanes)
+      row_values_of<8>(p, rows, begin, end, c, out, c == 0 ? total : again);
+    for (; c + 4 * lanes <= columns; c += 4 * lanes)
+      row_values_of<4>(p, rows, begin, end, c, out, c == 0 ? total : again);
+    for (; c + lanes <= columns; c += lanes) row_values_of<1>(p, rows, begin, end, c, out, c == 0 ? total : again);
     if (c == 0)
       for (Index j = begin; j < end; ++j) total += p[j];
     for (; c < columns; ++c) {

@@ -144,25 +144,35 @@ struct Panel {
     return static_cast<int>(((columns < width ? columns : Index(width)) + lanes - 1) / lanes);
   }
 
-  // Copies rows of `columns` numbers into panels of [row][width]; behind the last column lie zeros up to a whole vector. A
-  // few rows at a time, and the next ones asked for: rows a power of two apart share a few sets of a cache, and so do panels.
-  static COTERIE_INLINE void pack_rows_of(const T* from, Index stride, Index rows, Index columns, T* panels) {
-    const Index whole = columns / width * width, left = columns - whole;
+  template <int Step>
+  static COTERIE_INLINE void copy_block(const T* from, T* to) {
+    if constexpr (Step % lanes == 0) COTERIE_UNROLL for (int c = 0; c < Step; c += lanes) {
+        F x;
+        L::load(from + c, x);
+        L::store(to + c, x);
+      }
+    else
+      std::memcpy(to, from, Step * sizeof(T));
+  }
+
+  // Copies rows of `columns` numbers into blocks of [row][Step], the last one of [row][tail] with zeros behind the last
+  // column up to a whole vector or the row's end. A few rows at a time, and the next ones asked for: rows a power of two
+  // apart share a few sets of a cache, and so do blocks.
+  template <int Step>
+  static COTERIE_INLINE void pack_blocks(const T* from, Index stride, Index rows, Index columns, Index tail, T* to) {
+    const Index whole = columns / Step * Step, left = columns - whole;
+    const Index filled = std::min(tail, (left + lanes - 1) / lanes * lanes);
     for (Index first = 0; first < rows; first += pack_rows) {
       const Index last = std::min<Index>(first + pack_rows, rows);
-      for (Index c = 0; c < whole; c += width)
+      for (Index c = 0; c < whole; c += Step)
         for (Index i = first; i < last; ++i) {
           __builtin_prefetch(from + (i + pack_rows) * stride + c);
-          COTERIE_UNROLL for (int v = 0; v < V; ++v) {
-            F x;
-            L::load(from + i * stride + c + v * lanes, x);
-            L::store(panels + c * rows + i * width + v * lanes, x);
-          }
+          copy_block<Step>(from + i * stride + c, to + c * rows + i * Step);
         }
-      for (Index i = first; i < last && left > 0; ++i) {
-        T* const to = panels + whole * rows + i * width;
-        for (Index c = 0; c < left; ++c) to[c] = from[i * stride + whole + c];
-        for (Index c = left; c % lanes != 0; ++c) to[c] = 0;
+      for (Index i = first; i < last; ++i) {
+        T* const end = to + whole * rows + i * tail;
+        for (Index c = 0; c < left; ++c) end[c] = from[i * stride + whole + c];
+        for (Index c = left; c < filled; ++c) end[c] = 0;
       }
     }
   }
@@ -184,7 +194,8 @@ struct Panel {
   static COTERIE_INLINE void pack(const PanelSource<T>& source, T* panels) {
     const Index begin = source.panel_begin * width, end = std::min(source.panel_end * width, source.columns);
     T* const to = panels + begin * source.depth;
-    if (!source.transposed) return pack_rows_of(source.w + begin, source.stride, source.depth, end - begin, to);
+    if (!source.transposed)
+      return pack_blocks<width>(source.w + begin, source.stride, source.depth, end - begin, width, to);
     for (Index c = begin; c < end; c += width)
       pack_transposed(source.w + c * source.stride, source.stride, std::min<Index>(width, end - c), source.depth,
                       panels + c * source.depth);
@@ -218,29 +229,14 @@ struct Panel {
     }
   }
 
-  // Copies `rows` numbers of every token into strips of [token][R], the last one of as many as are left; see pack_rows_of.
-  static COTERIE_INLINE void pack_strips(const T* x, Index stride, Index tokens, Index rows, T* strips) {
-    const Index whole = rows / R * R, left = rows - whole;
-    for (Index first = 0; first < tokens; first += pack_rows) {
-      const Index last = std::min<Index>(first + pack_rows, tokens);
-      for (Index r = 0; r < whole; r += R)
-        for (Index i = first; i < last; ++i) {
-          __builtin_prefetch(x + (i + pack_rows) * stride + r);
-          std::memcpy(strips + r * tokens + i * R, x + i * stride + r, R * sizeof(T));
-        }
-      for (Index i = first; i < last; ++i)
-        for (Index r = 0; r < left; ++r) strips[whole * tokens + i * left + r] = x[i * stride + whole + r];
-    }
-  }
-
   /// d_w[l][c] += sum_i x[i][l] d_y[i][c]
   static COTERIE_INLINE void weight_gradient(const WeightGradientPart<T>& part) {
     T* const strips = part.scratch;
     T* const sums = strips + gradient_rows * gradient_tokens;
     T* const panels = sums + gradient_rows * width;
     const Index n = part.tokens, stride = part.d_w_stride;
-    pack_rows_of(part.d_y, part.d_y_stride, n, part.columns, panels);
-    pack_strips(part.x, part.x_stride, n, part.rows, strips);
+    pack_blocks<width>(part.d_y, part.d_y_stride, n, part.columns, width, panels);
+    pack_blocks<R>(part.x, part.x_stride, n, part.rows, part.rows % R, strips);
     for (Index c = 0; c < part.columns; c += width) {
       const Index columns = std::min<Index>(width, part.columns - c);
       if (columns % lanes == 0) {
@@ -283,7 +279,7 @@ struct Panel {
       pack_transposed(part.x + first * part.x_stride, part.x_stride, count, part.d, x);
       // The next rows are on their way while these are compared: heads lie side by side, so rows are far apart.
       for (Index l = first + width; l < std::min(first + 2 * width, part.rows); ++l)
-        for (Index c = 0; c < part.d; c += 64 / Index(sizeof(T))) __builtin_prefetch(part.x + l * part.x_stride + c);
+        L::fetch(part.x + l * part.x_stride, part.d);
       F best[V];
       I label[V];
       for (Index c = 0; c < part.clusters; c += centroid_block) {

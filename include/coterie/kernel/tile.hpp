@@ -38,31 +38,33 @@ struct Tile {
     for (; c < columns; ++c) to[c] = from[c] * factor;
   }
 
+  /// to[c] += from[c] * factor
+  static COTERIE_INLINE void add_scaled(const T* from, T factor, Index columns, T* to) {
+    Index c = 0;
+    for (; c + lanes <= columns; c += lanes) {
+      F x, y;
+      L::load(from + c, x);
+      L::load(to + c, y);
+      L::store(to + c, y + x * factor);
+    }
+    for (; c < columns; ++c) to[c] += from[c] * factor;
+  }
+
   /// to[rows[i] - first][c] += from[i][c]
   static COTERIE_INLINE void add_rows(const RowSums<T>& sums) {
     constexpr Index ahead = 4;
     for (Index i = 0; i < sums.count; ++i) {
-      if (i + ahead < sums.count) fetch(sums.to + (sums.rows[i + ahead] - sums.first) * sums.to_stride, sums.columns);
-      T* to = sums.to + (sums.rows[i] - sums.first) * sums.to_stride;
-      const T* from = sums.from + i * sums.from_stride;
-      Index c = 0;
-      for (; c + lanes <= sums.columns; c += lanes) {
-        F x, y;
-        L::load(from + c, x);
-        L::load(to + c, y);
-        L::store(to + c, y + x);
-      }
-      for (; c < sums.columns; ++c) to[c] += from[c];
+      if (i + ahead < sums.count)
+        L::fetch(sums.to + (sums.rows[i + ahead] - sums.first) * sums.to_stride, sums.columns);
+      add_scaled(sums.from + i * sums.from_stride, T(1), sums.columns,
+                 sums.to + (sums.rows[i] - sums.first) * sums.to_stride);
     }
   }
 
-  /// Asks for a row's cache lines.
-  static COTERIE_INLINE void fetch(const T* row, Index columns) {
-    constexpr Index line = 64 / static_cast<Index>(sizeof(T));
-    for (Index c = 0; c < columns; c += line) __builtin_prefetch(row + c, 0, 2);
+  /// Numbers of scratch memory that gather() may use where there are `keys` key rows.
+  static constexpr Index gather_size(Index d, Index dv, Index keys) {
+    return std::min(keys, most_gathered) * (padded(d) + padded(dv));
   }
-
-  static constexpr Index gather_size(Index d, Index dv) { return most_gathered * (padded(d) + padded(dv)); }
 
   /// Copies the keys and values that a part sees into `scratch` where they do not lie side by side and several tiles read
   /// them: rows of many heads are a power of two apart and fall on few sets of a cache, rows of a cluster on many pages.
@@ -94,13 +96,13 @@ struct Tile {
   /// Asks for what a later entry reads and writes first: its query, its output, its newest key and value. Rows sorted by
   /// cluster lie scattered, and the machine cannot guess the next one. A few at a time: many wait for each other.
   static COTERIE_INLINE void fetch_entry(const AttentionPart<T>& part, Index entry) {
-    fetch(part.q.row(part.rows[entry]), part.d);
-    fetch(part.out + part.target(entry) * part.out_stride, part.dv);
+    L::fetch(part.q.row(part.rows[entry]), part.d);
+    L::fetch(part.out + part.target(entry) * part.out_stride, part.dv);
     const Interval seen = part.visible[entry];
     if (part.gathered_k || seen.begin == seen.end) return;
     const Index key = part.keys[seen.end - 1];
-    fetch(part.k.row(key), part.d);
-    fetch(part.v.row(key), part.dv);
+    L::fetch(part.k.row(key), part.d);
+    L::fetch(part.v.row(key), part.dv);
   }
 
   /// Writes what the tape keeps of a row.
