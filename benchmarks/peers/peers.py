@@ -76,7 +76,7 @@ def restart_with_clean_environment():
 
 def arguments():
     parser = argparse.ArgumentParser(description="Coterie beside other packages; see the head of this file.")
-    parser.add_argument("--library", required=True, help="libcoterie_peer, built from coterie_peer.cpp")
+    parser.add_argument("--coterie", required=True, help="libcoterie_peer, built from coterie_peer.cpp")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and no 16384-token runs of what takes seconds there")
     parser.add_argument("--json", help="also write all figures to this file")
     parser.add_argument("--cpu", type=int, help="the CPU to run on; default: the last one allowed")
@@ -194,7 +194,7 @@ def load_library(path):
     return library
 
 
-LIBRARY = load_library(ARGUMENTS.library)
+LIBRARY = load_library(ARGUMENTS.coterie)
 
 
 def address(array):
