@@ -1,8 +1,9 @@
 // Attention forward and backward over dense, local and routed plans.
-#include "coterie/attention/attention.hpp"
+#include <stdexcept>
 
 #include "cases.hpp"
 #include "common.hpp"
+#include "head.hpp"
 
 using namespace coterie;
 using namespace benchmarks;
@@ -14,13 +15,18 @@ struct Sizes {
 };
 
 /// The pattern's plan, as the tests build it; clusters of half a window on average, the good default.
-void fill(const std::string& pattern, const Sizes& sizes, AttentionPlan& plan) {
+AttentionPlan plan_of(const std::string& pattern, const Sizes& sizes) {
   const std::string wanted = pattern == "dense"   ? "dense causal"
                              : pattern == "local" ? "local causal"
                                                   : "clustered causal";
   for (const test::AttentionCase& tried : test::attention_cases(
            {.tokens = sizes.n, .window = sizes.w, .clusters = std::max(Index(1), 2 * sizes.n / sizes.w)}))
-    if (tried.name == wanted) return tried.fill(plan);
+    if (tried.name == wanted) {
+      AttentionPlan plan;
+      tried.fill(plan);
+      return plan;
+    }
+  throw std::invalid_argument("no case of the name " + wanted);
 }
 
 template <class T>
@@ -30,25 +36,14 @@ void add(const std::string& prefix, const std::string& pattern, Sizes sizes) {
   for (const bool backward : {false, true}) {
     const std::string title = name(prefix, backward ? "backward/" : "forward/", pattern, "/", scalar_name<T>(), tail);
     auto* added = benchmark::RegisterBenchmark(title.c_str(), [=](benchmark::State& state) {
-      AttentionPlan plan;
-      fill(pattern, sizes, plan);
-      const double pairs = static_cast<double>(statistics(plan).visible_pairs);
-      test::Random random(1);
-      const RowMatrix<T> q = random.matrix<T>(sizes.n, sizes.d), k = random.matrix<T>(sizes.n, sizes.d);
-      const RowMatrix<T> v = random.matrix<T>(sizes.n, sizes.d), d_out = random.matrix<T>(sizes.n, sizes.d);
-      RowMatrix<T> out(sizes.n, sizes.d);
-      AttentionTape<T> tape;
-      Context context;
+      Head<T> head(plan_of(pattern, sizes), sizes.d);
       if (backward) {
-        RowMatrix<T> d_q = RowMatrix<T>::Zero(sizes.n, sizes.d), d_k = d_q, d_v = d_q;
-        attention_forward(plan, q, k, v, out, tape, {}, context);
-        measure<T>(state, context, 10 * static_cast<double>(sizes.d) * pairs,
-                   [&] { attention_backward(plan, q, k, v, out, tape, d_out, d_q, d_k, d_v, {}, context); });
+        head.prepare_backward();
+        measure<T>(state, head.context, head.backward_flops(), [&] { head.backward(); });
       } else {
-        measure<T>(state, context, 4 * static_cast<double>(sizes.d) * pairs,
-                   [&] { attention_forward(plan, q, k, v, out, tape, {}, context); });
+        measure<T>(state, head.context, head.forward_flops(), [&] { head.forward(); });
       }
-      state.counters["visible_pairs"] = pairs;
+      state.counters["visible_pairs"] = head.pairs;
     });
     added->Unit(benchmark::kMillisecond);
   }

@@ -266,16 +266,17 @@ Row two_threads(bool smoke, double budget, int rounds) {
   // Seconds on the wall, and the share of them that the threads computed.
   const auto run = [&](Context& context) {
     head.forward(context);
-    const double wall = wall_seconds(), computed = process_seconds();
+    const Stopwatch wall;
+    const double computed = process_seconds();
     head.forward(context);
-    const double seconds = wall_seconds() - wall;
+    const double seconds = wall.seconds();
     return std::pair(seconds, (process_seconds() - computed) / seconds / static_cast<double>(context.workers()));
   };
   Progress progress("limits: two threads");
   std::vector<double> quiet, all, walls;
   double best_one = 1e30, best_two = 1e30;
-  const double begin = wall_seconds();
-  for (int round = 0; round < rounds || wall_seconds() - begin < budget; ++round) {
+  const Stopwatch clock;
+  for (int round = 0; round < rounds || clock.seconds() < budget; ++round) {
     const auto [one_seconds, one_share] = run(one);
     const auto [two_seconds, two_share] = run(two);
     best_one = std::min(best_one, one_seconds);
@@ -283,7 +284,7 @@ Row two_threads(bool smoke, double budget, int rounds) {
     walls.push_back(two_seconds);
     all.push_back(one_seconds / two_seconds);
     if (one_share >= 0.95 && two_share >= 0.95) quiet.push_back(all.back());
-    progress.show(std::min(0.999, budget > 0 ? (wall_seconds() - begin) / budget : 1));
+    progress.show(std::min(0.999, budget > 0 ? clock.seconds() / budget : 1));
   }
   progress.show(1);
   row.measured = median(quiet.empty() ? all : quiet);
@@ -361,11 +362,4 @@ int report(const Options& options) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  try {
-    return report(Options::read(argc, argv));
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 2;
-  }
-}
+int main(int argc, char** argv) { return run_report(argc, argv, report); }

@@ -2,9 +2,7 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
-#include <cstdarg>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -14,29 +12,20 @@
 #include <utility>
 #include <vector>
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <unistd.h>
-#endif
-
+#include "console.hpp"
 #include "coterie/version.hpp"
 #include "peak.hpp"
 
 namespace benchmarks {
 
-/// printf into a string.
-[[gnu::format(printf, 1, 2)]] inline std::string format(const char* pattern, ...) {
-  char buffer[512];
-  std::va_list arguments;
-  va_start(arguments, pattern);
-  std::vsnprintf(buffer, sizeof buffer, pattern, arguments);
-  va_end(arguments);
-  return buffer;
-}
+using examples::format;
+using examples::print_table;
+using examples::Stopwatch;
 
-/// Seconds on the wall since some moment.
-inline double wall_seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+/// A progress bar on standard error, for the tables go to standard output.
+struct Progress : examples::Progress {
+  explicit Progress(std::string label) : examples::Progress(std::move(label), 10, stderr) {}
+};
 
 /// The command line: --smoke (small sizes, to see that everything runs) and --out=DIRECTORY (where files are written).
 struct Options {
@@ -70,44 +59,6 @@ struct Options {
   }
 };
 
-/// A progress bar on standard error: redrawn in place on a terminal, a line every tenth elsewhere.
-class Progress {
- public:
-  explicit Progress(std::string label) : label_(std::move(label)) {}
-
-  /// `fraction` of the work is done.
-  void show(double fraction) {
-    fraction = std::clamp(fraction, 0.0, 1.0);
-    const double now = wall_seconds();
-    const bool last = fraction >= 1;
-    if (!last && (terminal_ ? now - drawn_ < 0.1 : fraction < next_line_)) return;
-    drawn_ = now;
-    next_line_ = std::floor(10 * fraction + 1e-9) / 10 + 0.1;
-    const double seconds = now - begin_;
-    const std::string time = last           ? format("%.0f s", seconds)
-                             : fraction > 0 ? format("%.0f s left", seconds * (1 - fraction) / fraction)
-                                            : "";
-    const auto done = static_cast<std::size_t>(20 * fraction);
-    const std::string bar = std::string(done, '#') + std::string(20 - done, '.');
-    std::fprintf(stderr, "%s%s [%s] %3.0f %%  %s%s", terminal_ ? "\r\033[K" : "", label_.c_str(), bar.c_str(),
-                 100 * fraction, time.c_str(), terminal_ && !last ? "" : "\n");
-    std::fflush(stderr);
-  }
-
- private:
-  static bool is_terminal() {
-#if defined(__unix__) || defined(__APPLE__)
-    return isatty(STDERR_FILENO) != 0;
-#else
-    return false;
-#endif
-  }
-
-  std::string label_;
-  bool terminal_ = is_terminal();
-  double begin_ = wall_seconds(), drawn_ = 0, next_line_ = 0;
-};
-
 inline double median(std::vector<double> values) {
   if (values.empty()) return 0;
   std::sort(values.begin(), values.end());
@@ -139,13 +90,13 @@ inline void interleave(const std::vector<Timed*>& all, double budget, int rounds
     timed->call();  // first touches of pages, growth of buffers
     while (timed->calls < 1000000 && run(*timed) * static_cast<double>(timed->calls) < 2e-3) timed->calls *= 2;
   }
-  const double begin = wall_seconds();
-  for (int round = 0; round < rounds || wall_seconds() - begin < budget; ++round) {
+  const Stopwatch clock;
+  for (int round = 0; round < rounds || clock.seconds() < budget; ++round) {
     for (Timed* timed : all) {
       timed->call();
       timed->seconds.push_back(run(*timed));
     }
-    const double of_budget = budget > 0 ? (wall_seconds() - begin) / budget : 1;
+    const double of_budget = budget > 0 ? clock.seconds() / budget : 1;
     progress.show(std::min({0.999, of_budget, (round + 1.0) / rounds}));
   }
   progress.show(1);
@@ -159,27 +110,6 @@ Timed timed_peak(InstructionSet instructions = InstructionSet::automatic) {
 }
 
 inline double peak_of(const Timed& routine) { return routine.flops / routine.best(); }
-
-/// Prints a table: the first row is the heading; the first column is set left, the others right.
-inline void print_table(const std::vector<std::vector<std::string>>& rows) {
-  std::vector<std::size_t> widths;
-  for (const auto& row : rows) {
-    widths.resize(std::max(widths.size(), row.size()));
-    for (std::size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
-  }
-  for (std::size_t r = 0; r < rows.size(); ++r) {
-    for (std::size_t i = 0; i < rows[r].size(); ++i) {
-      const std::string pad(widths[i] - rows[r][i].size(), ' ');
-      std::printf("%s%s", i == 0 ? "  " : "   ", (i == 0 ? rows[r][i] + pad : pad + rows[r][i]).c_str());
-    }
-    std::printf("\n");
-    if (r > 0) continue;
-    std::size_t total = 0;
-    for (const std::size_t width : widths) total += width + 3;
-    std::printf("  %s\n", std::string(total - 3, '-').c_str());
-  }
-  std::fflush(stdout);
-}
 
 /// One JSON object, its fields in the order in which they are added.
 class JsonObject {
@@ -231,6 +161,16 @@ inline JsonObject json_context() {
   return context.add("coterie", coterie::version)
       .add("instruction_set", instruction_set_name())
       .add("compiler", compiler_name());
+}
+
+/// main() of the files that print a report: what it returns, or 2 and what was thrown.
+inline int run_report(int argc, char** argv, int (*report)(const Options&)) {
+  try {
+    return report(Options::read(argc, argv));
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 2;
+  }
 }
 
 }  // namespace benchmarks

@@ -99,12 +99,12 @@ Measured measure(Pattern pattern, Index n, double budget) {
   Measured result;
   run();  // first touches of pages, growth of buffers
   std::vector<Seconds> all;
-  const double begin = wall_seconds();
+  const Stopwatch clock;
   do {
     result.peak = std::max(result.peak, fma_peak<float>(InstructionSet::automatic));
     all.push_back(run());
     result.peak = std::max(result.peak, fma_peak<float>(InstructionSet::automatic));
-  } while (wall_seconds() - begin < budget);
+  } while (clock.seconds() < budget);
   std::sort(all.begin(), all.end(), [](const Seconds& a, const Seconds& b) { return a.total() < b.total(); });
   const Seconds& middle = all[all.size() / 2];
   result.route = middle.route;
@@ -344,11 +344,4 @@ int report(const Options& options) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  try {
-    return report(Options::read(argc, argv));
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 2;
-  }
-}
+int main(int argc, char** argv) { return run_report(argc, argv, report); }

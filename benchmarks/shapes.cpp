@@ -139,16 +139,12 @@ bool head_widths(const Options& options) {
   return curve.plausible();
 }
 
+int report(const Options& options) {
+  const bool groups = group_sizes(options), widths = head_widths(options);
+  if (options.smoke) std::printf("\nA smoke run, with fewer tokens than the titles say: no figures.\n");
+  return groups && widths ? 0 : 1;
+}
+
 }  // namespace
 
-int main(int argc, char** argv) {
-  try {
-    const Options options = Options::read(argc, argv);
-    const bool groups = group_sizes(options), widths = head_widths(options);
-    if (options.smoke) std::printf("\nA smoke run, with fewer tokens than the titles say: no figures.\n");
-    return groups && widths ? 0 : 1;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 2;
-  }
-}
+int main(int argc, char** argv) { return run_report(argc, argv, report); }

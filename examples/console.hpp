@@ -1,4 +1,4 @@
-// Progress bars and tables of the example programs.
+// Progress bars and tables of the example programs and of the benchmarks.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if __has_include(<sys/ioctl.h>) && __has_include(<unistd.h>)
@@ -26,12 +27,14 @@ namespace examples {
   return buffer;
 }
 
-/// Columns of standard output where it is a terminal, otherwise 0.
-inline int terminal_width() {
+/// Columns of a stream where it is a terminal, otherwise 0.
+inline int terminal_width(std::FILE* stream) {
 #ifdef TIOCGWINSZ
   winsize size{};
-  if (isatty(STDOUT_FILENO) != 0)
-    return ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
+  if (isatty(fileno(stream)) != 0)
+    return ioctl(fileno(stream), TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
+#else
+  static_cast<void>(stream);
 #endif
   return 0;
 }
@@ -50,14 +53,15 @@ class Stopwatch {
 /// A progress bar: redrawn in place on a terminal, a few lines elsewhere.
 class Progress {
  public:
-  explicit Progress(std::string label, int lines = 10) : label_(std::move(label)), lines_(lines) {}
+  explicit Progress(std::string label, int lines = 10, std::FILE* stream = stdout)
+      : label_(std::move(label)), lines_(lines), stream_(stream) {}
 
   /// `fraction` of the work is done; `details` follow the bar. Cheap when there is nothing to draw.
   template <class Details>
   void show(double fraction, Details&& details) {
     fraction = std::clamp(fraction, 0.0, 1.0);
     const bool last = fraction >= 1;
-    const int width = terminal_width();
+    const int width = terminal_width(stream_);
     if (width > 0 ? drawn_.seconds() < 0.1 && !last && begun_ : fraction < next_line_ && !last) return;
     begun_ = true;
     drawn_.reset();
@@ -72,16 +76,20 @@ class Progress {
       std::string line = label_ + " [" + std::string(static_cast<std::size_t>(done), '#') +
                          std::string(static_cast<std::size_t>(bar - done), '.') + "] " + tail;
       if (line.size() >= static_cast<std::size_t>(width)) line.resize(static_cast<std::size_t>(width - 1));
-      std::printf("\r\033[K%s%s", line.c_str(), last ? "\n" : "");
+      std::fprintf(stream_, "\r\033[K%s%s", line.c_str(), last ? "\n" : "");
     } else {
-      std::printf("%s %s\n", label_.c_str(), tail.c_str());
+      std::fprintf(stream_, "%s %s\n", label_.c_str(), tail.c_str());
     }
-    std::fflush(stdout);
+    std::fflush(stream_);
+  }
+  void show(double fraction) {
+    show(fraction, [] { return std::string(); });
   }
 
  private:
   std::string label_;
   double lines_;
+  std::FILE* stream_;
   Stopwatch clock_, drawn_;
   double next_line_ = lines_ > 1 ? 0 : 1;
   bool begun_ = false;
