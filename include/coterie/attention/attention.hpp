@@ -51,13 +51,23 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
           arena.template take<T>(kernel.forward_scratch(call.d(), call.dv(), call.bias_count(), call.key_rows()));
       const auto [head, task] = tasks[i];
       const AttentionPlan& plan = call.plan(head);
-      for (Index p = plan.task_begin[std::size_t(task)]; p < plan.task_begin[std::size_t(task) + 1]; ++p) {
+      const Index part_begin = plan.task_begin[std::size_t(task)], part_end = plan.task_begin[std::size_t(task) + 1];
+      const auto make_part = [&, head = head](Index p) {
         const AttentionPlan::Part& piece = plan.parts[std::size_t(p)];
         AttentionPart<T> part = call.part(head, piece);
         if (single)
           part.use_rows(out.columns(head * call.dv(), call.dv()), states.from(0, head));
         else
           part.use_entries(entry_out, entry_states, piece.entry_begin);
+        return part;
+      };
+      AttentionPart<T> part, next = make_part(part_begin);
+      for (Index p = part_begin; p < part_end; ++p) {
+        part = next;
+        if (p + 1 < part_end) {
+          next = make_part(p + 1);
+          part.next = &next;
+        }
         kernel.forward(part, scratch);
       }
     });
@@ -96,19 +106,30 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
         Arena::Scope task_scope(arena);
         T* scratch =
             arena.template take<T>(kernel.backward_scratch(call.d(), call.dv(), call.bias_count(), call.key_rows()));
-        for (PartialSums<T> sums : wave.task(i)) {
-          Arena::Scope part_scope(arena);
-          if (sums.alone) sums.take_rows(arena);
-          sums.clear();
+        // out and states are those of forward; the kernel reads them here.
+        const auto make_part = [&](const PartialSums<T>& sums) {
           AttentionPart<T> part = call.part(sums.head, *sums.part);
-          const Index first = sums.part->entry_begin;
-          // out and states are those of forward; the kernel reads them here.
           if (mean)
-            part.use_entries(tape.entry_out(sums.head), tape.entry_states(sums.head), first);
+            part.use_entries(tape.entry_out(sums.head), tape.entry_states(sums.head), sums.part->entry_begin);
           else
             part.use_rows(
                 View<T>(const_cast<T*>(out.data()) + sums.head * call.dv(), out.rows(), call.dv(), out.stride()),
                 tape.states().from(0, sums.head));
+          return part;
+        };
+        const std::span<const PartialSums<T>> task = wave.task(i);
+        AttentionPart<T> part, next = make_part(task[0]);
+        for (std::size_t p = 0; p < task.size(); ++p) {
+          PartialSums<T> sums = task[p];
+          Arena::Scope part_scope(arena);
+          part = next;
+          if (p + 1 < task.size()) {
+            next = make_part(task[p + 1]);
+            part.next = &next;
+          }
+          if (sums.alone) sums.take_rows(arena);
+          sums.clear();
+          const Index first = sums.part->entry_begin;
           AttentionPartGradients<T> g = sums.kernel_arguments();
           g.d_out = d_out.data() + sums.head * call.dv();
           g.d_out_stride = d_out.stride();

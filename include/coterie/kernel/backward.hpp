@@ -100,14 +100,13 @@ struct Backward {
       b.inverse[l] = part.states.inverse[target * part.states.stride];
     }
 
-    Index ahead = first + width;
-    const Index ahead_end = std::min<Index>(ahead + width, part.entries);
+    typename Common::Following following(part, first);
     const auto fetch_some = [&]() __attribute__((always_inline)) {
-      if (ahead >= ahead_end) return;
-      Common::fetch_entry(part, ahead);
-      L::fetch(gradients.d_out + part.rows[ahead] * gradients.d_out_stride, part.dv);
-      L::fetch(d_q_row(ahead), part.d);
-      ++ahead;
+      following.fetch(
+          1, [&](const AttentionPart<T>& later, Index entry) __attribute__((always_inline)) {
+            L::fetch(gradients.d_out + later.rows[entry] * gradients.d_out_stride, later.dv);
+            if (!gradients.by_entry) L::fetch(gradients.d_q + later.rows[entry] * gradients.d_q_stride, later.d);
+          });
     };
     const T* k_rows[key_block];
     const T* v_rows[key_block];

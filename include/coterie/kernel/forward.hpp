@@ -74,11 +74,9 @@ struct Forward {
     }
     std::memset(f.out, 0, static_cast<std::size_t>(padded(part.dv) * width) * sizeof(T));
 
-    Index ahead = first + width;
-    const Index ahead_end = std::min<Index>(ahead + width, part.entries);
+    typename Common::Following following(part, first);
     const auto fetch_some = [&]() __attribute__((always_inline)) {
-      for (const Index end = std::min<Index>(ahead + 2, ahead_end); ahead < end; ++ahead)
-        Common::fetch_entry(part, ahead);
+      following.fetch(following.at_once(), [](const AttentionPart<T>&, Index) {});
     };
     const T* k_rows[key_block];
     const T* v_rows[key_block];

@@ -45,6 +45,8 @@ struct Row {
       Common::scale_row(part.q.row(part.rows[first + r]), part.scale * log2_e<T>, part.d, states[r].q);
       std::memset(states[r].out, 0, static_cast<std::size_t>(padded(part.dv)) * sizeof(T));
     }
+    typename Common::Following following(part, first);
+    following.fetch(following.at_once(), [](const AttentionPart<T>&, Index) {});
     Lookout sight;
     sight.look(part, first, count);
     for (int key = sight.next_key(0); key != Lookout::none;

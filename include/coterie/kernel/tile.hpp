@@ -30,6 +30,12 @@ struct Tile {
   /// to[c] = from[c] * factor
   static COTERIE_INLINE void scale_row(const T* from, T factor, Index columns, T* to) {
     Index c = 0;
+    // Few instructions a row, so that the machine has several rows under way at once.
+    for (; c + 4 * lanes <= columns; c += 4 * lanes) COTERIE_UNROLL for (int v = 0; v < 4; ++v) {
+        F x;
+        L::load(from + c + v * lanes, x);
+        L::store(to + c + v * lanes, x * factor);
+      }
     for (; c + lanes <= columns; c += lanes) {
       F x;
       L::load(from + c, x);
@@ -82,28 +88,53 @@ struct Tile {
       return;
     T* const k = scratch;
     T* const v = scratch + (end - begin) * padded(part.d);
+    constexpr Index ahead = 8;
     for (Index rank = begin; rank < end; ++rank) {
-      const T *key, *value;
-      part.locate(rank, key, value);
-      scale_row(key, T(1), part.d, k + (rank - begin) * padded(part.d));
-      scale_row(value, T(1), part.dv, v + (rank - begin) * padded(part.dv));
+      if (rank + ahead < end) fetch_key(part, rank + ahead);
+      const Index key = part.keys[rank], to = rank - begin;
+      scale_row(part.k.row(key), T(1), part.d, k + to * padded(part.d));
+      scale_row(part.v.row(key), T(1), part.dv, v + to * padded(part.dv));
     }
     part.gathered_k = k;
     part.gathered_v = v;
     part.gathered_first = begin;
   }
 
-  /// Asks for what a later entry reads and writes first: its query, its output, its newest key and value. Rows sorted by
-  /// cluster lie scattered, and the machine cannot guess the next one. A few at a time: many wait for each other.
-  static COTERIE_INLINE void fetch_entry(const AttentionPart<T>& part, Index entry) {
-    L::fetch(part.q.row(part.rows[entry]), part.d);
-    L::fetch(part.out + part.target(entry) * part.out_stride, part.dv);
-    const Interval seen = part.visible[entry];
-    if (part.gathered_k || seen.begin == seen.end) return;
-    const Index key = part.keys[seen.end - 1];
-    L::fetch(part.k.row(key), part.d);
-    L::fetch(part.v.row(key), part.dv);
+  static COTERIE_INLINE void fetch_key(const AttentionPart<T>& part, Index rank) {
+    L::fetch(part.k.row(part.keys[rank]), part.d);
+    L::fetch(part.v.row(part.keys[rank]), part.dv);
   }
+
+  /// The tile that follows the one at `first`, of the same part or of the next one. Rows sorted by cluster lie scattered,
+  /// and the machine cannot guess the next one: while a tile computes, it asks for what the following one reads and writes
+  /// first. A few rows at a time: many wait for each other.
+  struct Following {
+    const AttentionPart<T>* part;
+    Index entry, end;
+
+    COTERIE_INLINE Following(const AttentionPart<T>& now, Index first) : part(&now), entry(first + width), end(0) {
+      if (entry >= now.entries) {
+        part = now.next;
+        entry = 0;
+      }
+      if (part) end = std::min<Index>(entry + width, part->entries);
+    }
+
+    /// Entries whose rows are asked for at a time.
+    COTERIE_INLINE Index at_once() const { return part ? std::clamp<Index>(512 / (part->d + part->dv), 1, 8) : 0; }
+
+    /// Asks for query, output, newest key and value of the next `count` entries, and for what also(part, entry) does.
+    template <class Also>
+    COTERIE_INLINE void fetch(Index count, const Also& also) {
+      for (const Index until = std::min(entry + count, end); entry < until; ++entry) {
+        L::fetch(part->q.row(part->rows[entry]), part->d);
+        L::fetch(part->out + part->target(entry) * part->out_stride, part->dv);
+        const Interval seen = part->visible[entry];
+        if (!part->gathered_k && seen.begin < seen.end) fetch_key(*part, seen.end - 1);
+        also(*part, entry);
+      }
+    }
+  };
 
   /// Writes what the tape keeps of a row.
   static COTERIE_INLINE void write_state(const AttentionPart<T>& part, Index target, T max, T log_sum, T inverse,
