@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "coterie/core/offsets.hpp"
 #include "coterie/plan/plan.hpp"
 
 namespace coterie {
@@ -81,18 +82,6 @@ struct Pattern {
     after = std::min(ahead, all);
   }
 };
-
-/// Collects the faults of one offsets argument; true if it can be used.
-inline bool check_offsets(Faults& faults, const char* argument, std::span<const Index> offsets, Index rows) {
-  std::string got;
-  if (offsets.size() > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max())) got = "too many";
-  for (std::size_t i = 0; i < offsets.size() && got.empty(); ++i)
-    if (i == 0 ? offsets[0] != 0 : offsets[i] < offsets[i - 1]) got = join(offsets[i], " at ", i);
-  if (got.empty() && offsets.back() != rows) got = join(offsets.back(), " at the end");
-  if (got.empty()) return true;
-  faults.require(false, argument, join("ascending values from 0 to ", rows), got);
-  return false;
-}
 
 /// Reads and checks the fields that all configs share.
 template <class Config>

@@ -1,0 +1,266 @@
+// Memberships beyond the nearest cluster: from scores of rows for centroids to lists of members.
+//
+//     router.scores(rows, scores, context);                        // tokens x clusters, OnlineKMeans
+//     balanced_members(scores, {.members = w}, members, context);  // every cluster takes its w best rows
+//     nearest_members(scores, {.probes = 2}, members, context);    // every row goes to its two best clusters
+//
+// plan_members() makes a plan of them.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <type_traits>
+#include <vector>
+
+#include "coterie/core/cluster_members.hpp"
+#include "coterie/core/context.hpp"
+#include "coterie/core/offsets.hpp"
+
+namespace coterie {
+
+/// What becomes of a row that no cluster takes.
+enum class Unassigned {
+  left_out,  ///< it is in no cluster: its output is zero (the paper's code)
+  nearest,   ///< it joins its best cluster, which then has more members
+};
+
+/// Settings of balanced_members.
+struct BalancedConfig {
+  Index members = 0;  ///< rows that a cluster takes in each sequence, as far as there are so many; at least 1
+  Unassigned unassigned = Unassigned::left_out;
+  std::span<const Index> offsets = {};  ///< sequences + 1 ascending row numbers; empty: one sequence
+};
+
+/// Settings of nearest_members.
+struct NearestConfig {
+  Index probes = 1;                     ///< clusters of a row, 1 to clusters
+  std::span<const Index> offsets = {};  ///< sequences + 1 ascending row numbers; empty: one sequence
+};
+
+namespace detail {
+
+/// A score as an integer that compares alike: NaN lowest, both zeros alike, whatever -ffast-math makes of comparisons.
+template <class T>
+auto order_key(T score) {
+  using Integer = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+  constexpr Integer infinity = std::bit_cast<Integer>(std::numeric_limits<T>::infinity());
+  const Integer bits = std::bit_cast<Integer>(score), size = bits & std::numeric_limits<Integer>::max();
+  if (size > infinity) return std::numeric_limits<Integer>::min();
+  return bits >= 0 ? size : -size;
+}
+
+/// A row or a cluster and its score. The better comes first; of equals the lower number.
+template <class T>
+struct Candidate {
+  decltype(order_key(T())) key;
+  std::int32_t number;
+  friend bool operator<(const Candidate& a, const Candidate& b) {
+    return a.key != b.key ? a.key > b.key : a.number < b.number;
+  }
+};
+
+/// The best `count` candidates come first, in any order.
+template <class T>
+void partition_best(Candidate<T>* candidates, Index all, Index count) {
+  if (count < all) std::nth_element(candidates, candidates + count, candidates + all);
+}
+
+/// Rows of a sequence, and checks of what both memberships take.
+struct MemberSequences {
+  std::span<const Index> offsets;
+  Index tokens;
+
+  Index count() const { return offsets.empty() ? 1 : static_cast<Index>(offsets.size()) - 1; }
+  Index begin(Index s) const { return offsets.empty() ? 0 : offsets[static_cast<std::size_t>(s)]; }
+  Index end(Index s) const { return offsets.empty() ? tokens : offsets[static_cast<std::size_t>(s) + 1]; }
+};
+
+template <class T>
+MemberSequences check_members(Faults& faults, ConstView<T> scores, std::span<const Index> offsets) {
+  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  faults.require(scores.cols() >= 1, "scores", "at least one column, one for each cluster", scores.cols());
+  faults.require(scores.rows() <= most, "scores", "at most 2147483647 rows", scores.rows());
+  if (!offsets.empty()) check_offsets(faults, "offsets", offsets, scores.rows());
+  return {offsets, scores.rows()};
+}
+
+inline void check_memberships(const char* function, Index sequences, Index clusters, Index memberships) {
+  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  if (memberships > most || sequences * clusters >= most)
+    fail<ValueError>(function, "scores", join("at most ", most, " clusters and memberships of all sequences together"),
+                     std::max(memberships, sequences * clusters));
+}
+
+/// The best column of a row, the lowest of equals.
+template <class T>
+Index best_column(const T* scores, Index columns) {
+  Index best = 0;
+  for (Index c = 1; c < columns; ++c)
+    if (order_key(scores[c]) > order_key(scores[best])) best = c;
+  return best;
+}
+
+template <class T>
+void balanced_members(ConstView<T> scores, const BalancedConfig& config, ClusterMembers& members, Context& context) {
+  const char* const function = "balanced_members";
+  Faults faults(function);
+  const MemberSequences sequences = check_members<T>(faults, scores, config.offsets);
+  faults.require(config.members >= 1, "members", "at least 1", config.members);
+  faults.require(config.unassigned == Unassigned::left_out || config.unassigned == Unassigned::nearest, "unassigned",
+                 "left_out or nearest", static_cast<int>(config.unassigned));
+  faults.raise();
+  const Index k = scores.cols(), lists = sequences.count() * k, n = scores.rows();
+  const auto taken = [&](Index s) { return std::min(config.members, sequences.end(s) - sequences.begin(s)); };
+  Index memberships = config.unassigned == Unassigned::nearest ? n : 0;
+  for (Index s = 0; s < sequences.count(); ++s) memberships += k * taken(s);
+  check_memberships(function, sequences.count(), k, memberships);
+
+  members.tokens = n;
+  members.clusters = k;
+  members.sequences = sequences.count();
+  members.begin.assign(static_cast<std::size_t>(lists) + 1, 0);
+  members.rows.resize(static_cast<std::size_t>(memberships));
+  for (Index s = 0, i = 0; s < sequences.count(); ++s)
+    for (Index c = 0; c < k; ++c, ++i)
+      members.begin[static_cast<std::size_t>(i) + 1] =
+          static_cast<std::int32_t>(members.begin[static_cast<std::size_t>(i)] + taken(s));
+  std::int32_t* const rows = members.rows.data();
+  context.for_each(lists, [&](Index list, Index worker) {
+    Arena& arena = context.workspace().worker(worker);
+    Arena::Scope scope(arena);
+    const Index s = list / k, c = list % k, first = sequences.begin(s), all = sequences.end(s) - first;
+    Candidate<T>* const candidates = arena.template take<Candidate<T>>(all);
+    for (Index i = 0; i < all; ++i)
+      candidates[i] = {order_key(scores(first + i, c)), static_cast<std::int32_t>(first + i)};
+    const Index count = taken(s);
+    partition_best(candidates, all, count);
+    std::int32_t* const to = rows + members.begin[static_cast<std::size_t>(list)];
+    for (Index i = 0; i < count; ++i) to[i] = candidates[i].number;
+    std::sort(to, to + count);
+  });
+  if (config.unassigned == Unassigned::left_out) return;
+
+  // Rows that nobody took join their best cluster: count them, move the lists apart from the back, add, sort.
+  std::vector<std::int32_t>& joins =
+      members.scratch;  // per row its cluster's list, -1: it is in one; then per list a count
+  joins.assign(static_cast<std::size_t>(n + lists), 0);
+  std::int32_t* const joined = joins.data() + n;
+  const auto selected = static_cast<std::size_t>(members.begin.back());
+  for (std::size_t i = 0; i < selected; ++i) joins[static_cast<std::size_t>(rows[i])] = -1;
+  for (Index s = 0; s < sequences.count(); ++s)
+    for (Index i = sequences.begin(s); i < sequences.end(s); ++i) {
+      std::int32_t& list = joins[static_cast<std::size_t>(i)];
+      if (list < 0) continue;
+      list = static_cast<std::int32_t>(s * k + best_column(scores.row(i), k));
+      ++joined[list];
+    }
+  std::int32_t added = 0;
+  for (Index list = 0; list < lists; ++list) added += joined[list];
+  members.rows.resize(selected + static_cast<std::size_t>(added));
+  for (Index list = lists - 1; list >= 0; --list) {
+    std::int32_t& begin = members.begin[static_cast<std::size_t>(list)];
+    std::int32_t& end = members.begin[static_cast<std::size_t>(list) + 1];
+    const std::int32_t before = added - joined[list];  // rows that join earlier lists
+    std::copy_backward(rows + begin, rows + end, rows + end + before);
+    joined[list] = end + before;  // where the list's next new row goes
+    end += added;
+    added = before;
+  }
+  for (Index i = 0; i < n; ++i) {
+    const std::int32_t list = joins[static_cast<std::size_t>(i)];
+    if (list >= 0) rows[joined[list]++] = static_cast<std::int32_t>(i);
+  }
+  for (Index list = 0; list < lists; ++list)
+    std::sort(rows + members.begin[static_cast<std::size_t>(list)],
+              rows + members.begin[static_cast<std::size_t>(list) + 1]);
+}
+
+template <class T>
+void nearest_members(ConstView<T> scores, const NearestConfig& config, ClusterMembers& members, Context& context) {
+  const char* const function = "nearest_members";
+  Faults faults(function);
+  const MemberSequences sequences = check_members<T>(faults, scores, config.offsets);
+  const Index k = scores.cols(), n = scores.rows(), probes = config.probes;
+  if (probes < 1 || probes > k) faults.require(false, "probes", join("1 to clusters = ", k), probes);
+  faults.raise();
+  check_memberships(function, sequences.count(), k, n * probes);
+
+  std::vector<std::int32_t>& probed = members.scratch;  // tokens x probes
+  probed.resize(static_cast<std::size_t>(n * probes));
+  context.for_chunks(n, 256, [&](Index first, Index last, Index worker) {
+    Arena& arena = context.workspace().worker(worker);
+    Arena::Scope scope(arena);
+    Candidate<T>* const candidates = arena.template take<Candidate<T>>(k);
+    for (Index i = first; i < last; ++i) {
+      for (Index c = 0; c < k; ++c) candidates[c] = {order_key(scores(i, c)), static_cast<std::int32_t>(c)};
+      partition_best(candidates, k, probes);
+      for (Index p = 0; p < probes; ++p) probed[static_cast<std::size_t>(i * probes + p)] = candidates[p].number;
+    }
+  });
+  const Index lists = sequences.count() * k;
+  members.tokens = n;
+  members.clusters = k;
+  members.sequences = sequences.count();
+  members.begin.assign(static_cast<std::size_t>(lists) + 1, 0);
+  members.rows.resize(static_cast<std::size_t>(n * probes));
+  // A counting sort: counts, starts, then each list's start moves to its end.
+  const auto each = [&](auto&& f) {
+    for (Index s = 0; s < sequences.count(); ++s)
+      for (Index i = sequences.begin(s); i < sequences.end(s); ++i)
+        for (Index p = 0; p < probes; ++p) f(i, s * k + probed[static_cast<std::size_t>(i * probes + p)]);
+  };
+  each([&](Index, Index list) { ++members.begin[static_cast<std::size_t>(list) + 1]; });
+  for (std::size_t i = 1; i < members.begin.size(); ++i) members.begin[i] += members.begin[i - 1];
+  each([&](Index i, Index list) {
+    members.rows[static_cast<std::size_t>(members.begin[static_cast<std::size_t>(list)]++)] =
+        static_cast<std::int32_t>(i);
+  });
+  std::copy_backward(members.begin.begin(), members.begin.end() - 1, members.begin.end());
+  members.begin.front() = 0;
+}
+
+}  // namespace detail
+
+/// The paper's membership: in every sequence each cluster takes the `members` rows that score highest for its centroid.
+///
+/// A row may be in several clusters or in none; members times clusters need not be the number of tokens. Rows are ascending,
+/// equal scores go to the lower row, NaN scores lowest.
+/// NOT STRICTLY CAUSAL: whether a row is taken depends on the scores of all rows of its sequence, later ones too, so in a
+/// causal model what earlier rows see changes with later tokens; likelihoods leak and decoding cannot repeat training.
+/// nearest_members() and OnlineKMeans::assign() have no such leak. How much: see the tests of plan_members.
+/// Shapes: scores tokens x clusters.
+/// Requires: what BalancedConfig says; offsets ascending from 0 to tokens (ValueError, one for all faults).
+/// Overwrites members. Allocates: only where members and workspace have to grow.
+/// Threads and determinism: the same lists for any number of workers.
+/// Cost: tokens * clusters. Source: Roy et al. 2021, section 4.1 (top-k per centroid).
+inline void balanced_members(ConstView<float> scores, const BalancedConfig& config, ClusterMembers& members,
+                             Context& context) {
+  detail::balanced_members<float>(scores, config, members, context);
+}
+inline void balanced_members(ConstView<double> scores, const BalancedConfig& config, ClusterMembers& members,
+                             Context& context) {
+  detail::balanced_members<double>(scores, config, members, context);
+}
+
+/// Every row goes to the `probes` clusters that it scores highest for: with one probe the labels of OnlineKMeans::assign(),
+/// with more the query side of a multi-probe search, whose keys are in one cluster each.
+///
+/// A row's clusters depend on that row alone, so nothing leaks from later tokens. Equal scores go to the lower cluster.
+/// Shapes: scores tokens x clusters.
+/// Requires: 1 to clusters probes; offsets ascending from 0 to tokens (ValueError, one for all faults).
+/// Overwrites members. Allocates: only where members and workspace have to grow.
+/// Threads and determinism: the same lists for any number of workers.
+/// Cost: tokens * clusters. Source: ours.
+inline void nearest_members(ConstView<float> scores, const NearestConfig& config, ClusterMembers& members,
+                            Context& context) {
+  detail::nearest_members<float>(scores, config, members, context);
+}
+inline void nearest_members(ConstView<double> scores, const NearestConfig& config, ClusterMembers& members,
+                            Context& context) {
+  detail::nearest_members<double>(scores, config, members, context);
+}
+
+}  // namespace coterie
