@@ -9,7 +9,9 @@
 
 #include "coterie/plan/clustered.hpp"
 #include "coterie/plan/dense.hpp"
+#include "coterie/plan/globals.hpp"
 #include "coterie/plan/local.hpp"
+#include "coterie/plan/memory.hpp"
 #include "coterie/plan/strided.hpp"
 #include "random.hpp"
 
@@ -79,13 +81,7 @@ inline void fill_sinks(Index tokens, Index sinks, Index window, AttentionPlan& p
 /// A causal window, and `memory` rows of the second source that every query sees.
 inline void fill_memory(Index tokens, Index memory, Index window, AttentionPlan& plan) {
   plan_local({.tokens = tokens, .window = window, .causal = true}, plan);
-  plan.memory_tokens = memory;
-  for (Index i = 0; i < memory; ++i) plan.keys.push_back(static_cast<std::int32_t>(tokens + i));
-  if (tokens > 0) plan.groups[0].key_end = static_cast<std::int32_t>(plan.keys.size());
-  plan.visible_too.clear();
-  for (Index i = 0; i < tokens; ++i)
-    plan.visible_too.push_back({static_cast<std::int32_t>(tokens), static_cast<std::int32_t>(tokens + memory)});
-  complete(plan);
+  plan_add_memory(memory, plan);
 }
 
 inline std::vector<AttentionCase> attention_cases(const CaseSizes& sizes = {}) {
@@ -244,6 +240,49 @@ inline std::vector<AttentionCase> attention_cases(const CaseSizes& sizes = {}) {
        .kv_heads = 1,
        .d = same,
        .dv = d + 1,
+       .causal = true,
+       .bias_distances = w,
+       .bias_first = 1});
+  add({.name = "memory and clusters",
+       .fill =
+           [=, l = labels(-1)](AttentionPlan& p) {
+             plan_clustered(l, l, {.clusters = k, .window = w, .causal = true, .self = Self::only_if_alone}, p);
+             plan_add_memory(2, p);
+           },
+       .d = same,
+       .dv = same,
+       .causal = true});
+  add({.name = "memory and overlapping clusters, lse",
+       .fill =
+           [=](AttentionPlan& p) {
+             fill_members(overlapping_members(n, k, 3), n, Combine::lse, false, p);
+             plan_add_memory(2, p);
+           },
+       .d = same,
+       .dv = same,
+       .bias_distances = 7,
+       .bias_first = -3});
+  add({.name = "global tokens, clusters and memory, ragged",
+       .fill =
+           [=, l = labels(0)](AttentionPlan& p) {
+             plan_clustered(l, l, {.clusters = k, .offsets = offsets}, p);
+             plan_add_globals({.globals = 2, .offsets = offsets}, p);
+             plan_add_memory(1, p);
+           },
+       .heads = 2,
+       .kv_heads = 2,
+       .d = same,
+       .dv = same,
+       .bias_distances = 9,
+       .bias_first = -4});
+  add({.name = "global tokens and window, causal",
+       .fill =
+           [=](AttentionPlan& p) {
+             plan_local({.tokens = n, .window = w, .causal = true}, p);
+             plan_add_globals({.globals = 3, .causal = true}, p);
+           },
+       .d = same,
+       .dv = same,
        .causal = true});
   return cases;
 }

@@ -35,7 +35,7 @@ class Plans {
 /// What is added to the plain formula; every member may be left out.
 template <class T>
 struct AttentionTerms {
-  ConstView<T> bias = {};  ///< (heads or 1) x distances: added to the logit of a pair by its distance
+  ConstView<T> bias = {};  ///< (heads or 1) x distances: added to the logit of a pair by its distance; none to memory's
   Index bias_first =
       0;  ///< the distance (query position - key position) of column 0; distances outside take the nearest column
   ConstView<T> memory_keys = {};    ///< memory_tokens x kv_heads*d

@@ -109,6 +109,8 @@ class Reference {
     return (row < own ? v_.row(row) : terms_.memory_values.row(row - own)) + kv_head(head) * dv_;
   }
 
+  /// Memory rows have no position.
+  bool has_bias(Index head, Index key_row) const { return terms_.bias.cols() > 0 && key_row < plan(head).key_tokens; }
   /// Row and column of a pair's element in the bias table.
   Index bias_row(Index head) const { return terms_.bias.rows() == 1 ? 0 : head; }
   Index bias_column(Index head, Index query_row, Index key_row) const {
@@ -133,7 +135,7 @@ class Reference {
     double most = -std::numeric_limits<double>::infinity();
     for (const Index key_row : softmax.keys) {
       double logit = scale(head) * dot(head, row, key_row);
-      if (terms_.bias.cols() > 0) logit += terms_.bias(bias_row(head), bias_column(head, row, key_row));
+      if (has_bias(head, key_row)) logit += terms_.bias(bias_row(head), bias_column(head, row, key_row));
       p.push_back(logit);
       most = logit > most ? logit : most;
     }
@@ -259,7 +261,7 @@ inline void reference_backward(Plans plans, ConstView<double> q, ConstView<doubl
           }
           if (!gradients.d_scales.empty())
             gradients.d_scales[static_cast<std::size_t>(h)] += ds * reference.dot(h, i, key_row);
-          if (gradients.d_bias.cols() > 0)
+          if (gradients.d_bias.cols() > 0 && reference.has_bias(h, key_row))
             gradients.d_bias(reference.bias_row(h), reference.bias_column(h, i, key_row)) += ds;
         }
       }

@@ -105,6 +105,7 @@ struct AttentionPart {
 
   Index target(Index entry) const { return by_entry ? entry : rows[entry]; }
   Index query_position(Index entry) const { return query_positions ? query_positions[rows[entry]] : rows[entry]; }
+  bool has_position(Index rank) const { return keys[rank] < k.rows; }  // memory has none
   Index key_position(Index rank) const { return key_positions ? key_positions[keys[rank]] : keys[rank]; }
 };
 

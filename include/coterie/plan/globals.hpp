@@ -1,0 +1,163 @@
+// Global tokens: the first ones of every sequence, which all others see and which see all others, on top of any pattern.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+#include <span>
+
+#include "coterie/core/offsets.hpp"
+#include "coterie/plan/builder.hpp"
+
+namespace coterie {
+
+struct GlobalsConfig {
+  Index globals = 0;                    ///< tokens at the beginning of every sequence; at least 0
+  bool causal = false;                  ///< of the pattern: global tokens see keys up to themselves only
+  Self self = Self::visible;            ///< of the pattern: whether a global token sees itself
+  std::span<const Index> offsets = {};  ///< of the pattern: sequences + 1 bounds of the sequences; empty: one
+};
+
+/// Makes the first `globals` tokens of every sequence of a completed self-attention plan see all tokens of it, and every
+/// other entry see them beside what it sees.
+///
+/// A window counts as before: global tokens inside it are among its keys; so does the self rule of other tokens, which was
+/// settled when the plan was built. Causal global tokens are attention sinks. Another token without an entry (label -1) sees
+/// nothing still.
+/// Requires: a completed plan of as many keys as tokens, positions that are row numbers, one entry for a row, no memory yet
+///   (add it afterwards); groups that stay inside a sequence; entries with one interval, or two of which the first reaches
+///   back to the first key that is not global; settings as GlobalsConfig says; otherwise ValueError, and the plan is as it
+///   was.
+/// Allocates: lists of the new plan's sizes.
+/// Cost: linear in tokens, entries, keys, and groups times globals.
+/// Source: Beltagy et al. 2020 (Longformer), Zaheer et al. 2020 (BigBird); causal: Xiao et al. 2024 (attention sinks).
+inline void plan_add_globals(const GlobalsConfig& config, AttentionPlan& plan) {
+  const char* const function = "plan_add_globals";
+  const Index n = plan.tokens;
+  detail::Faults faults(function);
+  faults.require(config.globals >= 0, "globals", "at least 0", config.globals);
+  const bool completed = plan.row_begin.size() == static_cast<std::size_t>(n) + 1;
+  faults.require(completed, "plan", "a completed plan", "one without row_begin");
+  faults.require(plan.key_tokens == n && plan.query_positions.empty() && plan.key_positions.empty(), "plan",
+                 "self-attention", "keys of their own, or positions");
+  faults.require(plan.combine == Combine::single, "plan", "one entry for a row", "several");
+  faults.require(plan.memory_tokens == 0, "plan", "one without memory (it is added afterwards)", plan.memory_tokens);
+  if (!config.offsets.empty()) detail::check_offsets(faults, "offsets", config.offsets, n);
+  faults.raise();
+  if (config.globals == 0 || n == 0) return;
+  const auto groups = static_cast<Index>(plan.groups.size());
+  detail::check_count(function, "keys",
+                      static_cast<Index>(plan.keys.size()) + n + groups * std::min(config.globals, n));
+
+  detail::Pattern pattern;
+  pattern.tokens = pattern.keys = n;
+  pattern.offsets = config.offsets;
+  // Per group of the plan its sequence, and how many of its keys and entries are global.
+  struct Piece {
+    Index begin, end, globals;
+  };
+  const auto piece = [&](Index s) {
+    const detail::Sequence sequence = pattern.sequence(s);
+    return Piece{sequence.query_begin, sequence.query_begin + sequence.tokens,
+                 std::min(config.globals, sequence.tokens)};
+  };
+  AttentionPlan made;
+  made.tokens = made.key_tokens = n;
+  const bool hides_self = config.self != Self::visible && !config.causal;
+  Index s = -1;
+  Piece now{0, 0, 0};
+  std::int32_t entry = 0, key = 0;
+  const auto open_group = [&] { made.groups.push_back({entry, entry, key, key}); };
+  const auto add_entry = [&](std::int32_t row, Interval first, Interval second) {
+    made.entries.push_back(row);
+    made.visible.push_back(first);
+    made.visible_too.push_back(second.size() > 0 ? second : Interval{first.end, first.end});
+    made.groups.back().entry_end = ++entry;
+  };
+  const auto add_key = [&](std::int32_t row) {
+    made.keys.push_back(row);
+    made.groups.back().key_end = ++key;
+  };
+  // The group of a sequence's global tokens.
+  const auto add_globals = [&] {
+    if (now.globals == 0) return;
+    open_group();
+    const auto count = static_cast<std::int32_t>(now.end - now.begin);
+    for (std::int32_t i = 0; i < count; ++i) add_key(static_cast<std::int32_t>(now.begin) + i);
+    for (std::int32_t i = 0; i < static_cast<std::int32_t>(now.globals); ++i) {
+      const std::int32_t until = config.causal ? i + 1 : count;
+      const bool alone = until == 1;
+      const bool sees_self = config.self == Self::visible || (config.self == Self::only_if_alone && alone);
+      add_entry(static_cast<std::int32_t>(now.begin) + i, {0, sees_self ? until : i},
+                sees_self || !hides_self ? Interval{} : Interval{i + 1, until});
+    }
+  };
+  const auto turn_to = [&](Index row) {
+    while (row >= now.end) {
+      now = piece(++s);
+      add_globals();
+    }
+  };
+  for (const AttentionPlan::Group& group : plan.groups) {
+    const Index first_row = group.key_begin < group.key_end ? plan.keys[static_cast<std::size_t>(group.key_begin)]
+                            : group.entry_begin < group.entry_end
+                                ? plan.entries[static_cast<std::size_t>(group.entry_begin)]
+                                : -1;
+    if (first_row < 0) continue;
+    turn_to(first_row);
+    const auto bound = static_cast<std::int32_t>(now.begin + now.globals);
+    const auto globals = static_cast<std::int32_t>(now.globals);
+    const auto inside = [&](std::int32_t row) { return row >= now.begin && row < now.end; };
+    open_group();
+    for (std::int32_t j = 0; j < globals; ++j) add_key(static_cast<std::int32_t>(now.begin) + j);
+    std::int32_t dropped = 0;  // global keys of the group: its first ones
+    for (std::int32_t j = group.key_begin; j < group.key_end; ++j) {
+      const std::int32_t row = plan.keys[static_cast<std::size_t>(j)];
+      if (!inside(row))
+        detail::fail<ValueError>(function, "offsets", "sequences that no group of the plan reaches over",
+                                 detail::join("row ", row, " in the group of row ", first_row));
+      if (row < bound)
+        ++dropped;
+      else
+        add_key(row);
+    }
+    const auto shifted = [&](Interval seen) {
+      return Interval{std::max(seen.begin, dropped) - dropped + globals,
+                      std::max(seen.end, dropped) - dropped + globals};
+    };
+    for (auto e = static_cast<std::size_t>(group.entry_begin); e < static_cast<std::size_t>(group.entry_end); ++e) {
+      const std::int32_t row = plan.entries[e];
+      if (!inside(row))
+        detail::fail<ValueError>(function, "offsets", "sequences that no group of the plan reaches over",
+                                 detail::join("row ", row, " in the group of row ", first_row));
+      if (row < bound) continue;
+      Interval first = shifted(plan.visible[e]);
+      Interval second = plan.visible_too.empty() ? Interval{} : shifted(plan.visible_too[e]);
+      if (first.size() == 0) std::swap(first, second);
+      // Global keys, then what is left: where the two meet they are one.
+      if (first.size() == 0)
+        first = {0, globals};
+      else if (first.begin == globals)
+        first.begin = 0;
+      else if (second.size() == 0)
+        second = first, first = {0, globals};
+      else
+        detail::fail<ValueError>(function, detail::join("visible[", e, "]").c_str(),
+                                 "one interval, or a first one from the first key that is not global on", "another");
+      add_entry(row, first, second);
+    }
+  }
+  while (s + 1 < pattern.sequences()) {
+    now = piece(++s);
+    add_globals();
+  }
+  const auto two = [](Interval seen) { return seen.size() > 0; };
+  if (std::none_of(made.visible_too.begin(), made.visible_too.end(), two)) made.visible_too.clear();
+  plan.entries = made.entries;
+  plan.keys = made.keys;
+  plan.groups = made.groups;
+  plan.visible = made.visible;
+  plan.visible_too = made.visible_too;
+  complete(plan);
+}
+
+}  // namespace coterie
