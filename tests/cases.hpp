@@ -38,6 +38,7 @@ struct AttentionCase {
   Index bias_distances = 0;  ///< columns of a bias table; 0: none
   Index bias_first = 0;
   bool has_lse = true;
+  double soft_cap = 0;
 };
 
 /// A plan by hand: the rows of each cluster, given as lists. Causal rows see their cluster up to themselves.
@@ -234,6 +235,22 @@ inline std::vector<AttentionCase> attention_cases(const CaseSizes& sizes = {}) {
        .d = same,
        .dv = same,
        .causal = true});
+  add({.name = "local causal, capped",
+       .fill = [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .causal = true}, p); },
+       .heads = 2,
+       .kv_heads = 1,
+       .d = same,
+       .dv = same,
+       .causal = true,
+       .bias_distances = w,
+       .soft_cap = 1.5});
+  add({.name = "overlapping clusters, mean, capped",
+       .fill = [=](AttentionPlan& p) { fill_members(overlapping_members(n, k, 4), n, Combine::mean, true, p); },
+       .d = same,
+       .dv = same,
+       .causal = true,
+       .has_lse = false,
+       .soft_cap = 0.3});
   add({.name = "memory and window",
        .fill = [=](AttentionPlan& p) { fill_memory(n, 3, w, p); },
        .heads = 2,

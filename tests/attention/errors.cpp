@@ -53,6 +53,8 @@ TEST_CASE("attention_forward: wrong arguments are named, and nothing is written"
   call.in.config.heads = 0, says(call.forward(), "heads"), restore();
   call.in.config.kv_heads = 3, says(call.forward(), "kv_heads"), restore();
   call.in.config.scale = std::nan(""), says(call.forward(), "scale"), restore();
+  for (const double cap : {-1.0, std::nan(""), 1e300})
+    call.in.config.soft_cap = cap, says(call.forward(), "soft_cap"), restore();
   const std::vector<double> scales(3, 1.0);
   call.in.config.scales = scales, says(call.forward(), "scales"), restore();
   const std::vector<double> not_finite = {1, std::nan("")};

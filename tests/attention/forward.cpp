@@ -32,6 +32,7 @@ double plain_error(const Inputs<T>& in, const Outputs<double>& expected) {
           T s = 0;
           for (Index c = 0; c < d; ++c) s += in.q(row, h * d + c) * in.k(key, kv * d + c);
           s *= T(1) / std::sqrt(T(d));
+          if (in.config.soft_cap != 0) s = T(in.config.soft_cap) * std::tanh(s / T(in.config.soft_cap));
           if (in.bias.cols() > 0) {
             const Index from = plan.query_positions.empty() ? row : plan.query_positions[std::size_t(row)];
             const Index to = plan.key_positions.empty() ? key : plan.key_positions[std::size_t(key)];

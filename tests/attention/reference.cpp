@@ -55,7 +55,10 @@ struct Problem {
     scales = random.matrix<double>(1, c.heads);
     g_out = random.matrix<double>(n, c.heads * c.dv);
     g_lse = random.matrix<double>(c.has_lse ? n : 0, c.has_lse ? c.heads : 0);
-    config = {.heads = c.heads, .kv_heads = kv, .scales = {scales.data(), static_cast<std::size_t>(c.heads)}};
+    config = {.heads = c.heads,
+              .kv_heads = kv,
+              .scales = {scales.data(), static_cast<std::size_t>(c.heads)},
+              .soft_cap = c.soft_cap};
     terms = {.bias = bias, .bias_first = c.bias_first, .memory_keys = memory_keys, .memory_values = memory_values};
   }
 

@@ -33,6 +33,7 @@ struct Inputs {
     c.fill(plan);
     config.heads = c.heads;
     config.kv_heads = c.kv_heads;
+    config.soft_cap = c.soft_cap;
     Random random(seed);
     q = random.matrix<T>(plan.tokens, c.heads * c.d) * T(size);
     k = random.matrix<T>(plan.key_tokens, c.kv_heads * c.d) * T(size);

@@ -48,6 +48,39 @@ void check_log() {
   CHECK(log(0) == -Limits::infinity());
 }
 
+// Hyperbolic tangents, in units in the last place of the exact value; 1 and -1 far out.
+template <class T, int Bytes>
+void check_tanh() {
+  using L = Lanes<T, Bytes>;
+  using Limits = std::numeric_limits<T>;
+  test::Random random(2);
+  const auto tanh = [](T x) {
+    typename L::F in, out;
+    L::fill(x, in);
+    L::tanh(in, out);
+    return out[L::count - 1];
+  };
+  double most = 0;
+  const auto add = [&](T x) {
+    const long double exact = std::tanh(static_cast<long double>(x));
+    const long double unit = x == 0 ? Limits::min() : std::ldexp(1.0L, std::ilogb(exact) + 1 - Limits::digits);
+    most = std::max(most, static_cast<double>(std::abs(tanh(x) - exact) / unit));
+  };
+  for (int i = 0; i < 20000; ++i) {
+    add(static_cast<T>(random.uniform(-0.5, 0.5)));
+    add(static_cast<T>(random.uniform(-3, 3)));
+    add(static_cast<T>(random.uniform(-40, 40)));
+    add(static_cast<T>(std::exp2(random.uniform(-60, 0))));
+  }
+  CHECK(most < (sizeof(T) == 4 ? 5.1 : 10.1));
+  volatile T nan = Limits::quiet_NaN();
+  CHECK(std::isnan(tanh(nan)));
+  CHECK(tanh(Limits::infinity()) == 1);
+  CHECK(tanh(-Limits::infinity()) == -1);
+  CHECK(tanh(0) == 0);
+  CHECK(tanh(Limits::max()) == 1);
+}
+
 template <class T, int Bytes>
 void check_transpose() {
   using L = Lanes<T, Bytes>;
@@ -85,6 +118,15 @@ TEST_CASE("lanes: natural logarithm within 3 units in the last place") {
   check_log<double, 16>();
   check_log<double, 32>();
   check_log<double, 64>();
+}
+
+TEST_CASE("lanes: hyperbolic tangent within 5 units in the last place, 10 in double") {
+  check_tanh<float, 16>();
+  check_tanh<float, 32>();
+  check_tanh<float, 64>();
+  check_tanh<double, 16>();
+  check_tanh<double, 32>();
+  check_tanh<double, 64>();
 }
 
 TEST_CASE("lanes: transposes at every width") {

@@ -185,7 +185,8 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
 /// out = softmax(scale q k^T + bias) v over the keys that the plan lets each query see.
 ///
 /// Shapes: q tokens x heads*d, k key_tokens x kv_heads*d, v key_tokens x kv_heads*dv, out tokens x heads*dv; any d and dv.
-/// Formula: out_i = sum_j p_ij v_j, p_i = softmax over visible j of (scale q_i.k_j + bias[i - j]), lse_i its log-sum-exp.
+/// Formula: out_i = sum_j p_ij v_j, p_i = softmax over visible j of (scale q_i.k_j + bias[i - j]), lse_i its log-sum-exp;
+///   with a soft cap, cap tanh(scale q_i.k_j / cap) in place of scale q_i.k_j.
 ///   A row with several entries: one softmax over all (Combine::lse), or the mean over entries that see a key (mean).
 ///   A row that sees no key: out 0, lse minus infinity. NaN and infinity reach the rows that see them and no others.
 /// Requires: completed plans; shapes that fit; out overlaps no input; otherwise ShapeError or ValueError, and nothing is

@@ -47,6 +47,9 @@ class AttentionCall {
         faults.require(false, "scales", "finite numbers", scale);
         break;
       }
+    const T cap = static_cast<T>(config.soft_cap) * log2_e<T>;
+    faults.require(config.soft_cap == 0 || (cap > 0 && std::isfinite(cap) && std::isfinite(1 / cap)), "soft_cap",
+                   "0, or a positive number", config.soft_cap);
     faults.raise();
     if (plans.size() != 1 && plans.size() != kv_heads_ && plans.size() != heads_)
       fail<ShapeError>(
@@ -124,6 +127,7 @@ class AttentionCall {
                          : config_.scale != 0    ? config_.scale
                                                  : 1 / std::sqrt(double(d_));
     part.scale = static_cast<T>(scale);
+    part.soft_cap = static_cast<T>(config_.soft_cap) * log2_e<T>;
     if (bias_count() > 0) {
       part.bias = terms_.bias.row(bias_row(head));
       part.bias_first = terms_.bias_first;

@@ -15,6 +15,7 @@ struct AttentionConfig {
   Index kv_heads = 0;  ///< key/value heads; 0: as heads. Divides heads; head h reads kv head h / (heads/kv_heads)
   double scale = 0;    ///< factor of q.k; 0: 1/sqrt(d)
   std::span<const double> scales = {};  ///< one factor per head, instead of `scale`
+  double soft_cap = 0;  ///< bounds scale q.k, before a bias is added: cap tanh(scale q.k / cap); 0: no bound
 };
 
 /// One plan for all heads, or one for every key/value head, or one for every head. Refers to the plans, does not own them.

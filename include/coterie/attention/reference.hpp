@@ -29,6 +29,7 @@ class Reference {
                    kv_heads_);
     faults.require(config.scales.empty() || Index(config.scales.size()) == heads_, "scales", "none or one per head",
                    config.scales.size());
+    faults.require(config.soft_cap >= 0, "soft_cap", "0, or a positive number", config.soft_cap);
     faults.raise();
     faults.require(plans.size() == 1 || plans.size() == kv_heads_ || plans.size() == heads_, "plans",
                    "1, kv_heads or heads of them", plans.size());
@@ -129,12 +130,20 @@ class Reference {
     return sum;
   }
 
+  /// The derivative of a capped logit by scale q . k.
+  double slope(Index head, Index query_row, Index key_row) const {
+    if (config_.soft_cap == 0) return 1;
+    const double y = std::tanh(scale(head) * dot(head, query_row, key_row) / config_.soft_cap);
+    return 1 - y * y;
+  }
+
   /// Probabilities of the softmax's keys; returns its log-sum-exp.
   double probabilities(Index head, Index row, const Softmax& softmax, std::vector<double>& p) const {
     p.clear();
     double most = -std::numeric_limits<double>::infinity();
     for (const Index key_row : softmax.keys) {
       double logit = scale(head) * dot(head, row, key_row);
+      if (config_.soft_cap != 0) logit = config_.soft_cap * std::tanh(logit / config_.soft_cap);
       if (has_bias(head, key_row)) logit += terms_.bias(bias_row(head), bias_column(head, row, key_row));
       p.push_back(logit);
       most = logit > most ? logit : most;
@@ -162,7 +171,7 @@ class Reference {
 /// Shapes: q tokens x heads*d, k key_tokens x kv_heads*d, v key_tokens x kv_heads*dv, out tokens x heads*dv; lse
 ///   tokens x heads, or empty when it is not wanted; for Combine::mean there is none.
 /// Formula: out_i = sum_j p_ij v_j, p_i = softmax over visible j of (scale q_i.k_j + bias[i - j]), lse_i its
-///   log-sum-exp; several entries: one softmax over all (lse), or the mean over the entries that see a key (mean).
+///   log-sum-exp; with a soft cap, cap tanh(scale q_i.k_j / cap) for scale q_i.k_j; several entries: one softmax over all (lse), or the mean over the entries that see a key (mean).
 ///   A row that sees nothing: out 0, lse -inf.
 /// Requires: complete() has been called on the plans; shapes that fit, otherwise ShapeError or ValueError.
 /// Adds or overwrites: overwrites out and lse.
@@ -244,7 +253,8 @@ inline void reference_backward(Plans plans, ConstView<double> q, ConstView<doubl
         }
         for (std::size_t j = 0; j < p.size(); ++j) {
           const Index key_row = softmax.keys[j];
-          const double ds = p[j] * (dp[j] - mean + (has_d_lse ? gradients.d_lse(i, h) : 0));
+          const double d_logit = p[j] * (dp[j] - mean + (has_d_lse ? gradients.d_lse(i, h) : 0));
+          const double ds = d_logit * reference.slope(h, i, key_row);
           const double* const q_i = reference.query(h, i);
           const double* const k_j = reference.key(h, key_row);
           for (Index l = 0; l < d; ++l) d_q(i, h * d + l) += scale * ds * k_j[l];
@@ -262,7 +272,7 @@ inline void reference_backward(Plans plans, ConstView<double> q, ConstView<doubl
           if (!gradients.d_scales.empty())
             gradients.d_scales[static_cast<std::size_t>(h)] += ds * reference.dot(h, i, key_row);
           if (gradients.d_bias.cols() > 0 && reference.has_bias(h, key_row))
-            gradients.d_bias(reference.bias_row(h), reference.bias_column(h, i, key_row)) += ds;
+            gradients.d_bias(reference.bias_row(h), reference.bias_column(h, i, key_row)) += d_logit;
         }
       }
   }

@@ -26,7 +26,7 @@ struct Backward {
   static constexpr int lanes = L::count, width = M::width;
 
   struct Scratch {
-    T *q_rows, *q, *d_out_rows, *d_out, *scores, *d_scores, *d_q, *bias, *d_bias, *max, *inverse, *delta;
+    T *q_rows, *q, *d_out_rows, *d_out, *scores, *d_scores, *slope, *d_q, *bias, *d_bias, *max, *inverse, *delta;
   };
 
   /// keys: key rows that there are.
@@ -34,7 +34,7 @@ struct Backward {
     return tile_size(d, dv, bias_count) + Common::gather_size(d, dv, keys);
   }
   static constexpr Index tile_size(Index d, Index dv, Index bias_count) {
-    return 3 * padded(d) * width + 2 * padded(dv) * width + 2 * key_block * width + 2 * padded(bias_count + 2 * width) +
+    return 3 * padded(d) * width + 2 * padded(dv) * width + 3 * key_block * width + 2 * padded(bias_count + 2 * width) +
            3 * width;
   }
 
@@ -50,7 +50,8 @@ struct Backward {
     b.d_out = b.d_out_rows + padded(part.dv) * width;
     b.scores = b.d_out + padded(part.dv) * width;
     b.d_scores = b.scores + key_block * width;
-    b.bias = b.d_scores + key_block * width;
+    b.slope = b.d_scores + key_block * width;
+    b.bias = b.slope + key_block * width;
     b.d_bias = b.bias + padded(part.bias_count + 2 * width);
     b.max = b.d_bias + padded(part.bias_count + 2 * width);
     b.inverse = b.max + width;
@@ -126,10 +127,12 @@ struct Backward {
                     (pass ? b.d_out : b.q) + s.first * lanes, to + (s.begin - block_begin) * width + s.first * lanes,
                     s.last - s.first);
         }
+        if (part.soft_cap != 0) Common::cap_scores(part, s, block_begin, b.scores, b.slope);
         if (part.bias) Common::add_bias(part, first, sight, s, block_begin, b.bias, b.scores);
         fetch_some();
         probabilities(sight, s, block_begin, b);
         if (gradients.d_bias) Common::add_bias_gradient(part, first, sight, s, block_begin, b.d_scores, b.d_bias);
+        if (part.soft_cap != 0) uncap(sight, s, block_begin, b);
         fetch_some();
         // dQt += K^T dS
         Common::accumulate_columns(sight, s, block_begin, k_rows, part.d, b.d_scores, b.d_q);
@@ -203,6 +206,25 @@ struct Backward {
         L::store(b.d_scores + at, d_s);
       }
     }
+  }
+
+  /// Undoes cap_scores: dS *= slope; zero where masked, whatever the slope is.
+  static COTERIE_INLINE void uncap(const Lookout& sight, const typename Lookout::Segment& s, int block_begin,
+                                   const Scratch& b) {
+    for (int key = s.begin; key < s.end; ++key)
+      for (int v = s.first; v < s.last; ++v) {
+        const Index at = (key - block_begin) * width + v * lanes;
+        F d_s, slope;
+        L::load(b.d_scores + at, d_s);
+        L::load(b.slope + at, slope);
+        d_s *= slope;
+        if (s.masked) {
+          I mask;
+          sight.visible(v, key, mask);
+          d_s = mask ? d_s : F{};
+        }
+        L::store(b.d_scores + at, d_s);
+      }
   }
 
   /// to[key][c] += sum over the segment's lanes of p[key][lane] x[lane][c].

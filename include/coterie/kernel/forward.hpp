@@ -91,6 +91,7 @@ struct Forward {
         const typename Lookout::Segment& s = sight.segments[i];
         M::scores(k_rows + (s.begin - block_begin), s.end - s.begin, part.d, f.q + s.first * lanes,
                   f.scores + (s.begin - block_begin) * width + s.first * lanes, s.last - s.first);
+        if (part.soft_cap != 0) Common::cap_scores(part, s, block_begin, f.scores, nullptr);
         if (part.bias) Common::add_bias(part, first, sight, s, block_begin, f.bias, f.scores);
       }
       // P = 2^(S - max), with earlier sums rescaled where the maximum grew

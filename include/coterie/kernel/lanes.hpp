@@ -93,13 +93,8 @@ struct Lanes {
     return any == 0;
   }
 
-  /// y = 2^x for x <= 0 and a little above; 0 below the smallest normal number; exactly 1 at 0; NaN stays NaN.
-  /// Method: x = n + f, n whole, -1 < f <= 0, a polynomial in f, and n added to the exponent bits.
-  /// Error: float at most 1.23 units in the last place (1.61 without fused multiply-adds), all floats tried; double 3 (3.3).
-  static COTERIE_INLINE void exp2(const F& x, F& y) {
-    constexpr T low = std::numeric_limits<T>::min_exponent - 1;  // -126 or -1022
-    I n;
-    F f, p;
+  // x = n + f, n whole, -1 < f <= 0, and 2^f = 1 + p f.
+  static COTERIE_INLINE void exp2_parts(const F& x, I& n, F& f, F& p) {
     if constexpr (sizeof(T) == 4) {
       n = __builtin_convertvector(x, I);
       f = x - __builtin_convertvector(n, F);
@@ -123,10 +118,43 @@ struct Lanes {
       p = p * f + T(2.402265069590696439114e-1);
       p = p * f + T(6.931471805599447500168e-1);
     }
-    p = p * f + T(1);
+  }
+
+  // y = x 2^n for normal x and result.
+  static COTERIE_INLINE void scale_by_power(const F& x, const I& n, F& y) {
     constexpr int mantissa = std::numeric_limits<T>::digits - 1;
-    const U bits = (U)p + ((U)n << mantissa);
-    y = x < low ? F{} : (F)bits;  // where x does not fit n too, whatever the machine made of that
+    y = (F)((U)x + ((U)n << mantissa));
+  }
+
+  /// y = 2^x for x <= 0 and a little above; 0 below the smallest normal number; exactly 1 at 0; NaN stays NaN.
+  /// Method: x = n + f, n whole, -1 < f <= 0, a polynomial in f, and n added to the exponent bits.
+  /// Error: float at most 1.23 units in the last place (1.61 without fused multiply-adds), all floats tried; double 3 (3.3).
+  static COTERIE_INLINE void exp2(const F& x, F& y) {
+    constexpr T low = std::numeric_limits<T>::min_exponent - 1;  // -126 or -1022
+    I n;
+    F f, p;
+    exp2_parts(x, n, f, p);
+    scale_by_power(p * f + T(1), n, y);
+    y = x < low ? F{} : y;  // where x does not fit n too, whatever the machine made of that
+  }
+
+  /// y = tanh(x); NaN stays NaN.
+  /// Method: t = 2^(-2 log2(e) |x|), tanh|x| = (1 - t) / (1 + t), with 1 - t from the polynomial where t is above 1/2.
+  /// Error: at most 5 units in the last place in float, 10 in double.
+  static COTERIE_INLINE void tanh(const F& x, F& y) {
+    constexpr Unsigned sign = Unsigned(1) << (8 * sizeof(T) - 1);
+    const U bits = (U)x;
+    F size = (F)(bits & (U{} + Unsigned(sign - 1)));
+    size *= T(2) * log2_e<T>;
+    size = size > T(100) ? F{} + T(100) : size;
+    I n;
+    F f, p, t;
+    exp2_parts(-size, n, f, p);
+    const F little = p * f;  // 2^f - 1
+    scale_by_power(little + T(1), n, t);
+    const F less = n == 0 ? little : t - T(1);
+    const F quotient = less / (T(-2) - less);
+    y = (F)((U)quotient | (bits & (U{} + sign)));
   }
 
   /// y = log(x), base e, for normal x > 0; minus infinity below; infinity and NaN stay.

@@ -56,6 +56,7 @@ struct AttentionPart {
   RowSource<T> q, k, v;
   Index d = 0, dv = 0;
   T scale = 1;
+  T soft_cap = 0;           // of logits to base 2, before the bias; 0: none
   const T* bias = nullptr;  // by distance; see AttentionTerms
   Index bias_first = 0, bias_count = 0;
   const std::int32_t* query_positions = nullptr;

@@ -95,6 +95,7 @@ struct Row {
       if (one.begin == one.end && two.begin == two.end) continue;
       State& state = states[r];
       M::row_scores(state.q, part.d, keys + low, scores + low, vectors);
+      if (part.soft_cap != 0) cap_scores(part, low, low + vectors * lanes, scores);
       mask(part, first + r, block_begin, low, low + vectors * lanes, one, two, scores);
       softmax(scores, low, low + vectors * lanes, part.dv, state);
       for (const Interval& s : {one, two})
@@ -114,6 +115,17 @@ struct Row {
       }
       for (; c < columns; ++c)
         for (int l = 0; l < lanes; ++l) keys[c * key_block + v * lanes + l] = rows[v * lanes + l][c];
+    }
+  }
+
+  /// score = cap tanh(score / cap)
+  static COTERIE_INLINE void cap_scores(const AttentionPart<T>& part, int begin, int end, T* scores) {
+    const T inverse = T(1) / part.soft_cap;
+    for (int j = begin; j < end; j += lanes) {
+      F x, y;
+      L::load(scores + j, x);
+      L::tanh(x * inverse, y);
+      L::store(scores + j, y * part.soft_cap);
     }
   }
 

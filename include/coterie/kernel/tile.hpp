@@ -163,6 +163,21 @@ struct Tile {
     M::transpose_in(rows, stride, sight.vectors, columns, transposed);
   }
 
+  /// score = cap tanh(score / cap); `slope`, if wanted, the derivative, in rows of `width` as the scores.
+  static COTERIE_INLINE void cap_scores(const AttentionPart<T>& part, const typename Lookout::Segment& s,
+                                        int block_begin, T* scores, T* slope) {
+    const T inverse = T(1) / part.soft_cap;
+    for (int key = s.begin; key < s.end; ++key)
+      for (int v = s.first; v < s.last; ++v) {
+        const Index at = (key - block_begin) * width + v * lanes;
+        F x, y;
+        L::load(scores + at, x);
+        L::tanh(x * inverse, y);
+        L::store(scores + at, y * part.soft_cap);
+        if (slope) L::store(slope + at, T(1) - y * y);
+      }
+  }
+
   // The bias table, to base 2, with its end columns repeated `width` times on both sides, so that edge vectors load in place.
   static COTERIE_INLINE void pad_bias(const AttentionPart<T>& part, T* table) {
     for (Index i = 0; i < part.bias_count + 2 * width; ++i)
