@@ -39,6 +39,7 @@ struct AttentionCase {
   Index bias_first = 0;
   bool has_lse = true;
   double soft_cap = 0;
+  double dropout = 0;
 };
 
 /// A plan by hand: the rows of each cluster, given as lists. Causal rows see their cluster up to themselves.
@@ -251,6 +252,29 @@ inline std::vector<AttentionCase> attention_cases(const CaseSizes& sizes = {}) {
        .causal = true,
        .has_lse = false,
        .soft_cap = 0.3});
+  add({.name = "local causal, with dropout",
+       .fill = [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .causal = true}, p); },
+       .heads = 2,
+       .kv_heads = 1,
+       .d = same,
+       .dv = same,
+       .causal = true,
+       .dropout = 0.4});
+  add({.name = "overlapping clusters, lse, with dropout",
+       .fill = [=](AttentionPlan& p) { fill_members(overlapping_members(n, k, 5), n, Combine::lse, true, p); },
+       .heads = 2,
+       .kv_heads = 2,
+       .d = same,
+       .dv = same,
+       .causal = true,
+       .soft_cap = 2,
+       .dropout = 0.25});
+  add({.name = "overlapping clusters, mean, with dropout",
+       .fill = [=](AttentionPlan& p) { fill_members(overlapping_members(n, k, 6), n, Combine::mean, false, p); },
+       .d = same,
+       .dv = same,
+       .has_lse = false,
+       .dropout = 0.25});
   add({.name = "memory and window",
        .fill = [=](AttentionPlan& p) { fill_memory(n, 3, w, p); },
        .heads = 2,

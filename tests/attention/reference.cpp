@@ -58,7 +58,9 @@ struct Problem {
     config = {.heads = c.heads,
               .kv_heads = kv,
               .scales = {scales.data(), static_cast<std::size_t>(c.heads)},
-              .soft_cap = c.soft_cap};
+              .soft_cap = c.soft_cap,
+              .dropout = c.dropout,
+              .dropout_seed = 5};
     terms = {.bias = bias, .bias_first = c.bias_first, .memory_keys = memory_keys, .memory_values = memory_values};
   }
 

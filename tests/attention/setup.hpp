@@ -34,6 +34,9 @@ struct Inputs {
     config.heads = c.heads;
     config.kv_heads = c.kv_heads;
     config.soft_cap = c.soft_cap;
+    config.dropout = c.dropout;
+    config.dropout_seed = 11;
+    config.dropout_step = 3;
     Random random(seed);
     q = random.matrix<T>(plan.tokens, c.heads * c.d) * T(size);
     k = random.matrix<T>(plan.key_tokens, c.kv_heads * c.d) * T(size);

@@ -50,6 +50,7 @@ class AttentionCall {
     const T cap = static_cast<T>(config.soft_cap) * log2_e<T>;
     faults.require(config.soft_cap == 0 || (cap > 0 && std::isfinite(cap) && std::isfinite(1 / cap)), "soft_cap",
                    "0, or a positive number", config.soft_cap);
+    faults.require(config.dropout >= 0 && config.dropout < 1, "dropout", "at least 0 and below 1", config.dropout);
     faults.raise();
     if (plans.size() != 1 && plans.size() != kv_heads_ && plans.size() != heads_)
       fail<ShapeError>(
@@ -127,6 +128,11 @@ class AttentionCall {
                          : config_.scale != 0    ? config_.scale
                                                  : 1 / std::sqrt(double(d_));
     part.scale = static_cast<T>(scale);
+    part.dropout_bound = dropout_bound(config_);
+    if (part.dropout_bound != 0) {
+      part.dropout_call = dropout_call(config_, head);
+      part.dropout_scale = static_cast<T>(1 / (1 - config_.dropout));
+    }
     part.soft_cap = static_cast<T>(config_.soft_cap) * log2_e<T>;
     if (bias_count() > 0) {
       part.bias = terms_.bias.row(bias_row(head));

@@ -1,10 +1,12 @@
 // What attention is asked to do: heads, scale, plans, and the terms added to the plain formula.
 #pragma once
 
+#include <cstdint>
 #include <span>
 #include <vector>
 
 #include "coterie/core/matrix.hpp"
+#include "coterie/core/random.hpp"
 #include "coterie/plan/plan.hpp"
 
 namespace coterie {
@@ -16,6 +18,9 @@ struct AttentionConfig {
   double scale = 0;    ///< factor of q.k; 0: 1/sqrt(d)
   std::span<const double> scales = {};  ///< one factor per head, instead of `scale`
   double soft_cap = 0;  ///< bounds scale q.k, before a bias is added: cap tanh(scale q.k / cap); 0: no bound
+  double dropout = 0;   ///< share of the probabilities that become 0, the others growing by 1 / (1 - dropout)
+  std::uint64_t dropout_seed = 0;  ///< which ones: a function of seed, step, head, query row and key row alone
+  std::uint64_t dropout_step = 0;  ///< to differ from call to call; backward takes forward's
 };
 
 /// One plan for all heads, or one for every key/value head, or one for every head. Refers to the plans, does not own them.
@@ -32,6 +37,19 @@ class Plans {
  private:
   std::span<const AttentionPlan> plans_;
 };
+
+namespace detail {
+
+/// What decides about dropped pairs of a head: see row_bits and pair_bits.
+inline std::uint64_t dropout_call(const AttentionConfig& config, Index head) {
+  return random_bits(config.dropout_seed, config.dropout_step, static_cast<std::uint64_t>(head));
+}
+/// Pairs whose bits are below it are dropped.
+inline std::uint32_t dropout_bound(const AttentionConfig& config) {
+  return static_cast<std::uint32_t>(config.dropout * 0x1p32);
+}
+
+}  // namespace detail
 
 /// What is added to the plain formula; every member may be left out.
 template <class T>

@@ -30,6 +30,7 @@ class Reference {
     faults.require(config.scales.empty() || Index(config.scales.size()) == heads_, "scales", "none or one per head",
                    config.scales.size());
     faults.require(config.soft_cap >= 0, "soft_cap", "0, or a positive number", config.soft_cap);
+    faults.require(config.dropout >= 0 && config.dropout < 1, "dropout", "at least 0 and below 1", config.dropout);
     faults.raise();
     faults.require(plans.size() == 1 || plans.size() == kv_heads_ || plans.size() == heads_, "plans",
                    "1, kv_heads or heads of them", plans.size());
@@ -137,6 +138,13 @@ class Reference {
     return 1 - y * y;
   }
 
+  /// What becomes of a pair's probability: 0 where it is dropped.
+  double kept(Index head, Index query_row, Index key_row) const {
+    const std::uint64_t call = dropout_call(config_, head);
+    const std::uint32_t bits = pair_bits(row_bits(call, false, query_row) ^ row_bits(call, true, key_row));
+    return bits < dropout_bound(config_) ? 0 : 1 / (1 - config_.dropout);
+  }
+
   /// Probabilities of the softmax's keys; returns its log-sum-exp.
   double probabilities(Index head, Index row, const Softmax& softmax, std::vector<double>& p) const {
     p.clear();
@@ -198,14 +206,15 @@ inline void reference_forward(Plans plans, ConstView<double> q, ConstView<double
         // out_i += share sum_j p_ij v_j
         for (std::size_t j = 0; j < p.size(); ++j)
           for (Index l = 0; l < dv; ++l)
-            out(i, h * dv + l) += softmax.share * p[j] * reference.value(h, softmax.keys[j])[l];
+            out(i, h * dv + l) +=
+                softmax.share * p[j] * reference.kept(h, i, softmax.keys[j]) * reference.value(h, softmax.keys[j])[l];
       }
     }
 }
 
 /// Gradients of reference_forward, recomputing what they need.
 /// Shapes: as in reference_forward; d_out as out, d_q, d_k, d_v as q, k, v. Gradients of terms may be left out.
-/// Formula: with g = share d_out_i: dp_ij = g.v_j, ds_ij = p_ij (dp_ij - sum_l p_il dp_il + d_lse_i);
+/// Formula: with g = share d_out_i: dp_ij = g.v_j (0 where dropped), ds_ij = p_ij (dp_ij - sum_l p_il dp_il + d_lse_i);
 ///   d_v_j += p_ij g, d_q_i += scale ds_ij k_j, d_k_j += scale ds_ij q_i, d_scale += ds_ij q_i.k_j, d_bias += ds_ij.
 /// Requires: as reference_forward.
 /// Adds or overwrites: adds.
@@ -249,25 +258,26 @@ inline void reference_backward(Plans plans, ConstView<double> q, ConstView<doubl
         double mean = 0;  // sum_j p_ij dp_ij
         for (std::size_t j = 0; j < p.size(); ++j) {
           for (Index l = 0; l < dv; ++l) dp[j] += softmax.share * g[l] * reference.value(h, softmax.keys[j])[l];
+          dp[j] *= reference.kept(h, i, softmax.keys[j]);
           mean += p[j] * dp[j];
         }
         for (std::size_t j = 0; j < p.size(); ++j) {
           const Index key_row = softmax.keys[j];
           const double d_logit = p[j] * (dp[j] - mean + (has_d_lse ? gradients.d_lse(i, h) : 0));
           const double ds = d_logit * reference.slope(h, i, key_row);
+          const double used = softmax.share * p[j] * reference.kept(h, i, key_row);
           const double* const q_i = reference.query(h, i);
           const double* const k_j = reference.key(h, key_row);
           for (Index l = 0; l < d; ++l) d_q(i, h * d + l) += scale * ds * k_j[l];
           if (key_row < key_tokens) {
             for (Index l = 0; l < d; ++l) d_k(key_row, kv_head * d + l) += scale * ds * q_i[l];
-            for (Index l = 0; l < dv; ++l) d_v(key_row, kv_head * dv + l) += softmax.share * p[j] * g[l];
+            for (Index l = 0; l < dv; ++l) d_v(key_row, kv_head * dv + l) += used * g[l];
           } else {
             const Index row = key_row - key_tokens;
             if (gradients.d_memory_keys.cols() > 0)
               for (Index l = 0; l < d; ++l) gradients.d_memory_keys(row, kv_head * d + l) += scale * ds * q_i[l];
             if (gradients.d_memory_values.cols() > 0)
-              for (Index l = 0; l < dv; ++l)
-                gradients.d_memory_values(row, kv_head * dv + l) += softmax.share * p[j] * g[l];
+              for (Index l = 0; l < dv; ++l) gradients.d_memory_values(row, kv_head * dv + l) += used * g[l];
           }
           if (!gradients.d_scales.empty())
             gradients.d_scales[static_cast<std::size_t>(h)] += ds * reference.dot(h, i, key_row);

@@ -21,6 +21,17 @@ constexpr std::uint64_t random_bits(std::uint64_t seed, std::uint64_t stream, st
   return mix_bits(mix_bits(mix_bits(seed + step) + (stream + 1) * step) + (counter + 1) * step);
 }
 
+/// Whether a (query, key) pair is dropped is a function of 32 bits of each of its rows: pair_bits(query ^ key) below a bound.
+/// Here: the bits of a row for one head of one call; there: an integer hash (C. Wellons's lowbias32).
+constexpr std::uint32_t row_bits(std::uint64_t call, bool key, Index row) {
+  return static_cast<std::uint32_t>(random_bits(call, key, static_cast<std::uint64_t>(row)) >> 32);
+}
+constexpr std::uint32_t pair_bits(std::uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
 /// Uniform in [0, 1).
 constexpr double random_uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t counter) {
   return static_cast<double>(random_bits(seed, stream, counter) >> 11) * 0x1p-53;

@@ -130,7 +130,9 @@ struct Backward {
         if (part.soft_cap != 0) Common::cap_scores(part, s, block_begin, b.scores, b.slope);
         if (part.bias) Common::add_bias(part, first, sight, s, block_begin, b.bias, b.scores);
         fetch_some();
+        if (part.dropout_bound != 0) Common::drop(part, first, sight, s, block_begin, b.d_scores);
         probabilities(sight, s, block_begin, b);
+        if (part.dropout_bound != 0) Common::drop(part, first, sight, s, block_begin, b.scores);
         if (gradients.d_bias) Common::add_bias_gradient(part, first, sight, s, block_begin, b.d_scores, b.d_bias);
         if (part.soft_cap != 0) uncap(sight, s, block_begin, b);
         fetch_some();

@@ -106,6 +106,10 @@ struct Forward {
             L::store(f.out + c * width + v * lanes, x * factor);
           }
       fetch_some();
+      // P without what is dropped; the sums have all of it
+      if (part.dropout_bound != 0)
+        for (int i = 0; i < sight.segment_count; ++i)
+          Common::drop(part, first, sight, sight.segments[i], block_begin, f.scores);
       // Ot += V^T P
       for (int i = 0; i < sight.segment_count; ++i)
         Common::accumulate_columns(sight, sight.segments[i], block_begin, v_rows, part.dv, f.scores, f.out);

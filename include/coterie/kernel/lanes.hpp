@@ -182,6 +182,14 @@ struct Lanes {
     y = normal ? y : special;
   }
 
+  /// x = pair_bits(x) of core/random.hpp, for 32 bits in every lane.
+  static COTERIE_INLINE void pair_bits(U& x) {
+    constexpr Unsigned low = Unsigned(0xffffffffu);
+    x = ((x ^ (x >> 16)) * Unsigned(0x7feb352du)) & low;
+    x = ((x ^ (x >> 15)) * Unsigned(0x846ca68bu)) & low;
+    x = x ^ (x >> 16);
+  }
+
   /// y[i] = the i-th number of a and b together that Pick::of(i) names.
   template <class Pick, int... Is>
   static COTERIE_INLINE void shuffle(const F& a, const F& b, F& y, std::integer_sequence<int, Is...>) {

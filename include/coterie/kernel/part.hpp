@@ -5,6 +5,7 @@
 
 #include "coterie/core/interval.hpp"
 #include "coterie/core/matrix.hpp"
+#include "coterie/core/random.hpp"
 #include "coterie/kernel/lanes.hpp"
 
 namespace coterie::detail {
@@ -61,7 +62,10 @@ struct AttentionPart {
   Index bias_first = 0, bias_count = 0;
   const std::int32_t* query_positions = nullptr;
   const std::int32_t* key_positions = nullptr;
-  bool by_entry = false;  // out and states: row e of the part instead of row rows[e]
+  std::uint64_t dropout_call = 0;   // seed, step and head
+  std::uint32_t dropout_bound = 0;  // pairs whose bits are below are dropped; 0: none
+  T dropout_scale = 1;              // of the others
+  bool by_entry = false;            // out and states: row e of the part instead of row rows[e]
   T* out = nullptr;
   Index out_stride = 0;
   SoftmaxStates<T> states;
@@ -103,6 +107,9 @@ struct AttentionPart {
       value = v.row(row);
     }
   }
+
+  std::uint32_t query_bits(Index entry) const { return row_bits(dropout_call, false, rows[entry]); }
+  std::uint32_t key_bits(Index rank) const { return row_bits(dropout_call, true, keys[rank]); }
 
   Index target(Index entry) const { return by_entry ? entry : rows[entry]; }
   Index query_position(Index entry) const { return query_positions ? query_positions[rows[entry]] : rows[entry]; }

@@ -99,7 +99,12 @@ struct Row {
       mask(part, first + r, block_begin, low, low + vectors * lanes, one, two, scores);
       softmax(scores, low, low + vectors * lanes, part.dv, state);
       for (const Interval& s : {one, two})
-        if (s.begin < s.end) M::row_values(scores, v_rows, s.begin, s.end, part.dv, state.out, state.sum);
+        if (s.begin < s.end) {
+          T dropped_sum = 0;
+          if (part.dropout_bound != 0) drop(part, first + r, block_begin, s, scores, state.sum);
+          M::row_values(scores, v_rows, s.begin, s.end, part.dv, state.out,
+                        part.dropout_bound != 0 ? dropped_sum : state.sum);
+        }
     }
   }
 
@@ -115,6 +120,17 @@ struct Row {
       }
       for (; c < columns; ++c)
         for (int l = 0; l < lanes; ++l) keys[c * key_block + v * lanes + l] = rows[v * lanes + l][c];
+    }
+  }
+
+  /// Adds the probabilities of an interval to the sum, then drops pairs.
+  static COTERIE_INLINE void drop(const AttentionPart<T>& part, Index entry, int block_begin, const Interval& s,
+                                  T* scores, T& sum) {
+    const std::uint32_t query_bits = part.query_bits(entry);
+    for (int j = s.begin; j < s.end; ++j) {
+      sum += scores[j];
+      const bool kept = pair_bits(query_bits ^ part.key_bits(block_begin + j)) >= part.dropout_bound;
+      scores[j] = kept ? scores[j] * part.dropout_scale : T(0);
     }
   }
 

@@ -178,6 +178,29 @@ struct Tile {
       }
   }
 
+  /// Drops pairs of the segment: 0 for those, and dropout_scale times the value for the others.
+  static COTERIE_INLINE void drop(const AttentionPart<T>& part, Index first, const Lookout& sight,
+                                  const typename Lookout::Segment& s, int block_begin, T* values) {
+    using Unsigned = typename L::Unsigned;
+    using U = typename L::U;
+    alignas(64) Unsigned queries[width];
+    for (int l = s.first * lanes; l < s.last * lanes; ++l)
+      queries[l] = part.query_bits(first + std::min(l, sight.count - 1));
+    for (int key = s.begin; key < s.end; ++key) {
+      const Unsigned key_bits = part.key_bits(key);
+      for (int v = s.first; v < s.last; ++v) {
+        T* const at = values + (key - block_begin) * width + v * lanes;
+        U bits = *reinterpret_cast<const U*>(queries + v * lanes) ^ key_bits;
+        L::pair_bits(bits);
+        const I kept = bits >= Unsigned(part.dropout_bound);
+        F x;
+        L::load(at, x);
+        x = kept ? x * part.dropout_scale : F{};
+        L::store(at, x);
+      }
+    }
+  }
+
   // The bias table, to base 2, with its end columns repeated `width` times on both sides, so that edge vectors load in place.
   static COTERIE_INLINE void pad_bias(const AttentionPart<T>& part, T* table) {
     for (Index i = 0; i < part.bias_count + 2 * width; ++i)
