@@ -109,6 +109,30 @@ class AttentionCall {
   const AttentionTerms<T>& terms() const { return terms_; }
   std::span<const double> scales() const { return config_.scales; }
 
+  double scale(Index head) const {
+    return !config_.scales.empty() ? config_.scales[std::size_t(head)]
+           : config_.scale != 0    ? config_.scale
+                                   : 1 / std::sqrt(double(d_));
+  }
+
+  /// One logit in double, for diagnostics.
+  double logit(Index head, Index row, Index key_row) const {
+    const Index kv = kv_head(head);
+    const bool memory = key_row >= key_tokens();
+    const T* const query = q_.row(row) + head * d_;
+    const T* const key = (memory ? terms_.memory_keys.row(key_row - key_tokens()) : k_.row(key_row)) + kv * d_;
+    double sum = 0;
+    for (Index c = 0; c < d_; ++c) sum += static_cast<double>(query[c]) * static_cast<double>(key[c]);
+    sum *= scale(head);
+    if (config_.soft_cap != 0) sum = config_.soft_cap * std::tanh(sum / config_.soft_cap);
+    if (bias_count() == 0 || memory) return sum;
+    const AttentionPlan& p = plan(head);
+    const Index from = p.query_positions.empty() ? row : p.query_positions[std::size_t(row)];
+    const Index to = p.key_positions.empty() ? key_row : p.key_positions[std::size_t(key_row)];
+    return sum + static_cast<double>(terms_.bias(
+                     bias_row(head), std::clamp<Index>(from - to - terms_.bias_first, 0, bias_count() - 1)));
+  }
+
   /// What the kernel reads for a part; outputs are left to the caller.
   AttentionPart<T> part(Index head, const AttentionPlan::Part& piece) const {
     const AttentionPlan& p = plan(head);
@@ -124,10 +148,7 @@ class AttentionCall {
     part.v = source(v_, terms_.memory_values, kv * dv_);
     part.d = d_;
     part.dv = dv_;
-    const double scale = !config_.scales.empty() ? config_.scales[std::size_t(head)]
-                         : config_.scale != 0    ? config_.scale
-                                                 : 1 / std::sqrt(double(d_));
-    part.scale = static_cast<T>(scale);
+    part.scale = static_cast<T>(scale(head));
     part.dropout_bound = dropout_bound(config_);
     if (part.dropout_bound != 0) {
       part.dropout_call = dropout_call(config_, head);

@@ -1,0 +1,168 @@
+// Recall: how much of the attention that a wider plan would pay a narrower plan keeps. For choosing clusters and windows.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "coterie/attention/call.hpp"
+#include "coterie/attention/config.hpp"
+#include "coterie/core/context.hpp"
+#include "coterie/core/random.hpp"
+
+namespace coterie {
+
+/// Settings of attention_recall.
+struct RecallConfig {
+  Index queries = 256;     ///< query rows that are looked at, drawn without repetition; all where there are no more
+  std::uint64_t seed = 0;  ///< of the draw
+};
+
+/// Shares of the wider plan's probability mass on keys that the plan shows too.
+struct AttentionRecall {
+  std::vector<Index> queries;  ///< the rows looked at, ascending, without those that see nothing in the wider plan
+  double mean = 0;             ///< over those rows and all heads
+  std::vector<double> heads;   ///< mean of each head
+  std::vector<double> rows;    ///< of queries[i] and head h at i * heads + h
+};
+
+namespace detail {
+
+/// `count` of [0, all), ascending, each set equally likely.
+inline std::vector<Index> draw_rows(Index all, Index count, std::uint64_t seed) {
+  std::vector<Index> rows;
+  rows.reserve(static_cast<std::size_t>(std::min(count, all)));
+  // Knuth's algorithm S: row i is taken with probability (still wanted) / (still there).
+  for (Index i = 0, wanted = std::min(count, all); wanted > 0; ++i)
+    if (random_below(all - i, seed, 0, static_cast<std::uint64_t>(i)) < wanted) {
+      rows.push_back(i);
+      --wanted;
+    }
+  return rows;
+}
+
+/// Sets `sees[key]` to `value` for the keys that a row sees.
+inline void mark_keys(const AttentionPlan& plan, Index row, std::vector<std::int32_t>& group_of_entry, char value,
+                      std::vector<char>& sees) {
+  for (std::int32_t j = plan.row_begin[std::size_t(row)]; j < plan.row_begin[std::size_t(row) + 1]; ++j) {
+    const auto entry = static_cast<std::size_t>(plan.row_entries[std::size_t(j)]);
+    const std::int32_t* const keys = plan.keys.data() + plan.groups[std::size_t(group_of_entry[entry])].key_begin;
+    const auto mark = [&](Interval seen) {
+      for (std::int32_t rank = seen.begin; rank < seen.end; ++rank) sees[std::size_t(keys[rank])] = value;
+    };
+    mark(plan.visible[entry]);
+    if (!plan.visible_too.empty()) mark(plan.visible_too[entry]);
+  }
+}
+
+inline std::vector<std::int32_t> groups_of_entries(const AttentionPlan& plan) {
+  std::vector<std::int32_t> groups(plan.entries.size());
+  for (std::size_t g = 0; g < plan.groups.size(); ++g)
+    std::fill(groups.begin() + plan.groups[g].entry_begin, groups.begin() + plan.groups[g].entry_end,
+              static_cast<std::int32_t>(g));
+  return groups;
+}
+
+template <class T>
+AttentionRecall attention_recall(const Plans& plans, const Plans& full, ConstView<T> q, ConstView<T> k,
+                                 const AttentionConfig& config, const RecallConfig& recall, Context& context,
+                                 const AttentionTerms<T>& terms) {
+  const char* const function = "attention_recall";
+  // Values do not matter: keys stand in for them.
+  const ConstView<T> memory = terms.memory_keys;
+  AttentionTerms<T> checked = terms;
+  checked.memory_values = memory;
+  const AttentionCall<T> call(function, plans, q, k, k, config, checked);
+  const AttentionCall<T> wider(function, full, q, k, k, config, checked);
+  if (recall.queries < 1) fail<ValueError>(function, "queries", "at least 1", recall.queries);
+
+  const std::vector<Index> rows = draw_rows(call.tokens(), recall.queries, recall.seed);
+  const Index heads = call.heads(), count = static_cast<Index>(rows.size()), key_rows = call.key_rows();
+  std::vector<std::vector<std::int32_t>> groups, wider_groups;
+  for (Index p = 0; p < plans.size(); ++p) groups.push_back(groups_of_entries(plans[p]));
+  for (Index p = 0; p < full.size(); ++p) wider_groups.push_back(groups_of_entries(full[p]));
+  AttentionRecall result;
+  result.rows.assign(static_cast<std::size_t>(count * heads), -1.0);
+  struct Scratch {
+    std::vector<char> sees, kept;
+    std::vector<double> logits;
+  };
+  std::vector<Scratch> scratch(static_cast<std::size_t>(context.workers()));
+  context.for_each(count, [&](Index i, Index worker) {
+    Scratch& s = scratch[static_cast<std::size_t>(worker)];
+    s.sees.resize(static_cast<std::size_t>(key_rows), 0);
+    s.kept.resize(static_cast<std::size_t>(key_rows), 0);
+    s.logits.resize(static_cast<std::size_t>(key_rows));
+    const Index row = rows[static_cast<std::size_t>(i)];
+    for (Index h = 0; h < heads; ++h) {
+      const AttentionPlan &plan = call.plan(h), &all = wider.plan(h);
+      auto& of_plan = groups[static_cast<std::size_t>(h * plans.size() / heads)];
+      auto& of_all = wider_groups[static_cast<std::size_t>(h * full.size() / heads)];
+      mark_keys(all, row, of_all, 1, s.sees);
+      mark_keys(plan, row, of_plan, 1, s.kept);
+      double most = -std::numeric_limits<double>::infinity();
+      for (Index key = 0; key < key_rows; ++key)
+        if (s.sees[std::size_t(key)]) {
+          s.logits[std::size_t(key)] = call.logit(h, row, key);
+          most = std::max(most, s.logits[std::size_t(key)]);
+        }
+      double sum = 0, kept = 0;
+      for (Index key = 0; key < key_rows; ++key)
+        if (s.sees[std::size_t(key)]) {
+          const double p = std::exp(s.logits[std::size_t(key)] - most);
+          sum += p;
+          if (s.kept[std::size_t(key)]) kept += p;
+        }
+      if (sum > 0) result.rows[static_cast<std::size_t>(i * heads + h)] = kept / sum;
+      mark_keys(all, row, of_all, 0, s.sees);
+      mark_keys(plan, row, of_plan, 0, s.kept);
+    }
+  });
+  // Rows that see nothing in the wider plan have no share.
+  result.heads.assign(static_cast<std::size_t>(heads), 0.0);
+  Index kept = 0;
+  for (Index i = 0; i < count; ++i) {
+    const double* const from = result.rows.data() + i * heads;
+    if (std::any_of(from, from + heads, [](double share) { return share < 0; })) continue;
+    for (Index h = 0; h < heads; ++h) {
+      result.heads[static_cast<std::size_t>(h)] += from[h];
+      result.rows[static_cast<std::size_t>(kept * heads + h)] = from[h];
+    }
+    result.queries.push_back(rows[static_cast<std::size_t>(i)]);
+    ++kept;
+  }
+  result.rows.resize(static_cast<std::size_t>(kept * heads));
+  for (double& share : result.heads) {
+    if (kept > 0) share /= static_cast<double>(kept);
+    result.mean += share / static_cast<double>(heads);
+  }
+  return result;
+}
+
+}  // namespace detail
+
+/// The share of the probability mass of attention along `full` (a dense plan, mostly) that falls on keys which `plan` shows
+/// too, for sampled queries: 1 where nothing is lost.
+///
+/// Shapes: as in attention_forward; both of the same tokens and keys. How a plan combines several entries does not matter: the
+///   keys of all of them count, once.
+/// Formula: recall_i = sum of p_ij over j that plan shows, p_i the softmax over the keys of full; dropout is left aside.
+/// Requires: as attention_forward, and at least one query (ShapeError, ValueError).
+/// Allocates: its result and marks, key rows for each worker. Not for inner loops.
+/// Threads and determinism: the same numbers for any number of workers.
+/// Cost: 2 d operations per sampled query, head and key, in double and plain loops.
+/// Source: ours.
+inline AttentionRecall attention_recall(const Plans& plan, const Plans& full, ConstView<float> q, ConstView<float> k,
+                                        const AttentionConfig& config, const RecallConfig& recall, Context& context,
+                                        const AttentionTerms<float>& terms = {}) {
+  return detail::attention_recall<float>(plan, full, q, k, config, recall, context, terms);
+}
+inline AttentionRecall attention_recall(const Plans& plan, const Plans& full, ConstView<double> q, ConstView<double> k,
+                                        const AttentionConfig& config, const RecallConfig& recall, Context& context,
+                                        const AttentionTerms<double>& terms = {}) {
+  return detail::attention_recall<double>(plan, full, q, k, config, recall, context, terms);
+}
+
+}  // namespace coterie

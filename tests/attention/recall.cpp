@@ -1,0 +1,87 @@
+#include "coterie/attention/recall.hpp"
+
+#include "attention/setup.hpp"
+#include "catch.hpp"
+#include "errors.hpp"
+
+using namespace test;
+
+TEST_CASE("recall is the mass of the wider plan's softmax on keys of the plan, for every case") {
+  Context context;
+  for (const AttentionCase& c : attention_cases()) {
+    INFO(c.name);
+    const Inputs<double> in(c, 4);
+    AttentionPlan full;
+    full.tokens = in.plan.tokens;
+    full.key_tokens = in.plan.key_tokens;
+    full.memory_tokens = in.plan.memory_tokens;
+    full.combine = in.plan.combine;
+    full.query_positions = in.plan.query_positions;
+    full.key_positions = in.plan.key_positions;
+    const auto rows = static_cast<std::int32_t>(full.tokens);
+    const auto keys = static_cast<std::int32_t>(full.key_tokens + full.memory_tokens);
+    full.groups = {{0, rows, 0, keys}};
+    for (std::int32_t i = 0; i < rows; ++i) full.entries.push_back(i), full.visible.push_back({0, keys});
+    for (std::int32_t j = 0; j < keys; ++j) full.keys.push_back(j);
+    complete(full);
+    const AttentionRecall got =
+        attention_recall(in.plan, full, in.q, in.k, in.config, {.queries = 1000}, context, in.terms());
+    REQUIRE(static_cast<Index>(got.queries.size()) == full.tokens);
+    AttentionConfig config = in.config;
+    config.dropout = 0;
+    const AttentionTerms<double> terms = in.terms();
+    const coterie::detail::Reference reference("recall", full, in.q, in.k, in.v, config, terms);
+    double mean = 0;
+    for (Index h = 0; h < config.heads; ++h)
+      for (Index i = 0; i < full.tokens; ++i) {
+        std::vector<double> p;
+        const auto softmax = reference.softmaxes(h, i)[0];
+        reference.probabilities(h, i, softmax, p);
+        std::vector<char> sees(static_cast<std::size_t>(keys), 0);
+        for (const AttentionPlan::Group& g : in.plan.groups)
+          for (std::int32_t e = g.entry_begin; e < g.entry_end; ++e) {
+            if (in.plan.entries[static_cast<std::size_t>(e)] != i) continue;
+            const auto see = [&](Interval s) {
+              for (std::int32_t r = s.begin; r < s.end; ++r)
+                sees[static_cast<std::size_t>(in.plan.keys[static_cast<std::size_t>(g.key_begin + r)])] = 1;
+            };
+            see(in.plan.visible[static_cast<std::size_t>(e)]);
+            if (!in.plan.visible_too.empty()) see(in.plan.visible_too[static_cast<std::size_t>(e)]);
+          }
+        double kept = 0;
+        for (std::size_t j = 0; j < p.size(); ++j) kept += sees[static_cast<std::size_t>(softmax.keys[j])] ? p[j] : 0;
+        CHECK(std::abs(got.rows[static_cast<std::size_t>(i * config.heads + h)] - kept) < 1e-12);
+        mean += kept / static_cast<double>(full.tokens * config.heads);
+      }
+    CHECK(std::abs(got.mean - mean) < 1e-12);
+  }
+}
+
+TEST_CASE("recall: a plan keeps all of itself; samples are drawn, ascending, and the same for any workers") {
+  const Index n = 300;
+  AttentionPlan dense, local;
+  plan_dense({.tokens = n, .causal = true}, dense);
+  plan_local({.tokens = n, .window = 20, .causal = true}, local);
+  Random random(2);
+  const RowMatrix<float> q = random.matrix<float>(n, 8), k = random.matrix<float>(n, 8);
+  Context context;
+  REQUIRE(attention_recall(dense, dense, q, k, {.heads = 2}, {}, context).mean == 1);
+  const AttentionRecall one = attention_recall(local, dense, q, k, {.heads = 2}, {.queries = 50, .seed = 3}, context);
+  REQUIRE(one.queries == coterie::detail::draw_rows(n, 50, 3));
+  REQUIRE(one.rows.size() == 100);
+  REQUIRE(one.mean > 0.05);
+  REQUIRE(one.mean < 0.95);
+  ThreadPool pool(3);
+  Workspace workspace;
+  Context three(pool, workspace);
+  REQUIRE(attention_recall(local, dense, q, k, {.heads = 2}, {.queries = 50, .seed = 3}, three).rows == one.rows);
+  REQUIRE(attention_recall(local, dense, q, k, {.heads = 2}, {.queries = 50, .seed = 4}, three).rows != one.rows);
+  const auto rows = coterie::detail::draw_rows(20, 7, 1);
+  REQUIRE(rows.size() == 7);
+  REQUIRE(std::is_sorted(rows.begin(), rows.end()));
+  REQUIRE(std::adjacent_find(rows.begin(), rows.end()) == rows.end());
+  REQUIRE_THROWS_AS(attention_recall(local, dense, q, k, {.heads = 2}, {.queries = 0}, context), ValueError);
+  AttentionPlan other;
+  plan_dense({.tokens = n - 1, .causal = true}, other);
+  REQUIRE_THROWS_AS(attention_recall(local, other, q, k, {.heads = 2}, {}, context), ShapeError);
+}
