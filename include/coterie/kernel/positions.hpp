@@ -10,18 +10,29 @@
 
 namespace coterie {
 
-/// Rotary positions of one head width: column pairs (j, j + h), j < h = d/2, turn by the angle position * base^(-j/h).
+/// Which columns of a head turn together, with h = d/2. Weights trained with one layout give the same logits with the
+/// other once their columns are put in its order.
+enum class RotaryLayout {
+  halves,       ///< (j, j + h): GPT-NeoX, LLaMA
+  interleaved,  ///< (2j, 2j + 1): RoFormer, GPT-J
+};
+
+/// Rotary positions of one head width: column pair j < h = d/2 turns by the angle position * base^(-j/h).
 ///
 /// The dot product of a rotated query and a rotated key depends on their distance only. A last odd column stays.
+/// Source: Su et al. 2021, section 3.2.
 class Rotary {
  public:
   Rotary() = default;
 
   /// Allocates: tables of 128 * (d/2) doubles.
-  /// Requires: head_dim >= 0 and a positive base, otherwise ValueError.
-  explicit Rotary(Index head_dim, double base = 10000) : half_(head_dim / 2) {
+  /// Requires: head_dim >= 0, a positive base and a layout that there is, otherwise ValueError.
+  explicit Rotary(Index head_dim, double base = 10000, RotaryLayout layout = RotaryLayout::halves)
+      : half_(head_dim / 2), layout_(layout) {
     if (head_dim < 0) detail::fail<ValueError>("Rotary", "head_dim", "at least 0", head_dim);
     if (!(base > 0) || !std::isfinite(base)) detail::fail<ValueError>("Rotary", "base", "a positive number", base);
+    if (layout != RotaryLayout::halves && layout != RotaryLayout::interleaved)
+      detail::fail<ValueError>("Rotary", "layout", "halves or interleaved", static_cast<int>(layout));
     const auto half = static_cast<std::size_t>(half_);
     frequency_.resize(half);
     for (std::size_t j = 0; j < half; ++j)
@@ -40,7 +51,7 @@ class Rotary {
 
   /// Turns every row of x by its position, in place.
   /// Shapes: x tokens x heads*d, positions tokens.
-  /// Formula: (x_j, x_j+h) = (x_j cos a - x_j+h sin a, x_j+h cos a + x_j sin a), a = position * base^(-j/h).
+  /// Formula: (u, v) = (u cos a - v sin a, v cos a + u sin a), (u, v) the pair j of a head, a = position * base^(-j/h).
   /// Requires: shapes that fit, otherwise ShapeError.
   /// Overwrites x.
   /// Threads and determinism: a row's bits depend on that row and its position alone.
@@ -103,15 +114,18 @@ class Rotary {
       a.cos[j] = a.block_cos[j] * fine_cos[j] - a.block_sin[j] * fine_sin[j];
       a.sin[j] = sign * (a.block_sin[j] * fine_cos[j] + a.block_cos[j] * fine_sin[j]);
     }
+    // Column of the pair's first, and how far the second is.
+    const Index step = layout_ == RotaryLayout::halves ? 1 : 2, apart = layout_ == RotaryLayout::halves ? half_ : 1;
     for (Index h = 0; h < heads; ++h, x += width)
       for (Index j = 0; j < half_; ++j) {
-        const T c = static_cast<T>(a.cos[j]), s = static_cast<T>(a.sin[j]), u = x[j], v = x[j + half_];
-        x[j] = u * c - v * s;
-        x[j + half_] = v * c + u * s;
+        const T c = static_cast<T>(a.cos[j]), s = static_cast<T>(a.sin[j]), u = x[j * step], v = x[j * step + apart];
+        x[j * step] = u * c - v * s;
+        x[j * step + apart] = v * c + u * s;
       }
   }
 
   Index half_ = 0;
+  RotaryLayout layout_ = RotaryLayout::halves;
   std::vector<double> frequency_;  // half: base^(-j/half)
   std::vector<double> cos_, sin_;  // block x half: of the positions in [0, block)
 };
