@@ -2,6 +2,7 @@
 #pragma once
 
 #include "coterie/attention/attention.hpp"
+#include "coterie/attention/relative_bias.hpp"
 #include "coterie/core/context.hpp"
 #include "coterie/kernel/positions.hpp"
 #include "coterie/kernel/product.hpp"
