@@ -11,5 +11,6 @@
 #include "coterie/plan/dense.hpp"
 #include "coterie/plan/local.hpp"
 #include "coterie/plan/strided.hpp"
+#include "coterie/router/commitment.hpp"
 #include "coterie/router/kmeans.hpp"
 #include "coterie/version.hpp"

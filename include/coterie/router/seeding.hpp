@@ -13,7 +13,7 @@
 namespace coterie::detail {
 
 /// What the router draws random numbers for; each has a stream of its own.
-enum class RouterStream : std::uint64_t { directions = 1, seeding, sample, revival };
+enum class RouterStream : std::uint64_t { directions = 1, seeding, sample, revival, split };
 
 inline std::uint64_t router_stream(RouterStream use, Index update = 0) {
   return static_cast<std::uint64_t>(use) + (static_cast<std::uint64_t>(update) << 8);

@@ -1,0 +1,52 @@
+// Settings of routers.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "coterie/core/check.hpp"
+#include "coterie/core/matrix.hpp"
+
+namespace coterie {
+
+/// What an update averages; the formulas stand at OnlineKMeans::update.
+enum class Average {
+  counts_and_sums,  ///< counts and sums, their ratio is the centroid: every row weighs the same, whatever its batch
+  batch_mean,       ///< the batch's mean of each cluster: every batch weighs the same, however many rows it brings
+};
+
+/// Settings of OnlineKMeans; designated initialisers in this order.
+struct KMeansConfig {
+  Index clusters = 0;    ///< at least 1
+  Index dim = 0;         ///< width of the rows; at least 3, for layer norm leaves nothing of narrower ones
+  double decay = 0.999;  ///< in [0, 1): how much of the past an update keeps, in the long run
+  Average average = Average::counts_and_sums;
+  bool renormalise =
+      false;  ///< centroids that an update moved are scaled to norm sqrt(dim): the nearest is by the cosine
+  double dead_share =
+      0.1;  ///< in [0, 1); a cluster is dead, and revived, when a batch gave it no row and its average count
+            ///< has fallen below this share of the mean count; 0: none ever is
+  double split_share =
+      0;  ///< above 1: a cluster is overfull, and split, when its average count stays above so many times
+          ///< the mean count; 0: none ever is
+  std::uint64_t seed = 0;  ///< of the first directions, the seeding, the sample, the revivals and the splits
+};
+
+namespace detail {
+
+/// Throws ValueError, one for all faults, where a setting is out of its range.
+inline void check_config(const char* function, const KMeansConfig& config) {
+  Faults faults(function);
+  faults.require(config.clusters >= 1, "clusters", "at least 1", config.clusters);
+  faults.require(config.dim >= 3, "dim", "at least 3", config.dim);
+  faults.require(config.decay >= 0 && config.decay < 1, "decay", "in [0, 1)", config.decay);
+  faults.require(config.average == Average::counts_and_sums || config.average == Average::batch_mean, "average",
+                 "counts_and_sums or batch_mean", static_cast<int>(config.average));
+  faults.require(config.dead_share >= 0 && config.dead_share < 1, "dead_share", "in [0, 1)", config.dead_share);
+  faults.require(config.split_share == 0 || (config.split_share > 1 && std::isfinite(config.split_share)),
+                 "split_share", "above 1, or 0 for no splits", config.split_share);
+  faults.raise();
+}
+
+}  // namespace detail
+}  // namespace coterie
