@@ -3,52 +3,11 @@
 #include <limits>
 
 #include "catch.hpp"
+#include "router.hpp"
 #include "rows.hpp"
 
 using namespace coterie;
 using namespace router_test;
-
-namespace {
-
-template <class T>
-struct Router {
-  Router(Index clusters, Index dim, double decay = 0.9, std::uint64_t seed = 1, Index sample = 0)
-      : kmeans({.clusters = clusters, .dim = dim, .decay = decay, .seed = seed}),
-        statistics(1, clusters, dim, sample) {}
-
-  std::vector<std::int32_t> assign(const RowMatrix<T>& rows) {
-    std::vector<std::int32_t> labels(static_cast<std::size_t>(rows.rows()), -7);
-    kmeans.assign(rows, labels, context);
-    return labels;
-  }
-  void observe(const RowMatrix<T>& rows) { kmeans.observe(rows, assign(rows), statistics, 0, context); }
-  void step(const RowMatrix<T>& rows) {
-    observe(rows);
-    kmeans.update(statistics, 0);
-    statistics.clear();
-  }
-  RowMatrix<T> copy() const { return kmeans.centroids().eigen(); }
-
-  OnlineKMeans<T> kmeans;
-  RouterStatistics<T> statistics;
-  Context context;
-};
-
-}  // namespace
-
-TEST_CASE("bad settings give one error that names them all") {
-  REQUIRE_THROWS_AS(OnlineKMeans<float>({.clusters = 0, .dim = 4}), ValueError);
-  REQUIRE_THROWS_AS(OnlineKMeans<float>({.clusters = 4, .dim = 2}), ValueError);
-  REQUIRE_THROWS_AS(OnlineKMeans<float>({.clusters = 4, .dim = 4, .decay = 1.0}), ValueError);
-  REQUIRE_THROWS_AS(OnlineKMeans<float>({.clusters = 4, .dim = 4, .decay = std::nan("")}), ValueError);
-  try {
-    OnlineKMeans<float>({.clusters = 0, .dim = 1, .decay = -1});
-    FAIL("no error");
-  } catch (const ValueError& error) {
-    const std::string text = error.what();
-    for (const char* name : {"clusters", "dim", "decay"}) REQUIRE(text.find(name) != std::string::npos);
-  }
-}
 
 TEMPLATE_TEST_CASE("a row goes to the centroid of the largest dot product, the lowest on ties", "", float, double) {
   Router<TestType> router(4, 3);
@@ -85,7 +44,7 @@ TEST_CASE("a label depends on its row alone") {
     REQUIRE(router.assign(rows.middleRows(i, 1))[0] == all[static_cast<std::size_t>(i)]);
 }
 
-TEMPLATE_TEST_CASE("the first update finds separate blobs", "", float, double) {
+TEMPLATE_TEST_CASE("T8: the first update finds separate blobs, and weighs as its batch", "", float, double) {
   const Index k = 10;
   const RowMatrix<TestType> directions = random_rows<TestType>(k, 16, 7);
   std::vector<Index> blobs{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9};
@@ -113,30 +72,6 @@ TEMPLATE_TEST_CASE("the first update finds separate blobs", "", float, double) {
   REQUIRE(total == Approx(1300));
 }
 
-TEST_CASE("later updates are moving averages of counts and sums") {
-  const Index k = 3, d = 5;
-  Router<double> router(k, d, 0.3);
-  router.step(random_rows<double>(200, d, 11));
-  for (int t = 1; t <= 6; ++t) {
-    const RowMatrix<double> rows = random_rows<double>(90 + t, d, 20 + static_cast<std::uint64_t>(t));
-    const auto labels = router.assign(rows);
-    // The formula once more, cluster by cluster: N = l N + (1-l) n, S = l S + (1-l) s, centroid = S / N.
-    const double keep = t == 1 ? 2.0 / 11 : t == 2 ? 3.0 / 12 : 0.3;
-    RowMatrix<double> expected = router.copy();
-    for (Index c = 0; c < k; ++c) {
-      double count = router.kmeans.counts()[static_cast<std::size_t>(c)] * keep;
-      Eigen::RowVectorXd sum = Eigen::Map<const Eigen::RowVectorXd>(router.kmeans.sums().data() + c * d, d) * keep;
-      for (Index i = 0; i < rows.rows(); ++i)
-        if (labels[static_cast<std::size_t>(i)] == c) count += 1 - keep, sum += (1 - keep) * rows.row(i);
-      expected.row(c) = sum / count;
-    }
-    REQUIRE(router.kmeans.next_decay() == Approx(keep));
-    router.step(rows);
-    REQUIRE(router.kmeans.updates() == t + 1);
-    REQUIRE((router.copy() - expected).cwiseAbs().maxCoeff() < 1e-12);
-  }
-}
-
 TEST_CASE("the decay grows to its setting") {
   Router<float> router(2, 4, 0.99);
   const auto set = [&](Index updates) {
@@ -148,54 +83,6 @@ TEST_CASE("the decay grows to its setting") {
   REQUIRE(set(880) < 0.99);
   REQUIRE(set(891) == 0.99);
   REQUIRE(set(100000) == 0.99);
-}
-
-TEMPLATE_TEST_CASE("a dead cluster is revived and lives on where it is", "", float, double) {
-  const Index k = 4, d = 8;
-  const RowMatrix<TestType> directions = random_rows<TestType>(k, d, 31);
-  Router<TestType> router(k, d, 0.9);
-  router.step(blob_rows<TestType>(400, directions, {0, 1, 2, 3}, 0.05, 32));
-  const std::int32_t victim = router.assign(directions)[3];
-  const RowMatrix<TestType> before = router.copy();
-  const RowMatrix<TestType> rows = blob_rows<TestType>(300, directions, {0, 1, 2}, 0.05, 33);
-
-  router.step(rows);  // average count falls to 2/11 of the mean: not dead yet
-  REQUIRE(same_bits<TestType>(router.kmeans.centroids().rows(victim, 1), view(before).rows(victim, 1)));
-  router.step(rows);  // 3/12 of that: dead
-  const RowMatrix<TestType> revived = router.copy().middleRows(victim, 1);
-  REQUIRE(revived != before.middleRows(victim, 1));
-  const double cosine = static_cast<double>((rows * revived.transpose()).maxCoeff()) /
-                        static_cast<double>(revived.norm()) / std::sqrt(static_cast<double>(d));
-  REQUIRE(cosine == Approx(1).margin(1e-5));  // a row of the batch, but for its length
-  REQUIRE(revived.norm() <= std::sqrt(static_cast<TestType>(d)) * TestType(1.0001));
-  double mean = 0;
-  for (const double count : router.kmeans.counts()) mean += count / static_cast<double>(k);
-  REQUIRE(router.kmeans.counts()[static_cast<std::size_t>(victim)] > 0.5 * mean);
-
-  // Rows that go elsewhere do not move it; rows of its own move it by the moving average.
-  router.kmeans.observe(rows, std::vector<std::int32_t>(300, (victim + 1) % 4), router.statistics, 0, router.context);
-  router.kmeans.update(router.statistics, 0);
-  router.statistics.clear();
-  REQUIRE(same_bits<TestType>(router.kmeans.centroids().rows(victim, 1), revived));
-  REQUIRE(router.assign(RowMatrix<TestType>(revived))[0] == victim);
-  router.kmeans.observe(rows.topRows(1), std::vector<std::int32_t>{victim}, router.statistics, 0, router.context);
-  router.kmeans.update(router.statistics, 0);
-  const RowMatrix<TestType> now = router.copy().middleRows(victim, 1);
-  REQUIRE(now != revived);
-  REQUIRE((now - revived).norm() < TestType(0.2) * (rows.topRows(1) - revived).norm());
-}
-
-TEST_CASE("clusters that a batch merely misses are not revived") {
-  const RowMatrix<float> directions = random_rows<float>(4, 8, 31);
-  Router<float> router(4, 8, 0.9);
-  router.step(blob_rows<float>(400, directions, {0, 1, 2, 3}, 0.05, 32));
-  std::vector<double> sums(router.kmeans.sums().begin(), router.kmeans.sums().end());
-  std::vector<double> counts(router.kmeans.counts().begin(), router.kmeans.counts().end());
-  router.kmeans.restore(router.kmeans.centroids(), counts, sums, 1000);  // decay 0.9
-  const RowMatrix<float> before = router.copy();
-  const std::int32_t missed = router.assign(directions)[3];
-  for (int i = 0; i < 10; ++i) router.step(blob_rows<float>(300, directions, {0, 1, 2}, 0.05, 33));
-  REQUIRE(same_bits<float>(router.kmeans.centroids().rows(missed, 1), view(before).rows(missed, 1)));
 }
 
 TEST_CASE("without rows, or frozen, an update changes nothing") {
@@ -299,13 +186,129 @@ TEST_CASE("a seed gives the same router again, another seed another one") {
   REQUIRE_FALSE(same_bits<float>(run(1), run(2)));
 }
 
-TEST_CASE("restored state goes on as if it had not stopped") {
+TEST_CASE("restored state of the defaults goes on as if it had not stopped") {
   Router<float> a(5, 8), b(5, 8);
   for (std::uint64_t t = 0; t < 4; ++t) a.step(random_rows<float>(60, 8, t));
   b.kmeans.restore(a.kmeans.centroids(), a.kmeans.counts(), a.kmeans.sums(), a.kmeans.updates());
   for (std::uint64_t t = 4; t < 9; ++t) a.step(random_rows<float>(60, 8, t)), b.step(random_rows<float>(60, 8, t));
   REQUIRE(same_bits<float>(a.kmeans.centroids(), b.kmeans.centroids()));
   REQUIRE(same_bits(a.kmeans.sums(), b.kmeans.sums()));
+}
+
+TEMPLATE_TEST_CASE("T6: assigning, scoring and observing move nothing", "", float, double) {
+  Router<TestType> router(5, 8), still(5, 8);
+  const RowMatrix<TestType> rows = random_rows<TestType>(70, 8, 1);
+  RowMatrix<TestType> scores(70, 5);
+  for (int t = 0; t < 3; ++t) {
+    for (int again = 0; again < 4; ++again) {  // before the first update as well: nothing is made on the way
+      const OnlineKMeans<TestType>& kmeans = router.kmeans;
+      RouterStatistics<TestType> statistics(1, 5, 8);
+      const auto labels = router.assign(rows);
+      kmeans.scores(rows, view(scores), router.context);
+      kmeans.observe(rows, labels, statistics, 0, router.context);
+      kmeans.observe(rows, labels, statistics, 0);
+      REQUIRE(same_state(router.kmeans, still.kmeans));
+    }
+    router.step(rows), still.step(rows);
+    REQUIRE(same_state(router.kmeans, still.kmeans));
+  }
+}
+
+TEMPLATE_TEST_CASE("the largest score is at the label, bit for bit", "", float, double) {
+  const Index n = GENERATE(1, 5, 8, 100, 333), k = GENERATE(1, 3, 16, 37, 130), d = GENERATE(3, 16, 29, 64);
+  for (const InstructionSet set : {InstructionSet::automatic, InstructionSet::baseline}) {
+    Router<TestType> router(k, d);
+    Context context(set);
+    RowMatrix<TestType> rows = random_rows<TestType>(n, d, 5), wide(n, k + 3);
+    RowMatrix<TestType> centroids = random_rows<TestType>(k, d, 6);
+    // Pairs that differ by the last bit or not at all: products that round differently would show.
+    for (Index c = 1; c < k; c += 2) centroids.row(c) = centroids.row(c - 1);
+    for (Index c = 1; c < k; c += 4) centroids(c, c % d) = std::nextafter(centroids(c, c % d), TestType(9));
+    router.kmeans.set_centroids(centroids);
+    wide.setConstant(7);
+    const View<TestType> scores = view(wide).columns(1, k);
+    router.kmeans.scores(rows, scores, context);
+    std::vector<std::int32_t> labels(static_cast<std::size_t>(n));
+    router.kmeans.assign(rows, labels, context);
+    bool same = true;
+    for (Index i = 0; i < n; ++i) {
+      Index best = 0;
+      for (Index c = 1; c < k; ++c)
+        if (scores(i, c) > scores(i, best)) best = c;
+      same &= best == labels[static_cast<std::size_t>(i)];
+      same &= wide(i, 0) == 7 && wide(i, k + 1) == 7 && wide(i, k + 2) == 7;
+    }
+    REQUIRE(same);
+    REQUIRE((scores.eigen() - rows * centroids.transpose()).cwiseAbs().maxCoeff() < TestType(1e-4));
+    RowMatrix<TestType> alone(1, k);
+    router.kmeans.scores(rows.bottomRows(1), view(alone), context);
+    REQUIRE(same_bits<TestType>(alone, scores.rows(n - 1, 1)));
+  }
+}
+
+TEST_CASE("scores refuse shapes that do not fit and storage that is in use") {
+  Router<float> router(4, 6);
+  const RowMatrix<float> rows = random_rows<float>(10, 6, 1);
+  RowMatrix<float> scores(10, 4), narrow(10, 3), both(10, 10);
+  REQUIRE_THROWS_AS(router.kmeans.scores(rows.leftCols(5), view(scores), router.context), ShapeError);
+  REQUIRE_THROWS_AS(router.kmeans.scores(rows, view(narrow), router.context), ShapeError);
+  REQUIRE_THROWS_AS(router.kmeans.scores(rows.topRows(9), view(scores), router.context), ShapeError);
+  REQUIRE_THROWS_AS(router.kmeans.scores(both.leftCols(6), view(both).columns(5, 4), router.context), ShapeError);
+  router.kmeans.scores(rows.topRows(0), view(scores).rows(0, 0), router.context);
+}
+
+TEMPLATE_TEST_CASE("T8: a warm start is not thrown away", "", float, double) {
+  const Index k = 4, d = 8;
+  const Average average = GENERATE(Average::counts_and_sums, Average::batch_mean);
+  const RowMatrix<TestType> given = random_rows<TestType>(k, d, 31);
+  Router<TestType> router({.clusters = k, .dim = d, .average = average});
+  router.kmeans.set_centroids(given);
+  REQUIRE(router.kmeans.updates() == 1);
+  REQUIRE(same_bits<TestType>(router.kmeans.centroids(), given));
+  // Rows at the first two: these stay near them, in this order; the others stay where they are, and are not dead.
+  const RowMatrix<TestType> rows = blob_rows<TestType>(200, given, {0, 1}, 0.05, 2);
+  router.step(rows);
+  for (Index c = 0; c < 2; ++c) {
+    REQUIRE((router.copy().row(c) - given.row(c)).norm() < TestType(0.2));
+    REQUIRE(router.copy().row(c) != given.row(c));
+  }
+  REQUIRE(same_bits<TestType>(router.kmeans.centroids().rows(2, 2), view(given).rows(2, 2)));
+  REQUIRE(router.count(2) == Approx((router.count(0) + router.count(1)) / 4));
+  REQUIRE(router.kmeans.updates() == 2);
+}
+
+TEST_CASE("a warm start weighs as its counts say, from the update that is named") {
+  Router<double> router({.clusters = 2, .dim = 4, .decay = 0.9});
+  const RowMatrix<double> given = random_rows<double>(2, 4, 3), rows = random_rows<double>(10, 4, 4);
+  router.kmeans.freeze(true);  // stops updates alone
+  router.kmeans.set_centroids(given, std::vector<double>{30, 0}, 1000);
+  router.kmeans.freeze(false);
+  REQUIRE(router.kmeans.next_decay() == 0.9);
+  router.step(rows, std::vector<std::int32_t>(10, 0));
+  const Eigen::RowVectorXd expected = (0.9 * 30 * given.row(0) + 0.1 * rows.colwise().sum()) / (0.9 * 30 + 0.1 * 10);
+  REQUIRE((router.copy().row(0) - expected).norm() < 1e-12);
+  REQUIRE(router.copy().row(1) != given.row(1));  // a count of zero beside others: dead
+}
+
+TEST_CASE("T9: a warm start is renormalised too") {
+  Router<float> router({.clusters = 3, .dim = 16, .renormalise = true});
+  router.kmeans.set_centroids(RowMatrix<float>(random_rows<float>(3, 16, 3) * 0.1f));
+  for (Index c = 0; c < 3; ++c) REQUIRE(router.norm(c) == Approx(4));
+}
+
+TEST_CASE("a warm start refuses what no router can be in, and writes nothing") {
+  Router<float> router(4, 6);
+  const RowMatrix<float> before = router.copy(), given = random_rows<float>(4, 6, 3);
+  RowMatrix<float> damaged = given;
+  damaged(2, 2) = std::nanf("");
+  const std::vector<double> few(3, 1.0), negative{1, 1, -1, 1};
+  REQUIRE_THROWS_AS(router.kmeans.set_centroids(given.topRows(3)), ShapeError);
+  REQUIRE_THROWS_AS(router.kmeans.set_centroids(given, few), ShapeError);
+  REQUIRE_THROWS_AS(router.kmeans.set_centroids(damaged), ValueError);
+  REQUIRE_THROWS_AS(router.kmeans.set_centroids(given, negative), ValueError);
+  REQUIRE_THROWS_AS(router.kmeans.set_centroids(given, {}, 0), ValueError);
+  REQUIRE(same_bits<float>(router.kmeans.centroids(), before));
+  REQUIRE(router.kmeans.updates() == 0);
 }
 
 TEST_CASE("wrong arguments throw and write nothing") {

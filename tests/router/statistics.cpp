@@ -1,8 +1,9 @@
-#include "coterie/router/kmeans.hpp"
+#include "coterie/router/statistics.hpp"
 
 #include <set>
 
 #include "catch.hpp"
+#include "coterie/router/kmeans.hpp"
 #include "rows.hpp"
 
 using namespace coterie;
@@ -70,13 +71,17 @@ TEST_CASE("micro-batches one after the other equal the whole batch, bit for bit"
   REQUIRE(same_bits<float>(whole.samples(0), halves.samples(0)));
 }
 
-TEST_CASE("machines that add blocks and share a sample move to the same centroids") {
+TEST_CASE("T7: machines that add blocks and share a sample move to the same centroids") {
   const Index n = 400, k = 6, d = 9;
-  OnlineKMeans<double> one({.clusters = k, .dim = d}), two({.clusters = k, .dim = d}), whole({.clusters = k, .dim = d});
+  const KMeansConfig config = GENERATE_COPY(
+      KMeansConfig{.clusters = k, .dim = d},
+      KMeansConfig{.clusters = k, .dim = d, .average = Average::batch_mean, .renormalise = true, .dead_share = 0.8},
+      KMeansConfig{.clusters = k, .dim = d, .decay = 0.5, .dead_share = 0.8, .split_share = 1.05});
+  OnlineKMeans<double> one(config), two(config), whole(config);
   RouterStatistics<double> first(1, k, d), second(1, k, d), all(1, k, d);
   std::vector<std::int32_t> labels(static_cast<std::size_t>(n));
   Context context;
-  for (std::uint64_t t = 0; t < 4; ++t) {
+  for (std::uint64_t t = 0; t < 10; ++t) {
     const RowMatrix<double> rows = random_rows<double>(n, d, 40 + t);
     one.assign(rows, labels, context);
     const std::span<const std::int32_t> spans(labels);
@@ -93,6 +98,9 @@ TEST_CASE("machines that add blocks and share a sample move to the same centroid
     for (std::size_t i = 0; i < sum.size(); ++i) REQUIRE(sum[i] == Approx(all.block()[i]).margin(1e-10));
     one.update(first, 0);
     two.update(second, 0);
+    REQUIRE(one.updates() == static_cast<Index>(t) + 1);
+    REQUIRE(same_bits(one.counts(), two.counts()));
+    REQUIRE(same_bits(one.sums(), two.sums()));
     REQUIRE(same_bits<double>(one.centroids(), two.centroids()));
     for (RouterStatistics<double>* statistics : {&first, &second, &all}) statistics->clear();
   }
@@ -127,18 +135,4 @@ TEST_CASE("the sample is bounded, fair and repeatable") {
     for (Index i = 0; i < limit; ++i) ++thirds[static_cast<std::size_t>(a.samples(1)(i, 0) / 200)];
   }
   for (const int count : thirds) REQUIRE(std::abs(count - 8000) < 320);
-}
-
-TEST_CASE("load tells evenness, the fullest and the empty clusters") {
-  const RouterLoad even = router_load(std::vector<double>{5, 5, 5, 5});
-  REQUIRE(even.perplexity == Approx(4));
-  REQUIRE(even.largest == Approx(0.25));
-  REQUIRE(even.empty == 0);
-  REQUIRE(even.rows == 20);
-  const RouterLoad skewed = router_load(std::vector<double>{3, 1, 0, 0});
-  REQUIRE(skewed.perplexity == Approx(std::exp(-0.75 * std::log(0.75) - 0.25 * std::log(0.25))));
-  REQUIRE(skewed.empty == 2);
-  const RouterLoad none = router_load(std::vector<double>{0, 0});
-  REQUIRE(none.perplexity == 0);
-  REQUIRE(none.empty == 2);
 }

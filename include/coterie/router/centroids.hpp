@@ -66,8 +66,10 @@ class Centroids {
     for (Index c = 0; c < clusters(); ++c) {
       double& count = counts_[static_cast<std::size_t>(c)];
       if (count > 0) {
-        const double factor = by_count() ? scale : 1 / count;
-        for (Index j = 0; j < dim(); ++j) sum_of(c)[j] *= factor;
+        if (by_count())
+          for (Index j = 0; j < dim(); ++j) sum_of(c)[j] *= scale;
+        else
+          for (Index j = 0; j < dim(); ++j) sum_of(c)[j] /= count;
         count *= scale;
         if (config_.renormalise) scale_to_norm(c);
       } else {
