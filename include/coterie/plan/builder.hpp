@@ -71,7 +71,7 @@ struct Pattern {
     Sequence result;
     slice(offsets, tokens, result.query_begin, result.tokens);
     slice(key_offsets, keys, result.key_begin, result.keys);
-    result.alignment = alignment;
+    result.alignment = result.has_equal_lengths() ? Alignment::top_left : alignment;  // all the same, without division
     return result;
   }
 
@@ -128,22 +128,23 @@ Pattern read_pattern(Faults& faults, const Config& config, Index tokens, Index k
 }
 
 /// Sorts rows stably by bucket_of(row) in [0, buckets), by counting; rows in bucket -1 are left out. The rows are those of
-/// `rows`, or 0 to count - 1 where it is null. `starts` has room for buckets + 1 numbers.
+/// `rows`, or 0 to count - 1 where it is null. `ends` has room for buckets + 1 numbers, and is left with where in `sorted`
+/// each bucket ends.
 template <class BucketOf>
-void counting_sort(const std::int32_t* rows, Index count, Index buckets, BucketOf bucket_of, std::int32_t* starts,
+void counting_sort(const std::int32_t* rows, Index count, Index buckets, BucketOf bucket_of, std::int32_t* ends,
                    std::vector<std::int32_t>& sorted) {
-  std::fill(starts, starts + buckets + 1, 0);
+  std::fill(ends, ends + buckets + 1, 0);
   const auto row_at = [rows](Index i) { return rows == nullptr ? static_cast<std::int32_t>(i) : rows[i]; };
   for (Index i = 0; i < count; ++i) {
     const std::int32_t bucket = bucket_of(row_at(i));
-    if (bucket >= 0) ++starts[bucket + 1];
+    if (bucket >= 0) ++ends[bucket + 1];
   }
-  for (Index bucket = 0; bucket < buckets; ++bucket) starts[bucket + 1] += starts[bucket];
-  sorted.resize(static_cast<std::size_t>(starts[buckets]));
+  for (Index bucket = 0; bucket < buckets; ++bucket) ends[bucket + 1] += ends[bucket];
+  sorted.resize(static_cast<std::size_t>(ends[buckets]));
   for (Index i = 0; i < count; ++i) {
     const std::int32_t row = row_at(i);
     const std::int32_t bucket = bucket_of(row);
-    if (bucket >= 0) sorted[static_cast<std::size_t>(starts[bucket]++)] = row;
+    if (bucket >= 0) sorted[static_cast<std::size_t>(ends[bucket]++)] = row;
   }
 }
 
@@ -175,18 +176,19 @@ class PlanBuilder {
   }
 
  private:
-  // The plan's scratch holds `labels` labels, the sequence of every row where there are several, and the starts of the
-  // counting sorts.
+  // The plan's scratch holds `labels` labels, the sequence of every row where there are several, and where the buckets of
+  // the sorted queries and keys end.
   void divide_scratch(Index labels) {
     const Index rows = pattern_.sequences() > 1 ? pattern_.tokens + pattern_.keys : 0;
-    const Index starts = std::max(pattern_.clusters, pattern_.sequences()) + 1;
-    const auto size = static_cast<std::size_t>(labels + rows + starts);
+    const Index ends = std::max(pattern_.clusters, pattern_.sequences()) + 1;
+    const auto size = static_cast<std::size_t>(labels + rows + 2 * ends);
     if (plan_.scratch.size() < size) plan_.scratch.resize(size);
     if (rows > 0) {
       query_sequences_ = plan_.scratch.data() + labels;
       key_sequences_ = query_sequences_ + pattern_.tokens;
     }
-    starts_ = plan_.scratch.data() + labels + rows;
+    entry_ends_ = plan_.scratch.data() + labels + rows;
+    key_ends_ = entry_ends_ + ends;
   }
 
   void build_divided(std::span<const std::int32_t> query_labels, std::span<const std::int32_t> key_labels) {
@@ -196,15 +198,21 @@ class PlanBuilder {
     plan_.key_tokens = pattern_.keys;
     plan_.memory_tokens = 0;
     plan_.combine = Combine::single;
-    note_sequences();
-    sort(query_labels_, pattern_.tokens, query_sequences_, plan_.entries);
-    sort(key_labels_, pattern_.keys, key_sequences_, plan_.keys);
+    const bool by_rows = note_sequences();
+    sort(query_labels_, pattern_.tokens, query_sequences_, entry_ends_, plan_.entries);
+    if (by_rows && std::ranges::equal(query_labels, key_labels)) {  // self-attention
+      plan_.keys = plan_.entries;
+      key_ends_ = entry_ends_;
+    } else {
+      sort(key_labels_, pattern_.keys, key_sequences_, key_ends_, plan_.keys);
+    }
     make_groups();
     complete(plan_);
   }
 
-  // Writes which sequence each row is in, and real positions where row numbers do not give the distances.
-  void note_sequences() {
+  // Writes which sequence each row is in, and real positions where row numbers do not give the distances. True where
+  // they do: queries and keys have the same rows in every sequence.
+  bool note_sequences() {
     bool by_rows = true;
     for (Index s = 0; s < pattern_.sequences(); ++s) {
       const Sequence sequence = pattern_.sequence(s);
@@ -215,7 +223,7 @@ class PlanBuilder {
     }
     plan_.query_positions.resize(static_cast<std::size_t>(by_rows ? 0 : pattern_.tokens));
     plan_.key_positions.resize(static_cast<std::size_t>(by_rows ? 0 : pattern_.keys));
-    if (by_rows) return;
+    if (by_rows) return true;
     for (Index s = 0; s < pattern_.sequences(); ++s) {
       const Sequence sequence = pattern_.sequence(s);
       for (Index i = sequence.query_begin; i < sequence.query_begin + sequence.tokens; ++i)
@@ -223,73 +231,92 @@ class PlanBuilder {
       for (Index j = 0; j < sequence.keys; ++j)
         plan_.key_positions[static_cast<std::size_t>(sequence.key_begin + j)] = static_cast<std::int32_t>(j);
     }
+    return false;
   }
 
-  // By cluster, then stably by sequence: linear also for many clusters and many short sequences.
-  void sort(std::span<const std::int32_t> labels, Index count, const std::int32_t* sequences,
+  // By cluster, then stably by sequence: linear also for many clusters and many short sequences. Buckets are the
+  // sequences where there are several, otherwise the clusters.
+  void sort(std::span<const std::int32_t> labels, Index count, const std::int32_t* sequences, std::int32_t* ends,
             std::vector<std::int32_t>& sorted) {
     const auto cluster_of = [labels](std::int32_t row) {
       return labels.empty() ? 0 : labels[static_cast<std::size_t>(row)];
     };
-    if (pattern_.sequences() <= 1 || pattern_.clusters == 1) {  // rows are in order of their sequences already
-      counting_sort(nullptr, count, pattern_.clusters, cluster_of, starts_, sorted);
+    const auto sequence_of = [=](std::int32_t row) { return cluster_of(row) < 0 ? -1 : sequences[row]; };
+    if (pattern_.sequences() <= 1) {
+      counting_sort(nullptr, count, pattern_.clusters, cluster_of, ends, sorted);
       return;
     }
-    std::vector<std::int32_t>& by_cluster = plan_.row_entries;  // free until complete() writes it
-    counting_sort(nullptr, count, pattern_.clusters, cluster_of, starts_, by_cluster);
-    counting_sort(
-        by_cluster.data(), static_cast<Index>(by_cluster.size()), pattern_.sequences(),
-        [sequences](std::int32_t row) { return sequences[row]; }, starts_, sorted);
+    const std::int32_t* rows = nullptr;
+    if (pattern_.clusters > 1) {
+      std::vector<std::int32_t>& by_cluster = plan_.row_entries;  // free until complete() writes it
+      counting_sort(nullptr, count, pattern_.clusters, cluster_of, ends, by_cluster);
+      rows = by_cluster.data();
+      count = static_cast<Index>(by_cluster.size());
+    }
+    counting_sort(rows, count, pattern_.sequences(), sequence_of, ends, sorted);
   }
 
+  // A bucket is a group, except that sequences of several clusters are cut where the label changes.
   void make_groups() {
-    constexpr Index none = std::numeric_limits<Index>::max();
-    const auto entries = static_cast<std::int32_t>(plan_.entries.size());
-    const auto keys = static_cast<std::int32_t>(plan_.keys.size());
-    const auto group_of = [this](std::span<const std::int32_t> labels, const std::int32_t* sequences,
-                                 std::int32_t row) {
-      return (sequences == nullptr ? 0 : sequences[row]) * pattern_.clusters +
-             (labels.empty() ? 0 : labels[static_cast<std::size_t>(row)]);
-    };
-    const auto of_entry = [&](std::int32_t e) {
-      return e < entries ? group_of(query_labels_, query_sequences_, plan_.entries[static_cast<std::size_t>(e)]) : none;
-    };
-    const auto of_key = [&](std::int32_t j) {
-      return j < keys ? group_of(key_labels_, key_sequences_, plan_.keys[static_cast<std::size_t>(j)]) : none;
-    };
+    constexpr std::int32_t none = std::numeric_limits<std::int32_t>::max();
     plan_.groups.clear();
     plan_.visible.resize(plan_.entries.size());
     const bool two = pattern_.after > 0 && pattern_.self != Self::visible;
     plan_.visible_too.resize(two ? plan_.entries.size() : 0);
+    const bool several = pattern_.sequences() > 1;
+    const Index buckets = several ? pattern_.sequences() : pattern_.clusters;
     AttentionPlan::Group group;
-    while (group.entry_end < entries || group.key_end < keys) {
-      group.entry_begin = group.entry_end;
-      group.key_begin = group.key_end;
-      const Index next = std::min(of_entry(group.entry_begin), of_key(group.key_begin));
-      while (of_entry(group.entry_end) == next) ++group.entry_end;
-      while (of_key(group.key_end) == next) ++group.key_end;
-      plan_.groups.push_back(group);
-      make_intervals(group, pattern_.sequence(next / pattern_.clusters));
+    for (Index bucket = 0; bucket < buckets; ++bucket) {
+      const std::int32_t entry_end = entry_ends_[bucket], key_end = key_ends_[bucket];
+      const auto of_entry = [&](std::int32_t e) {
+        return e < entry_end ? query_labels_[static_cast<std::size_t>(plan_.entries[static_cast<std::size_t>(e)])]
+                             : none;
+      };
+      const auto of_key = [&](std::int32_t j) {
+        return j < key_end ? key_labels_[static_cast<std::size_t>(plan_.keys[static_cast<std::size_t>(j)])] : none;
+      };
+      while (group.entry_end < entry_end || group.key_end < key_end) {
+        group = {group.entry_end, entry_end, group.key_end, key_end};
+        if (several && pattern_.clusters > 1) {
+          const std::int32_t label = std::min(of_entry(group.entry_begin), of_key(group.key_begin));
+          for (group.entry_end = group.entry_begin; of_entry(group.entry_end) == label;) ++group.entry_end;
+          for (group.key_end = group.key_begin; of_key(group.key_end) == label;) ++group.key_end;
+        }
+        plan_.groups.push_back(group);
+        make_intervals(group, pattern_.sequence(several ? bucket : 0));
+      }
     }
   }
 
   void make_intervals(const AttentionPlan::Group& group, const Sequence& sequence) {
     const std::int32_t* const keys = plan_.keys.data() + group.key_begin;
     const Index count = group.key_end - group.key_begin;
+    Interval* const visible = plan_.visible.data();
+    Interval* const visible_too = plan_.visible_too.empty() ? nullptr : plan_.visible_too.data();
+    const auto see = [=, before = pattern_.before, after = pattern_.after, self = pattern_.self](
+                         std::int32_t e, Index rank, Index up_to, bool has_self) {
+      const auto begin = static_cast<std::int32_t>(std::clamp<Index>(rank - before, 0, count));
+      const auto end = static_cast<std::int32_t>(std::clamp<Index>(rank + after, 0, count));
+      const bool leaves_out = self != Self::visible && has_self && (self == Self::never || end - begin > 1);
+      const auto after_self = static_cast<std::int32_t>(up_to);
+      visible[e] = {begin, leaves_out ? after_self - 1 : end};
+      if (visible_too != nullptr) visible_too[e] = {leaves_out ? after_self : end, end};
+    };
     Index up_to = 0;  // keys at positions up to the query's: a finger, for both lists ascend
-    for (auto e = static_cast<std::size_t>(group.entry_begin); e < static_cast<std::size_t>(group.entry_end); ++e) {
-      const Index position = sequence.position(plan_.entries[e]);
+    if (key_ends_ == entry_ends_) {
+      // One list for both: the finger moves by one key, the query's own.
+      for (std::int32_t e = group.entry_begin; e < group.entry_end; ++e) {
+        ++up_to;
+        see(e, up_to, up_to, true);
+      }
+      return;
+    }
+    for (std::int32_t e = group.entry_begin; e < group.entry_end; ++e) {
+      const Index position = sequence.position(plan_.entries[static_cast<std::size_t>(e)]);
       while (up_to < count && keys[up_to] - sequence.key_begin <= position) ++up_to;
       // Without labels ranks are positions, and windows are cut by distance also for queries beyond the keys' ends.
       const Index rank = query_labels_.empty() ? position + 1 : up_to;
-      const auto begin = static_cast<std::int32_t>(std::clamp<Index>(rank - pattern_.before, 0, count));
-      const auto end = static_cast<std::int32_t>(std::clamp<Index>(rank + pattern_.after, 0, count));
-      const bool has_self = up_to > 0 && keys[up_to - 1] - sequence.key_begin == position;
-      const bool leaves_out =
-          has_self && pattern_.self != Self::visible && (pattern_.self == Self::never || end - begin > 1);
-      const auto after_self = static_cast<std::int32_t>(up_to);
-      plan_.visible[e] = {begin, leaves_out ? after_self - 1 : end};
-      if (!plan_.visible_too.empty()) plan_.visible_too[e] = {leaves_out ? after_self : end, end};
+      see(e, rank, up_to, up_to > 0 && keys[up_to - 1] - sequence.key_begin == position);
     }
   }
 
@@ -298,7 +325,8 @@ class PlanBuilder {
   std::span<const std::int32_t> query_labels_, key_labels_;
   std::int32_t* query_sequences_ = nullptr;
   std::int32_t* key_sequences_ = nullptr;
-  std::int32_t* starts_ = nullptr;
+  std::int32_t* entry_ends_ = nullptr;
+  std::int32_t* key_ends_ = nullptr;
 };
 
 }  // namespace detail

@@ -54,13 +54,15 @@ Pattern read_clustered(Faults& faults, const Config& config, const char* argumen
 /// Requires labels in [-1, clusters), otherwise ValueError; returns the highest.
 inline std::int32_t check_labels(const char* function, const char* argument, std::span<const std::int32_t> labels,
                                  Index clusters) {
-  std::int32_t highest = -1;
-  for (std::size_t i = 0; i < labels.size(); ++i) {
-    if (labels[i] < -1 || labels[i] >= clusters)
-      fail<ValueError>(function, join(argument, "[", i, "]").c_str(), join("-1 to ", clusters - 1), labels[i]);
-    highest = std::max(highest, labels[i]);
+  std::int32_t lowest = -1, highest = -1;
+  for (const std::int32_t label : labels) {
+    lowest = std::min(lowest, label);
+    highest = std::max(highest, label);
   }
-  return highest;
+  if (lowest >= -1 && highest < clusters) return highest;
+  std::size_t i = 0;
+  while (labels[i] >= -1 && labels[i] < clusters) ++i;
+  fail<ValueError>(function, join(argument, "[", i, "]").c_str(), join("-1 to ", clusters - 1), labels[i]);
 }
 
 /// The cluster of a position: uniform in [0, clusters), a function of its arguments alone.

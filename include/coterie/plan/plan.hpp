@@ -89,18 +89,25 @@ inline void find_alone(const AttentionPlan& plan, std::vector<AttentionPlan::Par
   // Two bits for each key row: listed by a group, and by another one too.
   const auto bit = [](std::int32_t key) { return std::int32_t(std::uint32_t(1) << (std::uint32_t(key) % 32)); };
   const auto word = [](std::int32_t key) { return static_cast<std::size_t>(key) / 32 * 2; };
-  if (plan.groups.size() > 1) {
-    listed.assign(static_cast<std::size_t>(plan.key_tokens + plan.memory_tokens) / 32 * 2 + 2, 0);
+  // Keys that are listed as the entries are, a row once, are in no two groups.
+  bool once = plan.groups.size() <= 1 || (plan.combine == Combine::single && plan.keys == plan.entries);
+  if (!once) {
+    const std::size_t words = static_cast<std::size_t>(plan.key_tokens + plan.memory_tokens) / 32 * 2 + 2;
+    listed.resize(std::max(listed.size(), words));
+    std::fill_n(listed.begin(), words, 0);
+    std::int32_t again = 0;
     for (const std::int32_t key : plan.keys) {
       std::int32_t* const at = listed.data() + word(key);
+      again |= at[0] & bit(key);
       at[1] |= at[0] & bit(key);
       at[0] |= bit(key);
     }
+    once = again == 0;
   }
   for (AttentionPlan::Part& part : parts) {
     const AttentionPlan::Group& group = plan.groups[static_cast<std::size_t>(part.group)];
     part.alone = part.entry_begin == group.entry_begin && part.entry_end == group.entry_end;
-    if (plan.groups.size() > 1)
+    if (!once)
       for (std::int32_t i = group.key_begin; part.alone && i < group.key_end; ++i) {
         const std::int32_t key = plan.keys[static_cast<std::size_t>(i)];
         part.alone = (listed[word(key) + 1] & bit(key)) == 0;
@@ -114,23 +121,35 @@ inline void check_count(const char* function, const char* argument, Index count)
   if (count < 0 || count > most) fail<ShapeError>(function, argument, join("0 to ", most), count);
 }
 
+/// The first i in [begin, end) with good(i) 0, not 1; otherwise end. Tests all without a branch, and searches only faults.
+template <class Good>
+std::int32_t first_fault(std::int32_t begin, std::int32_t end, Good good) {
+  int all = 1;
+  for (std::int32_t i = begin; i < end; ++i) all &= good(static_cast<std::size_t>(i));
+  if (all != 0) return end;
+  while (good(static_cast<std::size_t>(begin)) != 0) ++begin;
+  return begin;
+}
+
 /// Requires `list[begin, end)` strictly ascending in [0, rows), otherwise ValueError.
 inline void check_ascending(const char* function, const char* argument, const std::vector<std::int32_t>& list,
                             std::int32_t begin, std::int32_t end, Index rows) {
-  std::int32_t above = -1;
-  for (std::int32_t i = begin; i < end; ++i) {
-    const std::int32_t row = list[static_cast<std::size_t>(i)];
-    if (row <= above || row >= rows)
-      fail<ValueError>(function, join(argument, "[", i, "]").c_str(),
-                       i == begin ? join("a row in [0, ", rows, ")")
-                                  : join("ascending rows in a group, above ", above, " and below ", rows),
-                       row);
-    above = row;
-  }
+  if (begin == end) return;
+  const auto row = [&list](std::int32_t i) { return list[static_cast<std::size_t>(i)]; };
+  std::int32_t i = begin;
+  if (row(begin) >= 0 && row(begin) < rows)
+    i = first_fault(begin + 1, end, [&list, below = static_cast<std::int32_t>(rows)](std::size_t j) {
+      return int{list[j] > list[j - 1]} & int{list[j] < below};
+    });
+  if (i < end)
+    fail<ValueError>(function, join(argument, "[", i, "]").c_str(),
+                     i == begin ? join("a row in [0, ", rows, ")")
+                                : join("ascending rows in a group, above ", row(i - 1), " and below ", rows),
+                     row(i));
 }
 
 inline bool is_inside(Interval interval, std::int32_t first, std::int32_t last) {
-  return interval.begin >= first && interval.end >= interval.begin && interval.end <= last;
+  return (interval.begin >= first) & (interval.end >= interval.begin) & (interval.end <= last);
 }
 
 [[noreturn]] inline void fail_interval(const char* function, const char* argument, std::size_t entry, Interval interval,
@@ -184,11 +203,15 @@ inline void check_structure(const char* function, const AttentionPlan& plan) {
     check_ascending(function, "entries", plan.entries, group.entry_begin, group.entry_end, plan.tokens);
     check_ascending(function, "keys", plan.keys, group.key_begin, group.key_end, plan.key_tokens + plan.memory_tokens);
     const std::int32_t length = group.key_end - group.key_begin;
-    for (auto e = static_cast<std::size_t>(group.entry_begin); e < static_cast<std::size_t>(group.entry_end); ++e) {
-      if (!is_inside(plan.visible[e], 0, length)) fail_interval(function, "visible", e, plan.visible[e], 0, length);
-      if (!plan.visible_too.empty() && !is_inside(plan.visible_too[e], plan.visible[e].end, length))
-        fail_interval(function, "visible_too", e, plan.visible_too[e], plan.visible[e].end, length);
-    }
+    const bool two = !plan.visible_too.empty();
+    const std::int32_t fault = first_fault(group.entry_begin, group.entry_end, [&](std::size_t e) {
+      return int{is_inside(plan.visible[e], 0, length)} &
+             int{!two || is_inside(plan.visible_too[e], plan.visible[e].end, length)};
+    });
+    if (fault == group.entry_end) continue;
+    const auto e = static_cast<std::size_t>(fault);
+    if (!is_inside(plan.visible[e], 0, length)) fail_interval(function, "visible", e, plan.visible[e], 0, length);
+    fail_interval(function, "visible_too", e, plan.visible_too[e], plan.visible[e].end, length);
   }
 }
 
@@ -207,23 +230,30 @@ inline void complete(AttentionPlan& plan) {
   plan.task_begin.clear();
   detail::check_structure("complete", plan);
 
-  // A counting sort of the entries by row: counts, starts, then each row's start moves to its end.
-  plan.row_begin.assign(static_cast<std::size_t>(plan.tokens) + 1, 0);
-  for (const std::int32_t row : plan.entries) {
-    const std::int32_t count = ++plan.row_begin[static_cast<std::size_t>(row) + 1];
-    if (plan.combine == Combine::single && count > 1) {
-      plan.row_begin.clear();
-      detail::fail<ValueError>("complete", detail::join("entries of row ", row).c_str(), "one for Combine::single", 2);
-    }
+  // Each row's first entry, and each entry's next one of its row; then row by row along them.
+  const bool single = plan.combine == Combine::single;
+  plan.row_begin.assign(static_cast<std::size_t>(plan.tokens) + 1, -1);
+  if (!single) plan.scratch.resize(std::max(plan.scratch.size(), plan.entries.size()));
+  auto second = static_cast<std::uint32_t>(-1);  // the first entry that is not its row's first; -1, the most: none
+  for (std::size_t e = plan.entries.size(); e-- > 0;) {
+    std::int32_t& first = plan.row_begin[static_cast<std::size_t>(plan.entries[e])];
+    second = std::min(second, static_cast<std::uint32_t>(first));
+    if (!single) plan.scratch[e] = first;
+    first = static_cast<std::int32_t>(e);
   }
-  for (std::size_t i = 1; i < plan.row_begin.size(); ++i) plan.row_begin[i] += plan.row_begin[i - 1];
+  if (single && second < plan.entries.size()) {
+    plan.row_begin.clear();
+    detail::fail<ValueError>("complete", detail::join("entries of row ", plan.entries[second]).c_str(),
+                             "one for Combine::single", 2);
+  }
   plan.row_entries.resize(plan.entries.size());
-  for (std::size_t e = 0; e < plan.entries.size(); ++e) {
-    std::int32_t& next = plan.row_begin[static_cast<std::size_t>(plan.entries[e])];
-    plan.row_entries[static_cast<std::size_t>(next++)] = static_cast<std::int32_t>(e);
+  std::int32_t count = 0;
+  for (std::int32_t& begin : plan.row_begin) {
+    const std::int32_t first = begin;
+    begin = count;
+    for (std::int32_t e = first; e >= 0; e = single ? -1 : plan.scratch[static_cast<std::size_t>(e)])
+      plan.row_entries[static_cast<std::size_t>(count++)] = e;
   }
-  std::copy_backward(plan.row_begin.begin(), plan.row_begin.end() - 1, plan.row_begin.end());
-  plan.row_begin.front() = 0;
 
   detail::each_part(plan, [&plan](const AttentionPlan::Part& part, bool begins_task) {
     if (begins_task) plan.task_begin.push_back(static_cast<std::int32_t>(plan.parts.size()));
