@@ -13,13 +13,14 @@ namespace coterie {
 /// The rows of every (sequence, cluster), as a router's members and as a plan builder reads them. Flat lists, kept from
 /// call to call: nothing allocates once they have grown.
 struct ClusterMembers {
-  Index tokens = 0;                 ///< rows that there are, members or not
-  Index clusters = 0;               ///< of each sequence
-  Index sequences = 1;              ///< of a ragged batch
-  std::vector<std::int32_t> begin;  ///< sequences * clusters + 1: where a slice of `rows` begins, sequence by sequence
-  std::vector<std::int32_t> rows;   ///< ascending inside a slice, without repetition
+  Index tokens = 0;     ///< rows that there are, members or not
+  Index clusters = 0;   ///< of each sequence
+  Index sequences = 1;  ///< of a ragged batch
+  std::vector<std::int32_t> begin =
+      {};  ///< sequences * clusters + 1: where a slice of `rows` begins, sequence by sequence
+  std::vector<std::int32_t> rows = {};  ///< ascending inside a slice, without repetition
 
-  std::vector<std::int32_t> scratch;  ///< of those who write it; no meaning
+  std::vector<std::int32_t> scratch = {};  ///< of those who write it; no meaning
 
   /// The members of a cluster in a sequence.
   std::span<const std::int32_t> of(Index cluster, Index sequence = 0) const {

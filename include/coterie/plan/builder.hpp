@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "coterie/core/cluster_members.hpp"
 #include "coterie/core/offsets.hpp"
 #include "coterie/plan/plan.hpp"
 
@@ -175,7 +176,28 @@ class PlanBuilder {
     build_divided(query_labels, key_labels);
   }
 
+  /// Builds with lists of the rows of every (sequence, cluster) instead of labels; a row may be in several.
+  void build(const ClusterMembers& queries, const ClusterMembers& keys, Combine combine) {
+    lists_ = true;
+    begin_plan(combine);
+    one_list_ = note_sequences() && &queries == &keys;
+    entry_ends_ = queries.begin.data() + 1;
+    key_ends_ = keys.begin.data() + 1;
+    plan_.entries.assign(queries.rows.begin(), queries.rows.end());
+    plan_.keys.assign(keys.rows.begin(), keys.rows.end());
+    make_groups();
+    complete(plan_);
+    if (combine == Combine::lse && pattern_.self == Self::only_if_alone) leave_self_out();
+  }
+
  private:
+  void begin_plan(Combine combine) {
+    plan_.tokens = pattern_.tokens;
+    plan_.key_tokens = pattern_.keys;
+    plan_.memory_tokens = 0;
+    plan_.combine = combine;
+  }
+
   // The plan's scratch holds `labels` labels, the sequence of every row where there are several, and where the buckets of
   // the sorted queries and keys end.
   void divide_scratch(Index labels) {
@@ -187,24 +209,22 @@ class PlanBuilder {
       query_sequences_ = plan_.scratch.data() + labels;
       key_sequences_ = query_sequences_ + pattern_.tokens;
     }
-    entry_ends_ = plan_.scratch.data() + labels + rows;
-    key_ends_ = entry_ends_ + ends;
+    ends_ = plan_.scratch.data() + labels + rows;
+    more_ends_ = ends_ + ends;
   }
 
   void build_divided(std::span<const std::int32_t> query_labels, std::span<const std::int32_t> key_labels) {
     query_labels_ = query_labels;
     key_labels_ = key_labels;
-    plan_.tokens = pattern_.tokens;
-    plan_.key_tokens = pattern_.keys;
-    plan_.memory_tokens = 0;
-    plan_.combine = Combine::single;
-    const bool by_rows = note_sequences();
-    sort(query_labels_, pattern_.tokens, query_sequences_, entry_ends_, plan_.entries);
-    if (by_rows && std::ranges::equal(query_labels, key_labels)) {  // self-attention
+    begin_plan(Combine::single);
+    one_list_ = note_sequences() && std::ranges::equal(query_labels, key_labels);  // self-attention
+    sort(query_labels_, pattern_.tokens, query_sequences_, ends_, plan_.entries);
+    entry_ends_ = key_ends_ = ends_;
+    if (one_list_) {
       plan_.keys = plan_.entries;
-      key_ends_ = entry_ends_;
     } else {
-      sort(key_labels_, pattern_.keys, key_sequences_, key_ends_, plan_.keys);
+      key_ends_ = more_ends_;
+      sort(key_labels_, pattern_.keys, key_sequences_, more_ends_, plan_.keys);
     }
     make_groups();
     complete(plan_);
@@ -256,7 +276,8 @@ class PlanBuilder {
     counting_sort(rows, count, pattern_.sequences(), sequence_of, ends, sorted);
   }
 
-  // A bucket is a group, except that sequences of several clusters are cut where the label changes.
+  // A bucket is a list, a cluster or, where there are several, a sequence; and a group, except that sequences of several
+  // clusters are cut where the label changes.
   void make_groups() {
     constexpr std::int32_t none = std::numeric_limits<std::int32_t>::max();
     plan_.groups.clear();
@@ -264,7 +285,10 @@ class PlanBuilder {
     const bool two = pattern_.after > 0 && pattern_.self != Self::visible;
     plan_.visible_too.resize(two ? plan_.entries.size() : 0);
     const bool several = pattern_.sequences() > 1;
-    const Index buckets = several ? pattern_.sequences() : pattern_.clusters;
+    const Index buckets = lists_    ? pattern_.sequences() * pattern_.clusters
+                          : several ? pattern_.sequences()
+                                    : pattern_.clusters;
+    const Index per_sequence = lists_ ? pattern_.clusters : several ? 1 : buckets;
     AttentionPlan::Group group;
     for (Index bucket = 0; bucket < buckets; ++bucket) {
       const std::int32_t entry_end = entry_ends_[bucket], key_end = key_ends_[bucket];
@@ -277,13 +301,13 @@ class PlanBuilder {
       };
       while (group.entry_end < entry_end || group.key_end < key_end) {
         group = {group.entry_end, entry_end, group.key_end, key_end};
-        if (several && pattern_.clusters > 1) {
+        if (!lists_ && several && pattern_.clusters > 1) {
           const std::int32_t label = std::min(of_entry(group.entry_begin), of_key(group.key_begin));
           for (group.entry_end = group.entry_begin; of_entry(group.entry_end) == label;) ++group.entry_end;
           for (group.key_end = group.key_begin; of_key(group.key_end) == label;) ++group.key_end;
         }
         plan_.groups.push_back(group);
-        make_intervals(group, pattern_.sequence(several ? bucket : 0));
+        make_intervals(group, pattern_.sequence(bucket / per_sequence));
       }
     }
   }
@@ -303,8 +327,8 @@ class PlanBuilder {
       if (visible_too != nullptr) visible_too[e] = {leaves_out ? after_self : end, end};
     };
     Index up_to = 0;  // keys at positions up to the query's: a finger, for both lists ascend
-    if (key_ends_ == entry_ends_) {
-      // One list for both: the finger moves by one key, the query's own.
+    if (one_list_) {
+      // The finger moves by one key, the query's own.
       for (std::int32_t e = group.entry_begin; e < group.entry_end; ++e) {
         ++up_to;
         see(e, up_to, up_to, true);
@@ -315,8 +339,42 @@ class PlanBuilder {
       const Index position = sequence.position(plan_.entries[static_cast<std::size_t>(e)]);
       while (up_to < count && keys[up_to] - sequence.key_begin <= position) ++up_to;
       // Without labels ranks are positions, and windows are cut by distance also for queries beyond the keys' ends.
-      const Index rank = query_labels_.empty() ? position + 1 : up_to;
+      const Index rank = query_labels_.empty() && !lists_ ? position + 1 : up_to;
       see(e, rank, up_to, up_to > 0 && keys[up_to - 1] - sequence.key_begin == position);
+    }
+  }
+
+  // Self::only_if_alone for one softmax over several entries: one that shows nothing but the query's own key shows it only
+  // where no other entry of the row shows a key.
+  void leave_self_out() {
+    const auto group_at = [this](std::int32_t entry) {
+      return std::upper_bound(plan_.groups.begin(), plan_.groups.end(), entry,
+                              [](std::int32_t e, const AttentionPlan::Group& g) { return e < g.entry_end; });
+    };
+    for (Index s = 0; s < pattern_.sequences(); ++s) {
+      const Sequence sequence = pattern_.sequence(s);
+      for (Index row = sequence.query_begin; row < sequence.query_begin + sequence.tokens; ++row) {
+        const std::span<const std::int32_t> entries =
+            std::span(plan_.row_entries)
+                .subspan(static_cast<std::size_t>(plan_.row_begin[static_cast<std::size_t>(row)]),
+                         static_cast<std::size_t>(plan_.row_begin[static_cast<std::size_t>(row) + 1] -
+                                                  plan_.row_begin[static_cast<std::size_t>(row)]));
+        if (entries.size() < 2) continue;
+        const Index own = sequence.key_begin + sequence.position(row);
+        const auto shows = [&](std::int32_t entry) {  // 0 nothing, 1 the own key alone, 2 others
+          const auto e = static_cast<std::size_t>(entry);
+          const Interval first = plan_.visible[e];
+          if (!plan_.visible_too.empty() && plan_.visible_too[e].size() > 0) return 2;
+          if (first.size() != 1) return first.size() == 0 ? 0 : 2;
+          return plan_.keys[static_cast<std::size_t>(group_at(entry)->key_begin + first.begin)] == own ? 1 : 2;
+        };
+        const auto count = [&](int what) {
+          return std::count_if(entries.begin(), entries.end(), [&](std::int32_t e) { return shows(e) == what; });
+        };
+        if (count(1) == 0 || count(2) == 0) continue;
+        for (const std::int32_t e : entries)
+          if (shows(e) == 1) plan_.visible[static_cast<std::size_t>(e)].end -= 1;
+      }
     }
   }
 
@@ -325,8 +383,11 @@ class PlanBuilder {
   std::span<const std::int32_t> query_labels_, key_labels_;
   std::int32_t* query_sequences_ = nullptr;
   std::int32_t* key_sequences_ = nullptr;
-  std::int32_t* entry_ends_ = nullptr;
-  std::int32_t* key_ends_ = nullptr;
+  std::int32_t *ends_ = nullptr, *more_ends_ = nullptr;  // in the plan's scratch
+  const std::int32_t* entry_ends_ = nullptr;             // of the buckets
+  const std::int32_t* key_ends_ = nullptr;
+  bool one_list_ = false;  // queries and keys are the same rows, in the same buckets
+  bool lists_ = false;     // buckets are lists of members, not labels
 };
 
 }  // namespace detail
