@@ -146,6 +146,38 @@ TEST_CASE("a frozen router stays, and moves again when thawed") {
   REQUIRE(!same_routers(layer, before));
 }
 
+TEST_CASE("T6: forward, backward and observing move no centroid") {
+  for (const RoutingAttentionConfig& config : {shared, separate()}) {
+    RoutingAttention<float> layer(config);
+    const RowMatrix<float> x = Random(1).matrix<float>(80, 10), d_y = Random(2).matrix<float>(80, 10);
+    RowMatrix<float> y(80, 10), d_x = RowMatrix<float>::Zero(80, 10);
+    Context context;
+    RoutingAttention<float>::Tape tape;
+    for (int step = 0; step < 2; ++step) {  // before the first update, and after it
+      const RoutingAttention<float> before = layer;
+      layer.forward(x, y, context);
+      for (int again = 0; again < 2; ++again) layer.forward(x, y, tape, context);
+      Parameters<float> gradients = layer.zero_gradients();
+      layer.backward(x, tape, d_y, d_x, gradients, context);
+      RouterStatistics<float> statistics = layer.zero_statistics();
+      layer.observe(tape, statistics, context);
+      REQUIRE(same_routers(layer, before));
+      layer.update_router(statistics);
+      REQUIRE(!same_routers(layer, before));
+    }
+  }
+}
+
+TEST_CASE("T27: centroids are no parameters: what an optimiser does to every weight leaves them") {
+  RoutingAttention<float> layer(shared);
+  const RoutingAttention<float> before = layer;
+  layer.parameters().visit([](std::string_view name, View<float> weight) {
+    REQUIRE(name.find("centroid") == std::string_view::npos);
+    weight.fill(0.5f);
+  });
+  REQUIRE(same_routers(layer, before));
+}
+
 TEST_CASE("routing that is not learned has no routers and nothing to update") {
   for (const Routing routing : {Routing::random, Routing::dense}) {
     RoutingAttentionConfig config = shared;
