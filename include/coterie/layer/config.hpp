@@ -9,6 +9,7 @@
 #include "coterie/core/check.hpp"
 #include "coterie/core/matrix.hpp"
 #include "coterie/plan/clustered.hpp"
+#include "coterie/router/members.hpp"
 
 namespace coterie {
 
@@ -17,6 +18,12 @@ enum class Routing {
   learned,  ///< clusters of the layer's k-means routers
   random,   ///< clusters drawn from (seed, step, head, position): the paper's baseline
   dense,    ///< every head sees everything (causal: everything before it)
+};
+
+/// Which tokens are in a cluster of a routed head with learned routing.
+enum class Membership {
+  nearest,  ///< those that it is the nearest cluster of: strictly causal
+  balanced,  ///< its `window` best in each sequence (the paper): evenly loaded, but NOT strictly causal, see balanced_members
 };
 
 /// Positions of local heads. Routed heads and induction heads have none.
@@ -39,6 +46,10 @@ struct RoutingAttentionConfig {
   Index lookahead = 0;     ///< later keys that a query of a local head sees as well; two-sided only
   bool causal = false;     ///< nothing depends on later tokens
   Routing routing = Routing::learned;
+  Membership membership = Membership::nearest;
+  Index probes = 1;  ///< nearest membership: clusters that a query looks into, one softmax over all of their keys
+  Unassigned unassigned = Unassigned::left_out;  ///< balanced: what becomes of tokens that no cluster takes
+  Combine combine = Combine::mean;               ///< balanced: mean or lse over the clusters of a query
   std::optional<bool> shared_qk = {};  ///< routed heads: keys are the normalised queries; automatic: when causal
   std::optional<Self> self = {};       ///< routed heads: whether a token sees itself; automatic: only_if_alone when
                                        ///< shared, never when induction, else visible
@@ -46,7 +57,9 @@ struct RoutingAttentionConfig {
   bool local_induction = false;  ///< so are the local ones, within their window: the fair control
   Index key_taps = 0;            ///< taps of the convolution of induction queries; 0: none, 8 is a good number
   double gain = 3;               ///< start of the logit gain of heads that share normalised queries and keys
-  bool bias = false;             ///< biases of the four projections
+  double soft_cap = 0;           ///< of the logits, see AttentionConfig; 0: none
+  double dropout = 0;  ///< of the probabilities, in forward with a tape only; which ones: by seed and Input::step
+  bool bias = false;   ///< biases of the four projections
   LocalPositions local_positions = LocalPositions::rotary;  ///< of local heads, unless they are induction heads
   double decay = 0.999;    ///< of the centroids, reached by the schedule min(decay, (1 + t) / (10 + t))
   std::uint64_t seed = 0;  ///< of weights, centroids and random routing
@@ -55,6 +68,32 @@ struct RoutingAttentionConfig {
 };
 
 namespace detail {
+
+/// Whether routed heads have plans of lists of members, not of one label a token.
+inline bool has_members(const RoutingAttentionConfig& c) {
+  return c.routed_heads > 0 && (c.membership == Membership::balanced || c.probes > 1);
+}
+
+/// The part of resolve that is about membership.
+inline void check_membership(const RoutingAttentionConfig& c, Faults& faults) {
+  const bool learned = c.routed_heads > 0 && c.routing == Routing::learned;
+  const bool balanced = c.membership == Membership::balanced;
+  faults.require(balanced || c.membership == Membership::nearest, "membership", "nearest or balanced",
+                 static_cast<int>(c.membership));
+  faults.require(!balanced || learned, "membership", "nearest without heads of learned routing (nothing scores tokens)",
+                 "balanced");
+  faults.require(c.probes >= 1, "probes", "at least 1", c.probes);
+  if (c.probes > 1) {
+    faults.require(learned, "probes", "1 without heads of learned routing (nothing scores clusters)", c.probes);
+    faults.require(!balanced, "probes", "1 with balanced membership (clusters choose their queries)", c.probes);
+    faults.require(!learned || c.probes <= c.clusters, "probes", join("at most clusters = ", c.clusters), c.probes);
+  }
+  faults.require(c.unassigned == Unassigned::left_out || (balanced && c.unassigned == Unassigned::nearest),
+                 "unassigned", "left_out, or nearest with balanced membership", static_cast<int>(c.unassigned));
+  faults.require(c.combine == Combine::mean || (balanced && c.combine == Combine::lse), "combine",
+                 "mean, or lse with balanced membership (several probes are one softmax anyway)",
+                 static_cast<int>(c.combine));
+}
 
 /// The config with every automatic value filled in.
 /// Requires: settings that make sense together; otherwise ValueError, which names all faults.
@@ -112,6 +151,9 @@ inline RoutingAttentionConfig resolve(RoutingAttentionConfig c) {
   faults.require(!normalises || c.head_dim >= 3 || c.head_dim <= 0, "head_dim",
                  "at least 3 where queries and keys are normalised (a layer norm over fewer leaves only signs)",
                  c.head_dim);
+  check_membership(c, faults);
+  faults.require(c.soft_cap >= 0 && std::isfinite(c.soft_cap), "soft_cap", "0, or a positive number", c.soft_cap);
+  faults.require(c.dropout >= 0 && c.dropout < 1, "dropout", "at least 0 and below 1", c.dropout);
   faults.require(std::isfinite(c.gain), "gain", "a finite number", c.gain);
   faults.require(c.decay > 0 && c.decay < 1, "decay", "above 0 and below 1", c.decay);
   faults.raise();

@@ -11,6 +11,7 @@
 #include "coterie/kernel/positions.hpp"
 #include "coterie/kernel/product.hpp"
 #include "coterie/layer/input.hpp"
+#include "coterie/layer/memberships.hpp"
 #include "coterie/layer/rows.hpp"
 #include "coterie/layer/tape.hpp"
 #include "coterie/plan/clustered.hpp"
@@ -79,6 +80,23 @@ std::span<const double> logit_scales(const LayerParts<T>& layer, const HeadGroup
     scales[h] = static_cast<double>(layer.parameters.gain(0, group.gain_first + h)) /
                 std::sqrt(static_cast<double>(group.head_dim));
   return {scales, static_cast<std::size_t>(group.count)};
+}
+
+/// What attention is asked to do for a group. Training: forward with a tape, and backward.
+template <class T>
+AttentionConfig attention_config(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
+                                 bool training, Arena& arena) {
+  AttentionConfig config;
+  config.heads = group.count;
+  config.scales = logit_scales(layer, group, arena);
+  config.soft_cap = layer.config.soft_cap;
+  if (training) {
+    config.dropout = layer.config.dropout;
+    config.dropout_seed =
+        random_bits(layer.config.seed, static_cast<std::uint64_t>(LayerStream::dropout), group.routed);
+    config.dropout_step = in.input.step;
+  }
+  return config;
 }
 
 template <class T>
@@ -209,6 +227,11 @@ void build_plans(const LayerParts<T>& layer, const HeadGroup& group, const Check
                plans.use(1)[0]);
   } else {
     assign_labels(layer, group, in, m, plans, context);
+    if (has_members(c)) {
+      const RoutedRows<T> queries{m.u, offsets}, key_rows{group.shared ? m.u : m.k, in.crosses ? key_offsets : offsets};
+      build_member_plans<T>(c, layer.routers, queries, key_rows, group.shared, plans, context);
+      return;
+    }
     const std::span<AttentionPlan> built = plans.use(static_cast<std::size_t>(group.count));
     context.for_each(group.count, [&](Index h, Index) {
       const std::span<const std::int32_t> queries = plans.query_labels, own = plans.key_labels;
@@ -256,9 +279,7 @@ void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const Che
   }
   build_plans(layer, group, in, m, plans, context);
 
-  AttentionConfig config;
-  config.heads = group.count;
-  config.scales = logit_scales(layer, group, arena);
+  const AttentionConfig config = attention_config(layer, group, in, tape != nullptr, arena);
   const AttentionTerms<T> terms = attention_terms(layer, group);
   const ConstView<T> q = m.u, k = group.shared ? m.u : m.k, v = carried_values(group, m.v, keys);
   if (tape)
@@ -290,9 +311,7 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
   const View<T> d_q = arena.matrix<T>(n, cols), d_k = arena.matrix<T>(keys, cols);
   const View<T> d_v = arena.matrix<T>(m.v.rows(), cols);
   for (const View<T>& zeroed : {d_q, d_k, d_v}) fill_rows(zeroed, T(0), context);
-  AttentionConfig config;
-  config.heads = group.count;
-  config.scales = logit_scales(layer, group, arena);
+  const AttentionConfig config = attention_config(layer, group, in, true, arena);
   AttentionTermGradients<T> d_terms;
   if (group.shared) {
     double* const d_scales = arena.take<double>(group.count);

@@ -53,7 +53,7 @@ struct Heads {
 };
 
 /// What a layer draws random numbers for; each has a stream of its seed of its own.
-enum class LayerStream : std::uint64_t { w_q = 1, w_k, w_v, w_o, taps, centroids, routes };
+enum class LayerStream : std::uint64_t { w_q = 1, w_k, w_v, w_o, taps, centroids, routes, dropout };
 
 /// Parameters of the shapes of a resolved config, all zero.
 template <class T>

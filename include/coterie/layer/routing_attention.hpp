@@ -56,7 +56,7 @@ class RoutingAttention {
   std::span<const OnlineKMeans<T>> routers() const { return parts_.routers; }
   std::span<OnlineKMeans<T>> routers() { return parts_.routers; }
 
-  /// y = layer(x), for evaluation: the bits of the other forward, and nothing kept.
+  /// y = layer(x), for evaluation: the bits of the other forward (but for dropout, which it leaves out), and nothing kept.
   /// Shapes: x, y tokens x model_dim.
   /// Requires: matching shapes, y apart from x (ShapeError); offsets ascending from 0 to tokens, routes in
   ///   [-1, clusters) and only without a source, a source only where no head shares and Self::visible (ValueError).
@@ -214,6 +214,9 @@ class RoutingAttention {
       faults.require(false, "routes", "none with a source (they would label its keys as well)", labels);
     else if (labels > 0 && (config().routed_heads == 0 || config().routing == Routing::dense))
       faults.require(false, "routes", "none without learned or random routing", labels);
+    else if (labels > 0 && detail::has_members(config()))
+      faults.require(false, "routes", "none with balanced membership or several probes (a label is one cluster)",
+                     labels);
     else if (labels > 0 && labels != expected)
       faults.require(false, "routes", detail::join("routed_heads * tokens = ", expected, " labels"), labels);
     else

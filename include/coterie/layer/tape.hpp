@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "coterie/attention/attention.hpp"
+#include "coterie/core/cluster_members.hpp"
 #include "coterie/core/workspace.hpp"
 #include "coterie/layer/initialise.hpp"
 
@@ -49,6 +50,7 @@ struct Places {
 /// Labels and plans of a group of heads; vectors keep their memory from call to call.
 struct HeadsPlans {
   std::vector<std::int32_t> query_labels, key_labels;  ///< heads x rows; key_labels empty: as query_labels
+  std::vector<ClusterMembers> members;  ///< per head lists of the queries, and of the keys; empty where labels do
   std::vector<AttentionPlan> plans;
   std::size_t count = 0;  ///< plans in use: 1 for all heads, or one per head
 

@@ -1,0 +1,268 @@
+#include "coterie/layer/memberships.hpp"
+
+#include <cmath>
+
+#include "catch.hpp"
+#include "coterie/layer/routing_attention.hpp"
+#include "errors.hpp"
+#include "kinds.hpp"
+
+using namespace test;
+
+namespace {
+
+std::vector<Kind> member_kinds() {
+  const RoutingAttentionConfig two{
+      .model_dim = 10, .heads = 2, .head_dim = 4, .routed_heads = 2, .clusters = 3, .window = 5, .seed = 3};
+  std::vector<Kind> all;
+  const auto add = [&](const char* name, auto change) {
+    Kind kind{name, two};
+    change(kind.config);
+    all.push_back(kind);
+  };
+  add("balanced, shared, causal", [](auto& c) {
+    c.causal = true;
+    c.membership = Membership::balanced;
+  });
+  add("balanced, separate, two-sided, lse", [](auto& c) {
+    c.membership = Membership::balanced;
+    c.combine = Combine::lse;
+  });
+  add("balanced, all joined, mixed heads", [](auto& c) {
+    c.causal = true;
+    c.routed_heads = 1;
+    c.membership = Membership::balanced;
+    c.unassigned = Unassigned::nearest;
+    c.self = Self::visible;
+  });
+  add("two probes, shared, causal", [](auto& c) {
+    c.causal = true;
+    c.probes = 2;
+  });
+  add("two probes, separate, two-sided", [](auto& c) { c.probes = 2; });
+  add("two probes, induction", [](auto& c) {
+    c.causal = c.induction = true;
+    c.probes = 2;
+    c.key_taps = 3;
+  });
+  return all;
+}
+
+bool same_plan(const AttentionPlan& a, const AttentionPlan& b) {
+  const auto same = [](const std::vector<Interval>& x, const std::vector<Interval>& y) {
+    return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin(), [](Interval i, Interval j) {
+             return i.begin == j.begin && i.end == j.end;
+           });
+  };
+  return a.combine == b.combine && a.entries == b.entries && a.keys == b.keys && same(a.visible, b.visible) &&
+         same(a.visible_too, b.visible_too);
+}
+
+}  // namespace
+
+TEST_CASE("the layer's plans are those of its routers' scores") {
+  // Values of queries that are their rows: identity weights show the router's rows from outside.
+  RoutingAttentionConfig c{
+      .model_dim = 6, .heads = 1, .head_dim = 6, .routed_heads = 1, .clusters = 4, .window = 7, .seed = 2};
+  Context context;
+  Random random(3);
+  const Index n = 40;
+  const RowMatrix<double> x = random.matrix<double>(n, 6);
+  const std::vector<Index> offsets = {0, 13, 13, 40};
+  for (const bool causal : {false, true})
+    for (const bool balanced : {false, true}) {
+      c.causal = causal;
+      c.shared_qk = true;
+      c.self = Self::visible;
+      c.membership = balanced ? Membership::balanced : Membership::nearest;
+      c.probes = balanced ? 1 : 3;
+      RoutingAttention<double> layer(c);
+      layer.parameters().w_q = RowMatrix<double>::Identity(6, 6);
+      RoutingAttention<double>::Tape tape;
+      RowMatrix<double> y(n, 6), rows(n, 6), scores(n, 4);
+      layer.forward({x, offsets}, y, tape, context);
+      normalise_rows(x, view(rows), {}, 6, context);
+      layer.routers()[0].scores(rows, view(scores), context);
+      ClusterMembers queries, keys;
+      AttentionPlan expected;
+      if (balanced) {
+        balanced_members(scores, {.members = 7, .offsets = offsets}, keys, context);
+        plan_members(keys, keys, {.causal = causal, .offsets = offsets}, expected);
+      } else {
+        nearest_members(scores, {.probes = 3, .offsets = offsets}, queries, context);
+        nearest_members(scores, {.offsets = offsets}, keys, context);
+        plan_members(queries, keys, {.window = 7, .causal = causal, .combine = Combine::lse, .offsets = offsets},
+                     expected);
+      }
+      REQUIRE(same_plan(tape.plans()[0], expected));
+    }
+}
+
+TEST_CASE("layers with members: gradients of x and of every parameter are those of central differences") {
+  const Index n = 21;
+  for (const Kind& kind : member_kinds())
+    for (const bool ragged : {false, true}) {
+      INFO(kind.name << ", ragged " << ragged);
+      RoutingAttention<double> layer = make_layer<double>(kind.config);
+      Random random(7);
+      RowMatrix<double> x = 2 * random.matrix<double>(n, 10);
+      const RowMatrix<double> d_y = random.matrix<double>(n, 10);
+      const std::vector<Index> offsets = ragged ? three_sequences(n) : std::vector<Index>{0, n};
+      Context context;
+      RoutingAttention<double>::Tape tape;
+      RowMatrix<double> y(n, 10), again(n, 10);
+      layer.forward({x, offsets}, y, tape, context);
+      layer.forward({x, offsets}, again, context);
+      REQUIRE(same_bits<double>(y, again));
+      Parameters<double> gradients = layer.zero_gradients();
+      RowMatrix<double> d_x = RowMatrix<double>::Zero(n, 10);
+      layer.backward({x, offsets}, tape, d_y, d_x, gradients, context);
+      const auto check = [&](double& value, double gradient) {
+        const double old = value, step = 1e-6;
+        value = old + step;
+        layer.forward({x, offsets}, y, context);
+        const double up = y.cwiseProduct(d_y).sum();
+        value = old - step;
+        layer.forward({x, offsets}, y, context);
+        const double down = y.cwiseProduct(d_y).sum();
+        value = old;
+        REQUIRE(gradient == Approx((up - down) / (2 * step)).epsilon(1e-5).margin(1e-6));
+      };
+      for (Index i = 0; i < x.size(); i += 3) check(x.data()[i], d_x.data()[i]);
+      visit(layer.parameters(), gradients, [&](std::string_view, View<double> p, ConstView<double> g) {
+        for (Index i = 0; i < p.rows(); ++i)
+          for (Index j = 0; j < p.cols(); j += 2) check(p(i, j), g(i, j));
+      });
+    }
+}
+
+TEST_CASE("layers with members: same bits for any workers, sequences end to end equal the same ones alone") {
+  const Index n = 60;
+  for (const Kind& kind : member_kinds()) {
+    INFO(kind.name);
+    const RoutingAttention<float> layer = make_layer<float>(kind.config);
+    Random random(9);
+    const RowMatrix<float> x = random.matrix<float>(n, 10);
+    const std::vector<Index> offsets = three_sequences(n);
+    Context context;
+    RowMatrix<float> y(n, 10), other(n, 10);
+    layer.forward({x, offsets}, y, context);
+    ThreadPool pool(3);
+    Workspace workspace;
+    Context three(pool, workspace);
+    layer.forward({x, offsets}, other, three);
+    REQUIRE(same_bits<float>(y, other));
+    for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
+      const Index begin = offsets[s], count = offsets[s + 1] - begin;
+      RowMatrix<float> alone(count, 10);
+      layer.forward(x.middleRows(begin, count), alone, context);
+      REQUIRE(same_bits<float>(alone, y.middleRows(begin, count)));
+    }
+  }
+}
+
+TEST_CASE("several probes stay strictly causal, balanced membership does not") {
+  const Index n = 64;
+  Index changed_balanced = 0;
+  for (const Kind& kind : member_kinds()) {
+    if (!kind.config.causal) continue;
+    INFO(kind.name);
+    const RoutingAttention<float> layer = make_layer<float>(kind.config);
+    Random random(4);
+    RowMatrix<float> x = random.matrix<float>(n, 10);
+    Context context;
+    RowMatrix<float> y(n, 10), other(n, 10);
+    layer.forward(x, y, context);
+    x.bottomRows(n / 2) = random.matrix<float>(n / 2, 10);
+    layer.forward(x, other, context);
+    Index changed = 0;
+    for (Index i = 0; i < n / 2; ++i) changed += !same_bits<float>(y.row(i), other.row(i));
+    if (kind.config.membership == Membership::balanced)
+      changed_balanced += changed;
+    else
+      REQUIRE(changed == 0);
+  }
+  REQUIRE(changed_balanced > 0);
+}
+
+TEST_CASE("dropout: in training only, by seed and step, with its gradients; soft cap: in both") {
+  const Index n = 24;
+  RoutingAttentionConfig c{
+      .model_dim = 8, .heads = 2, .routed_heads = 1, .clusters = 2, .window = 9, .causal = true, .seed = 6};
+  const RoutingAttention<double> plain(c);
+  c.dropout = 0.3;
+  RoutingAttention<double> layer(c);
+  c.dropout = 0;
+  c.soft_cap = 0.4;
+  const RoutingAttention<double> capped(c);
+  Random random(2);
+  RowMatrix<double> x = 3 * random.matrix<double>(n, 8);
+  const RowMatrix<double> d_y = random.matrix<double>(n, 8);
+  Context context;
+  RowMatrix<double> y(n, 8), other(n, 8);
+  RoutingAttention<double>::Tape tape;
+  plain.forward(x, y, context);
+  layer.forward(x, other, context);
+  REQUIRE(same_bits<double>(y, other));
+  capped.forward(x, other, context);
+  REQUIRE_FALSE(same_bits<double>(y, other));
+  const auto train = [&](std::uint64_t step, RowMatrix<double>& out) {
+    Input<double> input(x);
+    input.step = step;
+    layer.forward(input, out, tape, context);
+  };
+  train(1, y);
+  train(1, other);
+  REQUIRE(same_bits<double>(y, other));
+  train(2, other);
+  REQUIRE_FALSE(same_bits<double>(y, other));
+  train(1, y);
+  Parameters<double> gradients = layer.zero_gradients();
+  RowMatrix<double> d_x = RowMatrix<double>::Zero(n, 8);
+  Input<double> input(x);
+  input.step = 1;
+  layer.backward(input, tape, d_y, d_x, gradients, context);
+  for (Index i = 0; i < x.size(); i += 2) {
+    const double old = x.data()[i], step = 1e-6;
+    x.data()[i] = old + step;
+    train(1, y);
+    const double up = y.cwiseProduct(d_y).sum();
+    x.data()[i] = old - step;
+    train(1, y);
+    const double down = y.cwiseProduct(d_y).sum();
+    x.data()[i] = old;
+    REQUIRE(d_x.data()[i] == Approx((up - down) / (2 * step)).epsilon(1e-5).margin(1e-6));
+  }
+}
+
+TEST_CASE("membership settings that mean nothing together are refused, all at once") {
+  const RoutingAttentionConfig good{.model_dim = 8, .heads = 2, .routed_heads = 1, .clusters = 4, .window = 8};
+  const auto refused = [&](auto change, const char* argument) {
+    RoutingAttentionConfig c = good;
+    change(c);
+    INFO(argument);
+    CHECK(contains(message_of<ValueError>([&] { RoutingAttention<float> layer(c); }), argument));
+  };
+  refused([](auto& c) { c.routing = Routing::random, c.membership = Membership::balanced; }, "membership");
+  refused([](auto& c) { c.routed_heads = 0, c.clusters = 0, c.membership = Membership::balanced; }, "membership");
+  refused([](auto& c) { c.membership = static_cast<Membership>(5); }, "membership");
+  refused([](auto& c) { c.probes = 0; }, "probes");
+  refused([](auto& c) { c.probes = 5; }, "probes");
+  refused([](auto& c) { c.probes = 2, c.routing = Routing::random; }, "probes");
+  refused([](auto& c) { c.probes = 2, c.membership = Membership::balanced; }, "probes");
+  refused([](auto& c) { c.unassigned = Unassigned::nearest; }, "unassigned");
+  refused([](auto& c) { c.combine = Combine::lse; }, "combine");
+  refused([](auto& c) { c.combine = Combine::single; }, "combine");
+  refused([](auto& c) { c.dropout = 1, c.soft_cap = -1; }, "dropout");
+  refused([](auto& c) { c.dropout = 1, c.soft_cap = -1; }, "soft_cap");
+  RoutingAttentionConfig c = good;
+  c.probes = 2;
+  const RoutingAttention<float> layer(c);
+  const RowMatrix<float> x = RowMatrix<float>::Zero(3, 8);
+  RowMatrix<float> y = x;
+  Context context;
+  Input<float> input(x);
+  const std::vector<std::int32_t> routes(3, 0);
+  input.routes = routes;
+  CHECK(contains(message_of<ValueError>([&] { layer.forward(input, y, context); }), "routes"));
+}
