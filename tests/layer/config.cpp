@@ -33,6 +33,7 @@ TEST_CASE("automatic settings are filled in") {
   REQUIRE(c.local_window == 16);
   REQUIRE(c.shared_qk == true);
   REQUIRE(c.self == Self::only_if_alone);
+  REQUIRE(c.local_positions == LocalPositions::rotary);
   REQUIRE(detail::resolve(c) == c);
 
   RoutingAttentionConfig two_sided = good;
@@ -48,6 +49,17 @@ TEST_CASE("automatic settings are filled in") {
   c = detail::resolve(induction);
   REQUIRE(c.shared_qk == true);
   REQUIRE(c.self == Self::never);
+
+  // Of induction heads and heads of one column: none, unless asked for.
+  RoutingAttentionConfig control = good;
+  control.local_induction = true;
+  REQUIRE(detail::resolve(control).local_positions == LocalPositions::none);
+  control.local_positions = LocalPositions::rotary;
+  REQUIRE(detail::resolve(control).local_positions == LocalPositions::rotary);
+  RoutingAttentionConfig narrow = good;
+  narrow.routed_heads = 0;
+  narrow.head_dim = 1;
+  REQUIRE(detail::resolve(narrow).local_positions == LocalPositions::none);
 
   RoutingAttentionConfig wide = good;
   wide.heads = 5;
@@ -72,7 +84,13 @@ TEST_CASE("defaults are those of the documentation") {
   REQUIRE(c.key_taps == 0);
   REQUIRE(c.gain == 3);
   REQUIRE(!c.bias);
-  REQUIRE(c.local_positions == LocalPositions::rotary);
+  REQUIRE(!c.local_positions);
+  REQUIRE(c.routed_positions == RoutedPositions::none);
+  REQUIRE(c.rotary_layout == RotaryLayout::halves);
+  REQUIRE(c.rotary_base == 10000);
+  REQUIRE(c.position_buckets == 32);
+  REQUIRE(c.max_distance == 128);
+  REQUIRE(c.routed_distances == 0);
   REQUIRE(c.decay == 0.999);
   REQUIRE(c.seed == 0);
 }
@@ -112,6 +130,18 @@ TEST_CASE("what makes no sense is refused, naming the setting") {
       {"head_dim", [](C& c) { c.causal = false, c.head_dim = 2; }},
       {"head_dim", [](C& c) { c.local_induction = true, c.routed_heads = 0, c.head_dim = 1; }},
       {"gain", [](C& c) { c.gain = std::numeric_limits<double>::infinity(); }},
+      {"routed_positions", [](C& c) { c.routed_heads = 0, c.routed_positions = RoutedPositions::alibi; }},
+      {"rotary_base", [](C& c) { c.rotary_base = 0; }},
+      {"rotary_base", [](C& c) { c.rotary_base = std::numeric_limits<double>::infinity(); }},
+      {"head_dim", [](C& c) { c.routed_heads = 0, c.head_dim = 1, c.local_positions = LocalPositions::rotary; }},
+      {"position_buckets", [](C& c) { c.local_positions = LocalPositions::t5_buckets, c.position_buckets = 1; }},
+      {"position_buckets",
+       [](C& c) { c.causal = false, c.routed_positions = RoutedPositions::t5_buckets, c.position_buckets = 7; }},
+      {"max_distance", [](C& c) { c.routed_positions = RoutedPositions::t5_buckets, c.max_distance = 16; }},
+      {"routed_distances", [](C& c) { c.routed_positions = RoutedPositions::bias; }},
+      {"routed_distances", [](C& c) { c.routed_positions = RoutedPositions::bias, c.routed_distances = -1; }},
+      {"routed_distances", [](C& c) { c.routed_positions = RoutedPositions::alibi, c.routed_distances = 8; }},
+      {"routed_distances", [](C& c) { c.routed_distances = 8; }},
       {"decay", [](C& c) { c.decay = 1; }},
       {"decay", [](C& c) { c.decay = 0; }},
       {"decay", [](C& c) { c.decay = std::numeric_limits<double>::quiet_NaN(); }},
@@ -128,6 +158,11 @@ TEST_CASE("values that no enumerator has are refused") {
   REQUIRE(fault([](auto& c) {
             c.local_positions = static_cast<LocalPositions>(-1);
           }).find("local_positions: expected") != std::string::npos);
+  REQUIRE(fault([](auto& c) {
+            c.routed_positions = static_cast<RoutedPositions>(5);
+          }).find("routed_positions: expected") != std::string::npos);
+  REQUIRE(fault([](auto& c) { c.rotary_layout = static_cast<RotaryLayout>(2); }).find("rotary_layout: expected") !=
+          std::string::npos);
   REQUIRE(fault([](auto& c) { c.self = static_cast<Self>(3); }).find("self: expected") != std::string::npos);
 }
 
@@ -136,6 +171,8 @@ TEST_CASE("narrow heads are fine where nothing is normalised") {
   REQUIRE(fault([](C& c) { c.routed_heads = 0, c.head_dim = 1; }).empty());
   REQUIRE(fault([](C& c) { c.causal = false, c.routing = Routing::random, c.head_dim = 2; }).empty());
   REQUIRE(fault([](C& c) { c.routed_heads = 0, c.clusters = 0; }).empty());
+  // Where nothing is sorted into buckets, their number is nobody's.
+  REQUIRE(fault([](C& c) { c.position_buckets = 1, c.max_distance = 0; }).empty());
   REQUIRE(fault([](C& c) { c.routing = Routing::dense, c.clusters = 0, c.window = 0, c.local_window = 3; }).empty());
 }
 
@@ -145,7 +182,12 @@ TEST_CASE("one error names all faults") {
     c.clusters = 0;
     c.decay = 2;
     c.key_taps = 3;
+    c.local_positions = LocalPositions::t5_buckets;
+    c.max_distance = 0;
+    c.routed_distances = 3;
+    c.rotary_base = -1;
   });
-  for (const char* name : {"RoutingAttentionConfig", "model_dim", "clusters", "decay", "key_taps"})
+  for (const char* name : {"RoutingAttentionConfig", "model_dim", "clusters", "decay", "key_taps", "max_distance",
+                           "routed_distances", "rotary_base"})
     REQUIRE(text.find(name) != std::string::npos);
 }

@@ -100,6 +100,71 @@ inline std::vector<Kind> kinds() {
     c.routing = Routing::random;
     c.self = Self::never;
   });
+  add("causal: ALiBi of one and three heads, shared", [](auto& c) {
+    c.gain = 1;
+    c.causal = true;
+    c.heads = 4;
+    c.routed_heads = 3;
+    c.local_positions = LocalPositions::alibi;
+    c.routed_positions = RoutedPositions::alibi;
+  });
+  add("causal: T5 buckets", [](auto& c) {
+    c.gain = 1;
+    c.causal = true;
+    c.local_window = 11;
+    c.local_positions = LocalPositions::t5_buckets;
+    c.routed_positions = RoutedPositions::t5_buckets;
+    c.position_buckets = 6;
+    c.max_distance = 9;
+  });
+  add("causal: rotary everywhere, interleaved, shared", [](auto& c) {
+    c.gain = 1;
+    c.causal = true;
+    c.routed_positions = RoutedPositions::rotary;
+    c.rotary_layout = RotaryLayout::interleaved;
+    c.rotary_base = 50;
+  });
+  add("causal: routed bias, separate", [](auto& c) {
+    c.causal = true;
+    c.shared_qk = false;
+    c.routed_positions = RoutedPositions::bias;
+    c.routed_distances = 6;
+  });
+  add("causal: local induction with a bias, rotary induction", [](auto& c) {
+    c.gain = 1;
+    c.causal = c.induction = c.local_induction = true;
+    c.key_taps = 2;
+    c.local_positions = LocalPositions::bias;
+    c.routed_positions = RoutedPositions::rotary;
+  });
+  add("causal: dense ALiBi", [](auto& c) {
+    c.gain = 1;
+    c.causal = true;
+    c.routing = Routing::dense;
+    c.routed_positions = RoutedPositions::alibi;
+  });
+  add("two-sided: ALiBi with lookahead, rotary of odd width, separate", [](auto& c) {
+    c.head_dim = 5;
+    c.lookahead = 2;
+    c.local_positions = LocalPositions::alibi;
+    c.routed_positions = RoutedPositions::rotary;
+  });
+  add("two-sided: T5 buckets with lookahead, routed bias, shared", [](auto& c) {
+    c.gain = 1;
+    c.lookahead = 3;
+    c.shared_qk = true;
+    c.local_positions = LocalPositions::t5_buckets;
+    c.position_buckets = 8;
+    c.max_distance = 4;
+    c.routed_positions = RoutedPositions::bias;
+    c.routed_distances = 4;
+  });
+  add("two-sided: dense T5 buckets, separate", [](auto& c) {
+    c.routing = Routing::dense;
+    c.routed_positions = RoutedPositions::t5_buckets;
+    c.position_buckets = 12;
+    c.max_distance = 10;
+  });
   return all;
 }
 
@@ -109,7 +174,7 @@ RoutingAttention<T> make_layer(const RoutingAttentionConfig& config) {
   RoutingAttention<T> layer(config);
   Random random(17);
   layer.parameters().visit([&](std::string_view name, View<T> m) {
-    if (name[0] != 'b' && name != "gain" && name != "distance_bias") return;
+    if (name[0] != 'b' && name != "gain" && name.find("bias") == name.npos) return;
     for (Index i = 0; i < m.rows(); ++i)
       for (Index j = 0; j < m.cols(); ++j) m(i, j) += static_cast<T>(0.3 * random.uniform());
   });

@@ -2,6 +2,7 @@
 
 // The layer's formula once more, in plain double loops over heads, queries and keys, with no plan and no kernel.
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -57,14 +58,40 @@ struct Oracle {
     return y;
   }
 
-  void rotate(std::vector<double>& x, Index position) const {
+  HeadPositions positions(Index head) const { return local(head) ? *c.local_positions : c.routed_positions; }
+
+  std::vector<double> rotate(std::vector<double> x, Index head, Index position) const {
+    if (positions(head) != HeadPositions::rotary) return x;
     const std::size_t half = x.size() / 2;
     for (std::size_t j = 0; j < half; ++j) {
       const double angle =
-          static_cast<double>(position) * std::pow(10000, -static_cast<double>(j) / static_cast<double>(half));
-      const double u = x[j], v = x[j + half];
-      x[j] = u * std::cos(angle) - v * std::sin(angle);
-      x[j + half] = u * std::sin(angle) + v * std::cos(angle);
+          static_cast<double>(position) * std::pow(c.rotary_base, -static_cast<double>(j) / static_cast<double>(half));
+      const bool halves = c.rotary_layout == RotaryLayout::halves;
+      double &u = x[halves ? j : 2 * j], &v = x[halves ? j + half : 2 * j + 1];
+      const double old_u = u, old_v = v;
+      u = old_u * std::cos(angle) - old_v * std::sin(angle);
+      v = old_u * std::sin(angle) + old_v * std::cos(angle);
+    }
+    return x;
+  }
+
+  // What the distance of a pair adds to its logit.
+  double distance_bias(Index head, Index distance) const {
+    const Index routed_first = c.heads - c.routed_heads, own = local(head) ? head : head - routed_first;
+    switch (positions(head)) {
+      case HeadPositions::bias: {
+        if (local(head)) return p.distance_bias(own, distance + c.lookahead);
+        const Index most = c.routed_distances - 1;
+        return p.routed_distance_bias(own, std::clamp(distance, -most, most) + (c.causal ? 0 : most));
+      }
+      case HeadPositions::alibi:
+        return -alibi_slope(own, local(head) ? routed_first : c.routed_heads) * static_cast<double>(std::abs(distance));
+      case HeadPositions::t5_buckets:
+        return (local(head) ? p.bucket_bias : p.routed_bucket_bias)(
+            own, relative_position_bucket(
+                     distance, {.buckets = c.position_buckets, .max_distance = c.max_distance, .causal = c.causal}));
+      default:
+        return 0;
     }
   }
 
@@ -76,6 +103,7 @@ struct Oracle {
     return count;
   }
 
+  // Queries and keys, before they are rotated: what routers see.
   std::vector<double> query(ConstView<double> x, Index i, Index head) const {
     if (induction(head) && c.key_taps > 0) {
       std::vector<double> sum(static_cast<std::size_t>(c.head_dim), 0.0);
@@ -88,16 +116,12 @@ struct Oracle {
       return normalise(sum);
     }
     std::vector<double> q = project(x, i, p.w_q, p.b_q, head);
-    if (shared(head)) return normalise(q);
-    if (local(head) && c.local_positions == LocalPositions::rotary) rotate(q, query_place(i));
-    return q;
+    return shared(head) ? normalise(q) : q;
   }
 
   std::vector<double> key(ConstView<double> x, Index i, Index head) const {
     if (shared(head)) return query(x, i, head);
-    std::vector<double> k = project(x, i, p.w_k, p.b_k, before(head, [&](Index h) { return !shared(h); }));
-    if (local(head) && c.local_positions == LocalPositions::rotary) rotate(k, key_place(i));
-    return k;
+    return project(x, i, p.w_k, p.b_k, before(head, [&](Index h) { return !shared(h); }));
   }
 
   std::vector<Index> visible(Index i, Index head) const {
@@ -139,17 +163,15 @@ struct Oracle {
     const ConstView<double> from = source.rows() > 0 ? source : x;
     std::vector<double> y(static_cast<std::size_t>(c.model_dim), 0.0);
     for (Index head = 0; head < c.heads; ++head) {
-      const std::vector<double> q = query(x, i, head);
+      const std::vector<double> q = rotate(query(x, i, head), head, query_place(i));
       double scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
       if (shared(head)) scale *= p.gain(0, before(head, [&](Index h) { return shared(h); }));
       std::vector<double> out(static_cast<std::size_t>(c.head_dim), 0.0);
       double total = 0;
       for (const Index j : visible(i, head)) {
-        const std::vector<double> k = key(from, j, head);
-        double logit = 0;
+        const std::vector<double> k = rotate(key(from, j, head), head, key_place(j));
+        double logit = distance_bias(head, query_place(i) - key_place(j));
         for (std::size_t l = 0; l < q.size(); ++l) logit += scale * q[l] * k[l];
-        if (local(head) && !c.local_induction && c.local_positions == LocalPositions::bias)
-          logit += p.distance_bias(head, query_place(i) - key_place(j) + c.lookahead);
         const std::vector<double> v = project(from, induction(head) ? j + 1 : j, p.w_v, p.b_v, head);
         for (std::size_t l = 0; l < v.size(); ++l) out[l] += std::exp(logit) * v[l];
         total += std::exp(logit);

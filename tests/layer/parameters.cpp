@@ -48,7 +48,6 @@ TEST_CASE("names and shapes of the parameters are fixed") {
           Shapes{{"w_q", {12, 20}}, {"w_k", {12, 5}}, {"w_v", {12, 20}}, {"w_o", {20, 12}}, {"gain", {1, 3}}});
   c.induction = c.local_induction = c.bias = true;
   c.key_taps = 8;
-  c.local_positions = LocalPositions::bias;
   REQUIRE(shapes(c) == Shapes{{"w_q", {12, 20}},
                               {"w_v", {12, 20}},
                               {"w_o", {20, 12}},
@@ -57,6 +56,36 @@ TEST_CASE("names and shapes of the parameters are fixed") {
                               {"b_o", {1, 12}},
                               {"gain", {1, 4}},
                               {"taps", {32, 5}}});
+  // Tables of positions.
+  c = base;
+  c.local_positions = LocalPositions::t5_buckets;
+  c.routed_positions = RoutedPositions::bias;
+  c.position_buckets = 6;
+  c.routed_distances = 7;
+  Shapes expected{{"w_q", {12, 20}}, {"w_k", {12, 20}}, {"w_v", {12, 20}}, {"w_o", {20, 12}}};
+  expected["bucket_bias"] = {1, 6};
+  expected["routed_distance_bias"] = {3, 13};
+  REQUIRE(shapes(c) == expected);
+  c.local_positions = LocalPositions::alibi;
+  c.routed_positions = RoutedPositions::t5_buckets;
+  c.routed_distances = 0;
+  expected.erase("bucket_bias");
+  expected.erase("routed_distance_bias");
+  expected["routed_bucket_bias"] = {3, 6};
+  REQUIRE(shapes(c) == expected);
+  c.causal = c.local_induction = true;
+  c.shared_qk = false;
+  c.local_positions = LocalPositions::bias;
+  c.routed_positions = RoutedPositions::bias;
+  c.routed_distances = 7;
+  expected = {{"w_q", {12, 20}},
+              {"w_k", {12, 15}},
+              {"w_v", {12, 20}},
+              {"w_o", {20, 12}},
+              {"gain", {1, 1}},
+              {"distance_bias", {1, 6}},
+              {"routed_distance_bias", {3, 7}}};
+  REQUIRE(shapes(c) == expected);
 }
 
 TEST_CASE("parameters start as documented and follow from the seed") {

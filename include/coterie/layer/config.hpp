@@ -6,8 +6,10 @@
 #include <limits>
 #include <optional>
 
+#include "coterie/attention/relative_bias.hpp"
 #include "coterie/core/check.hpp"
 #include "coterie/core/matrix.hpp"
+#include "coterie/kernel/positions.hpp"
 #include "coterie/plan/clustered.hpp"
 #include "coterie/router/members.hpp"
 
@@ -26,12 +28,18 @@ enum class Membership {
   balanced,  ///< its `window` best in each sequence (the paper): evenly loaded, but NOT strictly causal, see balanced_members
 };
 
-/// Positions of local heads. Routed heads and induction heads have none.
-enum class LocalPositions {
-  rotary,  ///< rotations of queries and keys by the position in the sequence
-  bias,    ///< a learned number per head and distance, added to the logit
-  none,
+/// How heads know where queries and keys are. Distances are those of places in the sequence, never of ranks in a cluster;
+/// those of induction heads are to the key that matches, not to the value that it carries.
+enum class HeadPositions {
+  rotary,      ///< rotations of queries and keys by the place in the sequence; routers see them as they were
+  bias,        ///< a learned number per head and distance, added to the logit
+  none,        ///< only by which keys a query sees
+  alibi,       ///< slope * distance less, with fixed slopes (alibi_slope): as many as these heads
+  t5_buckets,  ///< a learned number per head and bucket of distances (PositionBuckets)
 };
+/// HeadPositions by the names of their settings.
+using LocalPositions = HeadPositions;
+using RoutedPositions = HeadPositions;
 
 /// Settings of a RoutingAttention; designated initialisers in this order.
 struct RoutingAttentionConfig {
@@ -58,11 +66,18 @@ struct RoutingAttentionConfig {
   Index key_taps = 0;            ///< taps of the convolution of induction queries; 0: none, 8 is a good number
   double gain = 3;               ///< start of the logit gain of heads that share normalised queries and keys
   double soft_cap = 0;           ///< of the logits, see AttentionConfig; 0: none
-  double dropout = 0;  ///< of the probabilities, in forward with a tape only; which ones: by seed and Input::step
-  bool bias = false;   ///< biases of the four projections
-  LocalPositions local_positions = LocalPositions::rotary;  ///< of local heads, unless they are induction heads
-  double decay = 0.999;    ///< of the centroids, reached by the schedule min(decay, (1 + t) / (10 + t))
-  std::uint64_t seed = 0;  ///< of weights, centroids and random routing
+  double dropout = 0;            ///< of the probabilities, in forward with a tape only; by seed and Input::step
+  bool bias = false;             ///< biases of the four projections
+  std::optional<LocalPositions> local_positions = {};  ///< automatic: rotary; none for induction heads, and for width 1
+  RoutedPositions routed_positions = RoutedPositions::none;
+  RotaryLayout rotary_layout = RotaryLayout::halves;
+  double rotary_base = 10000;
+  Index position_buckets = 32;  ///< of t5_buckets; two-sided layers have half of them for later keys
+  Index max_distance = 128;     ///< of t5_buckets: about where the last bucket begins
+  Index routed_distances = 0;   ///< RoutedPositions::bias: how many distances have a number (of each side, where
+                                ///< two-sided); farther ones take the last. Required there, else 0
+  double decay = 0.999;         ///< of the centroids, reached by the schedule min(decay, (1 + t) / (10 + t))
+  std::uint64_t seed = 0;       ///< of weights, centroids and random routing
 
   bool operator==(const RoutingAttentionConfig&) const = default;
 };
@@ -93,6 +108,43 @@ inline void check_membership(const RoutingAttentionConfig& c, Faults& faults) {
   faults.require(c.combine == Combine::mean || (balanced && c.combine == Combine::lse), "combine",
                  "mean, or lse with balanced membership (several probes are one softmax anyway)",
                  static_cast<int>(c.combine));
+}
+
+/// The buckets of heads with t5_buckets.
+inline PositionBuckets position_buckets(const RoutingAttentionConfig& c) {
+  return {.buckets = c.position_buckets, .max_distance = c.max_distance, .causal = c.causal};
+}
+
+/// The part of resolve that is about positions.
+inline void resolve_positions(RoutingAttentionConfig& c, Faults& faults) {
+  const bool any_routed = c.routed_heads > 0, any_local = c.routed_heads < c.heads;
+  const auto known = [](HeadPositions p) {
+    return static_cast<int>(p) >= 0 && static_cast<int>(p) <= static_cast<int>(HeadPositions::t5_buckets);
+  };
+  if (!c.local_positions)
+    c.local_positions = c.local_induction || c.head_dim == 1 ? LocalPositions::none : LocalPositions::rotary;
+  faults.require(known(*c.local_positions), "local_positions", "rotary, bias, none, alibi or t5_buckets",
+                 static_cast<int>(*c.local_positions));
+  faults.require(known(c.routed_positions), "routed_positions", "rotary, bias, none, alibi or t5_buckets",
+                 static_cast<int>(c.routed_positions));
+  faults.require(any_routed || c.routed_positions == RoutedPositions::none, "routed_positions",
+                 "none without routed heads", static_cast<int>(c.routed_positions));
+  const auto used = [&](HeadPositions p) {
+    return (any_local && *c.local_positions == p) || (any_routed && c.routed_positions == p);
+  };
+  faults.require(c.rotary_layout == RotaryLayout::halves || c.rotary_layout == RotaryLayout::interleaved,
+                 "rotary_layout", "halves or interleaved", static_cast<int>(c.rotary_layout));
+  faults.require(c.rotary_base > 0 && std::isfinite(c.rotary_base), "rotary_base", "a positive number", c.rotary_base);
+  faults.require(!used(HeadPositions::rotary) || c.head_dim != 1, "head_dim",
+                 "at least 2 with rotary positions (pairs of columns turn)", c.head_dim);
+  if (used(HeadPositions::t5_buckets)) check_buckets(faults, "position_buckets", "max_distance", position_buckets(c));
+  const bool routed_bias = any_routed && c.routed_positions == RoutedPositions::bias;
+  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  faults.require(routed_bias ? c.routed_distances >= 1 && c.routed_distances <= most : c.routed_distances == 0,
+                 "routed_distances",
+                 routed_bias ? "at least 1 with RoutedPositions::bias (farther keys share the last number)"
+                             : "0 without RoutedPositions::bias (nothing else has numbers by distance)",
+                 c.routed_distances);
 }
 
 /// The config with every automatic value filled in.
@@ -126,10 +178,9 @@ inline RoutingAttentionConfig resolve(RoutingAttentionConfig c) {
   faults.require(c.lookahead >= 0, "lookahead", "at least 0", c.lookahead);
   faults.require(!c.causal || c.lookahead <= 0, "lookahead", "0 with causal (it shows later tokens)", c.lookahead);
 
+  resolve_positions(c, faults);
   const auto one_of_three = [](auto value) { return static_cast<int>(value) >= 0 && static_cast<int>(value) <= 2; };
   faults.require(one_of_three(c.routing), "routing", "learned, random or dense", static_cast<int>(c.routing));
-  faults.require(one_of_three(c.local_positions), "local_positions", "rotary, bias or none",
-                 static_cast<int>(c.local_positions));
   faults.require(!c.self || one_of_three(*c.self), "self", "visible, only_if_alone or never",
                  c.self ? static_cast<int>(*c.self) : 0);
 

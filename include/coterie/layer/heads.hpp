@@ -12,6 +12,7 @@
 #include "coterie/kernel/product.hpp"
 #include "coterie/layer/input.hpp"
 #include "coterie/layer/memberships.hpp"
+#include "coterie/layer/positions.hpp"
 #include "coterie/layer/rows.hpp"
 #include "coterie/layer/tape.hpp"
 #include "coterie/plan/clustered.hpp"
@@ -29,20 +30,15 @@ struct LayerParts {
   Parameters<T> parameters;
   Rotary rotary;
   std::vector<OnlineKMeans<T>> routers;  ///< one per routed head, if learned
-
-  bool rotates(const HeadGroup& group) const {
-    return !group.routed && !group.shared && config.local_positions == LocalPositions::rotary;
-  }
-  bool biases_distances(const HeadGroup& group) const {
-    return !group.routed && !group.shared && config.local_positions == LocalPositions::bias;
-  }
 };
 
 /// The layer of a resolved config, with its first weights and centroids.
 template <class T>
 LayerParts<T> make_layer_parts(const RoutingAttentionConfig& c) {
   LayerParts<T> layer{c, Heads(c), initial_parameters<T>(c), {}, {}};
-  if (layer.heads.local.count > 0 && layer.rotates(layer.heads.local)) layer.rotary = Rotary(c.head_dim);
+  for (const HeadGroup* group : {&layer.heads.local, &layer.heads.routed})
+    if (group->count > 0 && group->positions == HeadPositions::rotary)
+      layer.rotary = Rotary(c.head_dim, c.rotary_base, c.rotary_layout);
   if (c.routing != Routing::learned) return layer;
   const auto stream = static_cast<std::uint64_t>(LayerStream::centroids);
   for (Index h = 0; h < c.routed_heads; ++h) {
@@ -97,16 +93,6 @@ AttentionConfig attention_config(const LayerParts<T>& layer, const HeadGroup& gr
     config.dropout_step = in.input.step;
   }
   return config;
-}
-
-template <class T>
-AttentionTerms<T> attention_terms(const LayerParts<T>& layer, const HeadGroup& group) {
-  AttentionTerms<T> terms;
-  if (layer.biases_distances(group)) {
-    terms.bias = layer.parameters.distance_bias;
-    terms.bias_first = -layer.config.lookahead;
-  }
-  return terms;
 }
 
 /// The values that attention reads: of induction heads, key j carries the value of row j + 1.
@@ -273,15 +259,26 @@ void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const Che
       convolve<T>(m.q, view(layer.parameters.taps).rows(group.taps_first, group.count * group.taps), group.taps,
                   in.places, m.u, context);
     normalise_rows<T>(m.u, m.u, m.inverse, d, context);
-  } else if (layer.rotates(group)) {
-    layer.rotary.forward(m.q, group.count, in.places, context);
-    layer.rotary.forward(m.k, group.count, in.key_places, context);
   }
   build_plans(layer, group, in, m, plans, context);
+  m.read_q = m.u;
+  m.read_k = group.shared ? m.u : m.k;
+  if (group.positions == HeadPositions::rotary) {
+    // After routing, and apart from what routers and normalise_rows_backward read. Shared rows turn once: i is a query's
+    // place and its key's.
+    const auto turned = [&](Buffer<T> HeadsTape<T>::*buffer, View<T> from, std::span<const std::int32_t> places) {
+      const View<T> to = group.routed || group.shared ? take(buffer, from.rows(), cols) : from;
+      if (to.data() != from.data()) copy_rows<T>(to, from, context);
+      layer.rotary.forward(to, group.count, places, context);
+      return to;
+    };
+    m.read_q = turned(&HeadsTape<T>::read_q, m.u, in.places);
+    m.read_k = group.shared ? m.read_q : turned(&HeadsTape<T>::read_k, m.k, in.key_places);
+  }
 
   const AttentionConfig config = attention_config(layer, group, in, tape != nullptr, arena);
-  const AttentionTerms<T> terms = attention_terms(layer, group);
-  const ConstView<T> q = m.u, k = group.shared ? m.u : m.k, v = carried_values(group, m.v, keys);
+  const AttentionTerms<T> terms = position_terms(layer.config, layer.parameters, group, in.key_places, arena);
+  const ConstView<T> q = m.read_q, k = m.read_k, v = carried_values(group, m.v, keys);
   if (tape)
     attention_forward(Plans(plans.used()), q, k, v, m.out, tape->attention, config, context, terms);
   else
@@ -318,10 +315,16 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
     std::fill(d_scales, d_scales + group.count, 0.0);
     d_terms.d_scales = {d_scales, static_cast<std::size_t>(group.count)};
   }
-  if (layer.biases_distances(group)) d_terms.d_bias = gradients.distance_bias;
-  const ConstView<T> q = m.u, k = group.shared ? m.u : m.k, v = carried_values(group, m.v, keys);
+  const AttentionTerms<T> terms = position_terms(layer.config, p, group, in.key_places, arena);
+  d_terms.d_bias = position_term_gradient(terms, gradients, group, arena);
+  const ConstView<T> q = m.read_q, k = m.read_k, v = carried_values(group, m.v, keys);
   attention_backward(Plans(tape.plans.used()), q, k, v, ConstView<T>(m.out), tape.attention, ConstView<T>(d_out), d_q,
-                     d_k, carried_values(group, d_v, keys), config, context, attention_terms(layer, group), d_terms);
+                     d_k, carried_values(group, d_v, keys), config, context, terms, d_terms);
+  position_terms_backward(layer.config, terms, d_terms.d_bias, gradients, group);
+  if (group.positions == HeadPositions::rotary) {
+    layer.rotary.backward(d_q, group.count, in.places, context);
+    layer.rotary.backward(d_k, group.count, in.key_places, context);
+  }
 
   ConstView<T> d_projected = d_q;
   if (group.shared) {
@@ -340,9 +343,6 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
                            view(gradients.taps).rows(group.taps_first, rows), context);
       d_projected = d_q;
     }
-  } else if (layer.rotates(group)) {
-    layer.rotary.backward(d_q, group.count, in.places, context);
-    layer.rotary.backward(d_k, group.count, in.key_places, context);
   }
   project_backward<T>(layer, group, in, d_projected, d_k, d_v.rows(0, keys), d_x, d_keys, gradients, context);
 }

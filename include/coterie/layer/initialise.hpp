@@ -1,6 +1,7 @@
 // Which heads a layer has, and the first values of its weights.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -14,7 +15,8 @@ struct HeadGroup {
   Index first = 0, count = 0;  ///< heads
   Index head_dim = 0;
   bool routed = false;
-  bool shared = false;     ///< keys are the normalised queries, with a logit gain
+  bool shared = false;  ///< keys are the normalised queries, with a logit gain
+  HeadPositions positions = HeadPositions::none;
   bool induction = false;  ///< shared, convolved, and a key carries the next position's value
   Index key_first = 0;     ///< first of these heads in w_k, unless shared
   Index gain_first = 0;    ///< first of these heads in gain, if shared
@@ -39,6 +41,8 @@ struct Heads {
     routed.routed = true;
     routed.shared = *c.shared_qk;
     routed.induction = c.induction;
+    local.positions = *c.local_positions;
+    routed.positions = c.routed_positions;
     for (HeadGroup* group : {&local, &routed}) {
       group->head_dim = c.head_dim;
       group->taps = group->induction ? c.key_taps : 0;
@@ -51,6 +55,25 @@ struct Heads {
     }
   }
 };
+
+/// The distances of a bias table: first, first + 1, ...
+struct DistanceRange {
+  Index first = 0, count = 0;
+};
+
+/// The distances that the bias table of a group has to hold, where the longest sequence of keys has `longest` (at least
+/// 1) of them; only ALiBi's depends on that. Others take the nearest column.
+inline DistanceRange table_distances(const RoutingAttentionConfig& c, const HeadGroup& group, Index longest) {
+  Index back = c.max_distance, ahead = c.causal ? 0 : c.max_distance;  // t5_buckets
+  if (group.positions == HeadPositions::bias) {
+    back = group.routed ? c.routed_distances - 1 : c.local_window - 1;
+    ahead = !group.routed ? c.lookahead : c.causal ? 0 : back;
+  } else if (group.positions == HeadPositions::alibi) {
+    back = group.routed ? longest - 1 : std::min(longest, c.local_window) - 1;
+    ahead = c.causal ? 0 : group.routed ? back : std::min(longest - 1, c.lookahead);
+  }
+  return {-ahead, ahead + 1 + back};
+}
 
 /// What a layer draws random numbers for; each has a stream of its seed of its own.
 enum class LayerStream : std::uint64_t { w_q = 1, w_k, w_v, w_o, taps, centroids, routes, dropout };
@@ -73,8 +96,15 @@ Parameters<T> zero_parameters(const RoutingAttentionConfig& c) {
   }
   if (heads.gains > 0) p.gain.setZero(1, heads.gains);
   if (heads.taps_rows > 0) p.taps.setZero(heads.taps_rows, c.head_dim);
-  if (heads.local.count > 0 && !heads.local.induction && c.local_positions == LocalPositions::bias)
-    p.distance_bias.setZero(heads.local.count, c.local_window + c.lookahead);
+  for (const HeadGroup* group : {&heads.local, &heads.routed}) {
+    if (group->count == 0) continue;
+    if (group->positions == HeadPositions::bias) {
+      const DistanceRange range = table_distances(c, *group, 1);
+      (group->routed ? p.routed_distance_bias : p.distance_bias).setZero(group->count, range.count);
+    } else if (group->positions == HeadPositions::t5_buckets) {
+      (group->routed ? p.routed_bucket_bias : p.bucket_bias).setZero(group->count, c.position_buckets);
+    }
+  }
   return p;
 }
 

@@ -10,7 +10,7 @@ namespace coterie {
 
 /// Weights or gradients of one layer; a tensor that the layer does not have is empty and not visited.
 ///
-/// Shapes, in the order of visit(), with D = model_dim, H = heads, d = head_dim, L local heads, K heads that have keys
+/// Shapes, in the order of visit(), with D = model_dim, H = heads, d = head_dim, L local and R routed heads, K heads that have keys
 /// of their own (all but those that share normalised queries and keys), G = H - K, I induction heads; a product is
 /// y = x w, head h owns the columns [h*d, (h+1)*d), and lists of heads keep the order local, routed:
 ///
@@ -24,10 +24,15 @@ namespace coterie {
 ///     b_o     1 x D        with config.bias
 ///     gain    1 x G        logits of heads with shared queries and keys are gain/sqrt(d) * q.k
 ///     taps    I*key_taps x d   row i*key_taps + t: factors of the query t positions back, of the i-th induction head
-///     distance_bias  L x (local_window + lookahead)   column c: distance c - lookahead back; LocalPositions::bias
+///     distance_bias         L x (local_window + lookahead)   column c: distance c - lookahead; LocalPositions::bias
+///     bucket_bias           L x position_buckets   LocalPositions::t5_buckets
+///     routed_distance_bias  R x routed_distances   column c: distance c; two-sided R x (2 * routed_distances - 1),
+///                           distance c + 1 - routed_distances; RoutedPositions::bias
+///     routed_bucket_bias    R x position_buckets   RoutedPositions::t5_buckets
 template <class T>
 struct Parameters {
-  RowMatrix<T> w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, gain, taps, distance_bias;
+  RowMatrix<T> w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, gain, taps, distance_bias, bucket_bias, routed_distance_bias,
+      routed_bucket_bias;
 
   /// Name and member of a tensor.
   struct Tensor {
@@ -35,7 +40,7 @@ struct Parameters {
     RowMatrix<T> Parameters::*member;
   };
   /// All tensors that a layer can have, in the order above.
-  static constexpr std::array<Tensor, 11> tensors() {
+  static constexpr std::array<Tensor, 14> tensors() {
     return {{{"w_q", &Parameters::w_q},
              {"w_k", &Parameters::w_k},
              {"w_v", &Parameters::w_v},
@@ -46,7 +51,10 @@ struct Parameters {
              {"b_o", &Parameters::b_o},
              {"gain", &Parameters::gain},
              {"taps", &Parameters::taps},
-             {"distance_bias", &Parameters::distance_bias}}};
+             {"distance_bias", &Parameters::distance_bias},
+             {"bucket_bias", &Parameters::bucket_bias},
+             {"routed_distance_bias", &Parameters::routed_distance_bias},
+             {"routed_bucket_bias", &Parameters::routed_bucket_bias}}};
   }
 
   /// Calls f(name, View<T>) for every tensor that the layer has, in the order above.

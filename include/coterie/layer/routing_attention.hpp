@@ -19,8 +19,8 @@ namespace coterie {
 ///     layer.backward(x, tape, d_y, d_x, gradients, context);
 ///     layer.update_router(tape, context);
 ///
-/// Formula: y = sum over heads h of attention_h w_o[h] + b_o. Local heads see their window; with rotary positions, a
-/// learned bias per distance, or neither. Routed heads see the members of their query's cluster, or everything:
+/// Formula: y = sum over heads h of attention_h w_o[h] + b_o. Local heads see their window; both kinds of heads know
+/// positions as HeadPositions has it. Routed heads see the members of their query's cluster, or everything:
 ///   shared (causal default): q = k = normalise(x w_q), logits gain/sqrt(d) q.k;
 ///   otherwise q = x w_q, k = x w_k, logits q.k/sqrt(d), routed by their normalised rows;
 ///   induction: q = k = normalise(convolve(x w_q)), and key j carries the value of position j + 1 (zero keys: zero).

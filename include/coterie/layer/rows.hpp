@@ -23,6 +23,14 @@ void fill_rows(View<T> m, T value, Context& context) {
   });
 }
 
+/// m = other.
+template <class T>
+void copy_rows(View<T> m, ConstView<T> other, Context& context) {
+  context.for_chunks(m.rows(), chunk_rows, [&](Index first, Index last, Index) {
+    for (Index i = first; i < last; ++i) std::copy(other.row(i), other.row(i) + m.cols(), m.row(i));
+  });
+}
+
 /// m += other.
 template <class T>
 void add_rows(View<T> m, ConstView<T> other, Context& context) {

@@ -70,10 +70,12 @@ struct HeadsPlans {
 /// The matrices of a group of heads in a forward pass; d head width, c = heads * d.
 template <class T>
 struct HeadsMatrices {
-  View<T> q;        ///< tokens x c: projected queries; rotated where rotary; normalised where shared without taps
+  View<T> q;        ///< tokens x c: projected queries; normalised where shared without taps
   View<T> u;        ///< tokens x c: normalised queries and keys of shared heads; q itself unless convolved
-  View<T> k;        ///< key rows x c: keys, if not shared; rotated where rotary
+  View<T> k;        ///< key rows x c: keys, if not shared
   View<T> v;        ///< key rows x c: values; one row of zeros more for induction
+  View<T> read_q;   ///< tokens x c: queries as attention reads them: u, or rotated
+  View<T> read_k;   ///< key rows x c: keys likewise; read_q where shared
   View<T> out;      ///< tokens x c: what attention gave
   View<T> inverse;  ///< tokens x heads: 1 / deviation of the rows of u, if shared
 };
@@ -84,7 +86,7 @@ struct HeadsTape {
   HeadsMatrices<T> matrices;
   HeadsPlans plans;
   AttentionTape<T> attention;
-  Buffer<T> q, u, k, v, out, inverse;
+  Buffer<T> q, u, k, v, read_q, read_k, out, inverse;
 };
 
 }  // namespace detail
