@@ -185,6 +185,83 @@ TEST_CASE("several probes stay strictly causal, balanced membership does not") {
   REQUIRE(changed_balanced > 0);
 }
 
+TEST_CASE("T18: the commitment loss reaches x and the weights, with centroids as constants") {
+  const Index n = 20;
+  for (const bool shared : {true, false}) {
+    RoutingAttentionConfig c{.model_dim = 8,
+                             .heads = 3,
+                             .head_dim = 4,
+                             .routed_heads = 2,
+                             .clusters = 3,
+                             .window = 6,
+                             .causal = true,
+                             .shared_qk = shared,
+                             .commitment = 0.7,
+                             .seed = 5};
+    RoutingAttention<double> layer(c);
+    Random random(3);
+    RowMatrix<double> x = 2 * random.matrix<double>(n, 8);
+    const RowMatrix<double> d_y = random.matrix<double>(n, 8);
+    Context context;
+    RoutingAttention<double>::Tape tape;
+    RowMatrix<double> y(n, 8);
+    const auto loss = [&] {
+      layer.forward(x, y, tape, context);
+      return y.cwiseProduct(d_y).sum() + layer.commitment_loss(tape, context);
+    };
+    loss();
+    REQUIRE(layer.commitment_loss(tape, context) > 0.1);
+    Parameters<double> gradients = layer.zero_gradients();
+    RowMatrix<double> d_x = RowMatrix<double>::Zero(n, 8);
+    layer.backward(x, tape, d_y, d_x, gradients, context);
+    const auto check = [&](double& value, double gradient) {
+      const double old = value, step = 1e-6;
+      value = old + step;
+      const double up = loss();
+      value = old - step;
+      const double down = loss();
+      value = old;
+      REQUIRE(gradient == Approx((up - down) / (2 * step)).epsilon(1e-5).margin(1e-6));
+    };
+    for (Index i = 0; i < x.size(); i += 3) check(x.data()[i], d_x.data()[i]);
+    visit(layer.parameters(), gradients, [&](std::string_view, View<double> p, ConstView<double> g) {
+      for (Index i = 0; i < p.rows(); ++i)
+        for (Index j = 0; j < p.cols(); j += 3) check(p(i, j), g(i, j));
+    });
+    // The loss itself, from its parts: more of the same weight.
+    loss();
+    const double once = layer.commitment_loss(tape, context);
+    c.commitment = 1.4;
+    const RoutingAttention<double> twice(c);
+    RoutingAttention<double>::Tape other;
+    twice.forward(x, y, other, context);
+    REQUIRE(twice.commitment_loss(other, context) == Approx(2 * once));
+    c.commitment = 0;
+    const RoutingAttention<double> none(c);
+    none.forward(x, y, other, context);
+    REQUIRE(none.commitment_loss(other, context) == 0);
+  }
+}
+
+TEST_CASE("the routers of a layer have its settings") {
+  const RoutingAttention<float> layer({.model_dim = 8,
+                                       .heads = 1,
+                                       .routed_heads = 1,
+                                       .clusters = 3,
+                                       .window = 4,
+                                       .decay = 0.9,
+                                       .average = Average::batch_mean,
+                                       .renormalise = true,
+                                       .dead_share = 0.2,
+                                       .split_share = 3});
+  const KMeansConfig& k = layer.routers()[0].config();
+  REQUIRE(k.decay == 0.9);
+  REQUIRE(k.average == Average::batch_mean);
+  REQUIRE(k.renormalise);
+  REQUIRE(k.dead_share == 0.2);
+  REQUIRE(k.split_share == 3);
+}
+
 TEST_CASE("dropout: in training only, by seed and step, with its gradients; soft cap: in both") {
   const Index n = 24;
   RoutingAttentionConfig c{
@@ -255,6 +332,13 @@ TEST_CASE("membership settings that mean nothing together are refused, all at on
   refused([](auto& c) { c.combine = Combine::single; }, "combine");
   refused([](auto& c) { c.dropout = 1, c.soft_cap = -1; }, "dropout");
   refused([](auto& c) { c.dropout = 1, c.soft_cap = -1; }, "soft_cap");
+  refused([](auto& c) { c.routing = Routing::random, c.commitment = 1; }, "commitment");
+  refused([](auto& c) { c.commitment = -1; }, "commitment");
+  refused([](auto& c) { c.split_share = 0.5; }, "split_share");
+  refused([](auto& c) { c.routing = Routing::random, c.split_share = 2; }, "split_share");
+  refused([](auto& c) { c.dead_share = 1; }, "dead_share");
+  refused([](auto& c) { c.average = static_cast<Average>(9); }, "average");
+  refused([](auto& c) { c.routing = Routing::dense, c.renormalise = true; }, "renormalise");
   RoutingAttentionConfig c = good;
   c.probes = 2;
   const RoutingAttention<float> layer(c);

@@ -11,6 +11,7 @@
 #include "coterie/core/matrix.hpp"
 #include "coterie/kernel/positions.hpp"
 #include "coterie/plan/clustered.hpp"
+#include "coterie/router/config.hpp"
 #include "coterie/router/members.hpp"
 
 namespace coterie {
@@ -77,7 +78,12 @@ struct RoutingAttentionConfig {
   Index routed_distances = 0;   ///< RoutedPositions::bias: how many distances have a number (of each side, where
                                 ///< two-sided); farther ones take the last. Required there, else 0
   double decay = 0.999;         ///< of the centroids, reached by the schedule min(decay, (1 + t) / (10 + t))
-  std::uint64_t seed = 0;       ///< of weights, centroids and random routing
+  Average average = Average::counts_and_sums;  ///< of the routers, this and the next three: see KMeansConfig
+  bool renormalise = false;
+  double dead_share = 0.1;
+  double split_share = 0;
+  double commitment = 0;   ///< weight of the commitment loss, whose gradient backward adds; 0: none, 1e-4 in the paper
+  std::uint64_t seed = 0;  ///< of weights, centroids and random routing
 
   bool operator==(const RoutingAttentionConfig&) const = default;
 };
@@ -147,6 +153,28 @@ inline void resolve_positions(RoutingAttentionConfig& c, Faults& faults) {
                  c.routed_distances);
 }
 
+/// The part of resolve that is about routers.
+inline void check_routers(const RoutingAttentionConfig& c, Faults& faults) {
+  const KMeansConfig usual;
+  faults.require(c.decay > 0 && c.decay < 1, "decay", "above 0 and below 1", c.decay);
+  faults.require(c.average == Average::counts_and_sums || c.average == Average::batch_mean, "average",
+                 "counts_and_sums or batch_mean", static_cast<int>(c.average));
+  faults.require(c.dead_share >= 0 && c.dead_share < 1, "dead_share", "in [0, 1)", c.dead_share);
+  faults.require(c.split_share == 0 || (c.split_share > 1 && std::isfinite(c.split_share)), "split_share",
+                 "above 1, or 0 for no splits", c.split_share);
+  faults.require(c.commitment >= 0 && std::isfinite(c.commitment), "commitment", "0, or a positive number",
+                 c.commitment);
+  if (c.routed_heads > 0 && c.routing == Routing::learned) return;
+  const auto unused = [&](bool changed, const char* argument) {
+    faults.require(!changed, argument, "its default without heads of learned routing (there is no router)", "another");
+  };
+  unused(c.average != usual.average, "average");
+  unused(c.renormalise, "renormalise");
+  unused(c.dead_share != usual.dead_share, "dead_share");
+  unused(c.split_share != 0, "split_share");
+  unused(c.commitment > 0, "commitment");
+}
+
 /// The config with every automatic value filled in.
 /// Requires: settings that make sense together; otherwise ValueError, which names all faults.
 inline RoutingAttentionConfig resolve(RoutingAttentionConfig c) {
@@ -206,7 +234,7 @@ inline RoutingAttentionConfig resolve(RoutingAttentionConfig c) {
   faults.require(c.soft_cap >= 0 && std::isfinite(c.soft_cap), "soft_cap", "0, or a positive number", c.soft_cap);
   faults.require(c.dropout >= 0 && c.dropout < 1, "dropout", "at least 0 and below 1", c.dropout);
   faults.require(std::isfinite(c.gain), "gain", "a finite number", c.gain);
-  faults.require(c.decay > 0 && c.decay < 1, "decay", "above 0 and below 1", c.decay);
+  check_routers(c, faults);
   faults.raise();
   return c;
 }

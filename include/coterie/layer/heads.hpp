@@ -10,6 +10,7 @@
 #include "coterie/core/normalise.hpp"
 #include "coterie/kernel/positions.hpp"
 #include "coterie/kernel/product.hpp"
+#include "coterie/layer/commitment.hpp"
 #include "coterie/layer/input.hpp"
 #include "coterie/layer/memberships.hpp"
 #include "coterie/layer/positions.hpp"
@@ -43,7 +44,14 @@ LayerParts<T> make_layer_parts(const RoutingAttentionConfig& c) {
   const auto stream = static_cast<std::uint64_t>(LayerStream::centroids);
   for (Index h = 0; h < c.routed_heads; ++h) {
     const std::uint64_t seed = random_bits(c.seed, stream, static_cast<std::uint64_t>(h));
-    layer.routers.emplace_back(KMeansConfig{.clusters = c.clusters, .dim = c.head_dim, .decay = c.decay, .seed = seed});
+    layer.routers.emplace_back(KMeansConfig{.clusters = c.clusters,
+                                            .dim = c.head_dim,
+                                            .decay = c.decay,
+                                            .average = c.average,
+                                            .renormalise = c.renormalise,
+                                            .dead_share = c.dead_share,
+                                            .split_share = c.split_share,
+                                            .seed = seed});
   }
   return layer;
 }
@@ -326,6 +334,9 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
     layer.rotary.backward(d_k, group.count, in.key_places, context);
   }
 
+  const bool commits = group.routed && layer.config.commitment > 0;
+  if (commits && !group.shared)
+    layer_commitment<T>(layer.config, layer.routers, m, tape.plans, false, d_q, d_k, context);
   ConstView<T> d_projected = d_q;
   if (group.shared) {
     // scale = gain / sqrt(d)
@@ -334,6 +345,7 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
           static_cast<T>(d_terms.d_scales[static_cast<std::size_t>(h)] / std::sqrt(static_cast<double>(d)));
     // q = k = u = normalise(convolve(projected)): d_k takes the gradient of the convolved, then d_q of the projected
     add_rows<T>(d_q, d_k, context);
+    if (commits) layer_commitment<T>(layer.config, layer.routers, m, tape.plans, true, d_q, {}, context);
     fill_rows(d_k, T(0), context);
     normalise_rows_backward<T>(m.u, m.inverse, d_q, d_k, d, context);
     d_projected = d_k;

@@ -131,6 +131,17 @@ class RoutingAttention {
       detail::heads_backward<T>(parts_, heads.routed, in, tape.routed_, d_y, d_x.d_x, d_keys, gradients, context);
   }
 
+  /// The commitment loss of a forward pass, whose gradient backward adds: commitment times the sum over routed heads of the
+  /// mean squares of their normalised rows' distances to their nearest centroids; queries, and keys unless shared. Call it
+  /// before update_router.
+  /// Requires: a tape of a layer with this config (ValueError).
+  double commitment_loss(const Tape& tape, Context& context) const {
+    check_tape("RoutingAttention::commitment_loss", tape);
+    if (parts_.routers.empty() || !(config().commitment > 0)) return 0;
+    return detail::layer_commitment<T>(config(), parts_.routers, tape.routed_.matrices, tape.routed_.plans,
+                                       parts_.heads.routed.shared, {}, {}, context);
+  }
+
   /// Moves the centroids by the rows and labels of a forward pass; the only kind of call that does. Without learned
   /// routing it does nothing.
   void update_router(const Tape& tape, Context& context) {
