@@ -86,6 +86,24 @@ inline std::vector<Kind> kinds() {
     c.key_taps = 2;
     c.routing = Routing::dense;
   });
+  add("causal: memory, shared", [](auto& c) {
+    c.causal = true;
+    c.memory = 2;
+  });
+  add("causal: memory, induction, bias per distance", [](auto& c) {
+    c.causal = c.induction = true;
+    c.memory = 1;
+    c.local_positions = LocalPositions::bias;
+  });
+  add("two-sided: memory, dense, separate", [](auto& c) {
+    c.memory = 3;
+    c.routing = Routing::dense;
+  });
+  add("two-sided: memory with lookahead, random, separate", [](auto& c) {
+    c.memory = 1;
+    c.lookahead = 2;
+    c.routing = Routing::random;
+  });
   add("two-sided: rotary with lookahead, separate", [](auto& c) {
     c.lookahead = 2;
     c.bias = true;

@@ -330,6 +330,8 @@ TEST_CASE("membership settings that mean nothing together are refused, all at on
   refused([](auto& c) { c.unassigned = Unassigned::nearest; }, "unassigned");
   refused([](auto& c) { c.combine = Combine::lse; }, "combine");
   refused([](auto& c) { c.combine = Combine::single; }, "combine");
+  refused([](auto& c) { c.memory = -1; }, "memory");
+  refused([](auto& c) { c.memory = 1, c.self = Self::never; }, "self");
   refused([](auto& c) { c.dropout = 1, c.soft_cap = -1; }, "dropout");
   refused([](auto& c) { c.dropout = 1, c.soft_cap = -1; }, "soft_cap");
   refused([](auto& c) { c.routing = Routing::random, c.commitment = 1; }, "commitment");

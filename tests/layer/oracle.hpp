@@ -176,6 +176,17 @@ struct Oracle {
         for (std::size_t l = 0; l < v.size(); ++l) out[l] += std::exp(logit) * v[l];
         total += std::exp(logit);
       }
+      const bool in_plan =
+          local(head) || c.routing == Routing::dense ||
+          query_labels[static_cast<std::size_t>(head - (c.heads - c.routed_heads))][static_cast<std::size_t>(i)] >= 0;
+      for (Index j = 0; in_plan && j < c.memory; ++j) {
+        double logit = 0;
+        for (Index l = 0; l < c.head_dim; ++l)
+          logit += scale * q[static_cast<std::size_t>(l)] * p.memory_keys(j, head * c.head_dim + l);
+        for (Index l = 0; l < c.head_dim; ++l)
+          out[static_cast<std::size_t>(l)] += std::exp(logit) * p.memory_values(j, head * c.head_dim + l);
+        total += std::exp(logit);
+      }
       if (total > 0)
         for (Index l = 0; l < c.head_dim; ++l)
           for (Index m = 0; m < c.model_dim; ++m)

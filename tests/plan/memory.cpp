@@ -11,7 +11,7 @@ using namespace test;
 
 namespace {
 
-// What a plan shows, with `memory` rows behind all others for every entry, or once for a row.
+// What a plan shows, with `memory` rows before all others for every entry, or once for a row.
 void require_added(AttentionPlan plan, Index memory) {
   const Mask before = mask_of(plan);
   const AttentionPlan old = plan;
@@ -23,6 +23,7 @@ void require_added(AttentionPlan plan, Index memory) {
     std::vector<Index> own, added;
     for (const Index key : after[i]) (key < plan.key_tokens ? own : added).push_back(key);
     REQUIRE(own == before[i]);
+    if (!after[i].empty() && plan.combine == Combine::single) REQUIRE(after[i].front() >= plan.key_tokens);
     const Index entries = plan.row_begin[i + 1] - plan.row_begin[i];
     const Index times = plan.combine == Combine::lse ? std::min<Index>(entries, 1) : entries;
     REQUIRE(static_cast<Index>(added.size()) == times * memory);
@@ -47,7 +48,7 @@ TEST_CASE("memory is seen by every entry, beside what it saw") {
     }
 }
 
-TEST_CASE("memory behind two intervals needs the second to end with the keys") {
+TEST_CASE("memory before two intervals needs the first to begin with the keys") {
   AttentionPlan plan;
   plan_dense({.tokens = 6, .self = Self::never}, plan);
   require_added(plan, 2);

@@ -48,12 +48,19 @@ struct PartialSums {
     return g;
   }
 
-  /// to[key - first] += the sums in `from` (d_k or d_v) for the keys in [begin, end) that the part sees.
-  void add_keys(const KernelTable<T>& kernel, const T* from, Index begin, Index end, Index first, View<T> to) const {
+  /// to[key - first] += the sums in `from` (d_k or d_v) for the keys in [begin, end) that the part sees; first: 0, or the
+  /// number of tokens where the keys are memory.
+  void add_keys(const KernelTable<T>& kernel, const T* from, Index begin, Index end, Index tokens, Index first,
+                View<T> to) const {
     const Index columns = to.cols();
     for (const PartialRange& range : ranges) {
-      const std::int32_t* const last = keys + range.end;
-      const std::int32_t* const low = std::lower_bound(keys + range.begin, last, begin);
+      const std::int32_t *low = keys + range.begin, *last = keys + range.end;
+      if (*low >= tokens) {  // memory comes before tokens
+        const std::int32_t* const middle =
+            std::partition_point(low, last, [tokens](std::int32_t key) { return key >= tokens; });
+        (first > 0 ? last : low) = middle;
+      }
+      low = std::lower_bound(low, last, begin);
       const std::int32_t* const high = std::lower_bound(low, last, end);
       if (low == high) continue;
       const T* const row = from + (range.row + (low - keys) - range.begin) * padded(columns);
@@ -140,8 +147,9 @@ class Wave {
     const View<T> keys = memory ? gradients.d_memory_keys : d_k, values = memory ? gradients.d_memory_values : d_v;
     if (begin == end) return;
     const Index first = memory ? call.key_tokens() : 0;
-    if (given(keys)) sums.add_keys(kernel, sums.d_k, begin, end, first, keys.columns(head * d, d));
-    if (given(values)) sums.add_keys(kernel, sums.d_v, begin, end, first, values.columns(head * dv, dv));
+    const Index tokens = call.key_tokens();
+    if (given(keys)) sums.add_keys(kernel, sums.d_k, begin, end, tokens, first, keys.columns(head * d, d));
+    if (given(values)) sums.add_keys(kernel, sums.d_v, begin, end, tokens, first, values.columns(head * dv, dv));
   }
 
  private:

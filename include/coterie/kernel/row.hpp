@@ -150,7 +150,8 @@ struct Row {
                                   const Interval& one, const Interval& two, T* scores) {
     if (part.bias)
       for (const Interval& s : {one, two})
-        for (int j = s.begin; j < s.end && part.has_position(block_begin + j); ++j) {
+        for (int j = s.begin; j < s.end; ++j) {
+          if (!part.has_position(block_begin + j)) continue;
           const Index distance = part.query_position(entry) - part.key_position(block_begin + j) - part.bias_first;
           T added = part.bias[std::clamp<Index>(distance, 0, part.bias_count - 1)] * log2_e<T>;
           COTERIE_OPAQUE(added);  // rounded, as in the tile's table

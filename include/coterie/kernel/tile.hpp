@@ -223,8 +223,8 @@ struct Tile {
 
   static COTERIE_INLINE void add_bias(const AttentionPart<T>& part, Index first, const Lookout& sight,
                                       const typename Lookout::Segment& s, int block_begin, const T* table, T* scores) {
-    for (int key = s.begin; key < s.end && part.has_position(key); ++key)  // memory comes last
-      for (int v = s.first; v < s.last; ++v) {
+    for (int key = s.begin; key < s.end; ++key)
+      for (int v = s.first; v < s.last && part.has_position(key); ++v) {
         F x, b{};
         T* at = scores + (key - block_begin) * width + v * lanes;
         L::load(at, x);
@@ -240,8 +240,8 @@ struct Tile {
   static COTERIE_INLINE void add_bias_gradient(const AttentionPart<T>& part, Index first, const Lookout& sight,
                                                const typename Lookout::Segment& s, int block_begin, const T* d_scores,
                                                T* table) {
-    for (int key = s.begin; key < s.end && part.has_position(key); ++key)  // memory comes last
-      for (int v = s.first; v < s.last; ++v) {
+    for (int key = s.begin; key < s.end; ++key)
+      for (int v = s.first; v < s.last && part.has_position(key); ++v) {
         F x, b{};
         L::load(d_scores + (key - block_begin) * width + v * lanes, x);
         if ((v + 1) * lanes <= sight.count && bias_in_place(part, first, sight, v, key)) {

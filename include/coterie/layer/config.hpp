@@ -66,6 +66,7 @@ struct RoutingAttentionConfig {
   bool local_induction = false;  ///< so are the local ones, within their window: the fair control
   Index key_taps = 0;            ///< taps of the convolution of induction queries; 0: none, 8 is a good number
   double gain = 3;               ///< start of the logit gain of heads that share normalised queries and keys
+  Index memory = 0;              ///< learned keys and values of each head, which every query sees
   double soft_cap = 0;           ///< of the logits, see AttentionConfig; 0: none
   double dropout = 0;            ///< of the probabilities, in forward with a tape only; by seed and Input::step
   bool bias = false;             ///< biases of the four projections
@@ -231,6 +232,9 @@ inline RoutingAttentionConfig resolve(RoutingAttentionConfig c) {
                  "at least 3 where queries and keys are normalised (a layer norm over fewer leaves only signs)",
                  c.head_dim);
   check_membership(c, faults);
+  faults.require(c.memory >= 0 && c.memory <= most, "memory", join("0 to ", most), c.memory);
+  faults.require(c.memory <= 0 || !any_routed || c.causal || *c.self == Self::visible, "self",
+                 "visible with memory in a two-sided layer (else a query had three intervals of keys)", "another");
   faults.require(c.soft_cap >= 0 && std::isfinite(c.soft_cap), "soft_cap", "0, or a positive number", c.soft_cap);
   faults.require(c.dropout >= 0 && c.dropout < 1, "dropout", "at least 0 and below 1", c.dropout);
   faults.require(std::isfinite(c.gain), "gain", "a finite number", c.gain);

@@ -19,6 +19,7 @@
 #include "coterie/plan/clustered.hpp"
 #include "coterie/plan/dense.hpp"
 #include "coterie/plan/local.hpp"
+#include "coterie/plan/memory.hpp"
 #include "coterie/router/kmeans.hpp"
 
 namespace coterie::detail {
@@ -84,6 +85,18 @@ std::span<const double> logit_scales(const LayerParts<T>& layer, const HeadGroup
     scales[h] = static_cast<double>(layer.parameters.gain(0, group.gain_first + h)) /
                 std::sqrt(static_cast<double>(group.head_dim));
   return {scales, static_cast<std::size_t>(group.count)};
+}
+
+/// What attention adds for a group: bias by distance, and memory.
+template <class T>
+AttentionTerms<T> attention_terms(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
+                                  Arena& arena) {
+  AttentionTerms<T> terms = position_terms(layer.config, layer.parameters, group, in.key_places, arena);
+  if (layer.config.memory > 0) {
+    terms.memory_keys = view(layer.parameters.memory_keys).columns(group.first_col(), group.cols());
+    terms.memory_values = view(layer.parameters.memory_values).columns(group.first_col(), group.cols());
+  }
+  return terms;
 }
 
 /// What attention is asked to do for a group. Training: forward with a tape, and backward.
@@ -194,10 +207,10 @@ void assign_labels(const LayerParts<T>& layer, const HeadGroup& group, const Che
   }
 }
 
-/// The plans of a group.
+/// The plans of a group, without memory.
 template <class T>
-void build_plans(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
-                 const HeadsMatrices<T>& m, HeadsPlans& plans, Context& context) {
+void build_token_plans(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
+                       const HeadsMatrices<T>& m, HeadsPlans& plans, Context& context) {
   const RoutingAttentionConfig& c = layer.config;
   const Index n = in.x.rows(), keys = in.keys.rows();
   const std::span<const Index> offsets = in.input.offsets, key_offsets = in.input.source_offsets;
@@ -240,6 +253,17 @@ void build_plans(const LayerParts<T>& layer, const HeadGroup& group, const Check
                      built[static_cast<std::size_t>(h)]);
     });
   }
+}
+
+/// The plans of a group.
+template <class T>
+void build_plans(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
+                 const HeadsMatrices<T>& m, HeadsPlans& plans, Context& context) {
+  build_token_plans(layer, group, in, m, plans, context);
+  if (layer.config.memory == 0) return;
+  context.for_each(static_cast<Index>(plans.count), [&](Index i, Index) {
+    plan_add_memory(layer.config.memory, plans.plans[static_cast<std::size_t>(i)]);
+  });
 }
 
 /// y (+)= the group's share of the output. `add`: another group has written y. With a tape, keeps what backward needs.
@@ -285,7 +309,7 @@ void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const Che
   }
 
   const AttentionConfig config = attention_config(layer, group, in, tape != nullptr, arena);
-  const AttentionTerms<T> terms = position_terms(layer.config, layer.parameters, group, in.key_places, arena);
+  const AttentionTerms<T> terms = attention_terms(layer, group, in, arena);
   const ConstView<T> q = m.read_q, k = m.read_k, v = carried_values(group, m.v, keys);
   if (tape)
     attention_forward(Plans(plans.used()), q, k, v, m.out, tape->attention, config, context, terms);
@@ -323,8 +347,12 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
     std::fill(d_scales, d_scales + group.count, 0.0);
     d_terms.d_scales = {d_scales, static_cast<std::size_t>(group.count)};
   }
-  const AttentionTerms<T> terms = position_terms(layer.config, p, group, in.key_places, arena);
+  const AttentionTerms<T> terms = attention_terms(layer, group, in, arena);
   d_terms.d_bias = position_term_gradient(terms, gradients, group, arena);
+  if (layer.config.memory > 0) {
+    d_terms.d_memory_keys = view(gradients.memory_keys).columns(group.first_col(), cols);
+    d_terms.d_memory_values = view(gradients.memory_values).columns(group.first_col(), cols);
+  }
   const ConstView<T> q = m.read_q, k = m.read_k, v = carried_values(group, m.v, keys);
   attention_backward(Plans(tape.plans.used()), q, k, v, ConstView<T>(m.out), tape.attention, ConstView<T>(d_out), d_q,
                      d_k, carried_values(group, d_v, keys), config, context, terms, d_terms);

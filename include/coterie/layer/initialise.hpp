@@ -76,7 +76,18 @@ inline DistanceRange table_distances(const RoutingAttentionConfig& c, const Head
 }
 
 /// What a layer draws random numbers for; each has a stream of its seed of its own.
-enum class LayerStream : std::uint64_t { w_q = 1, w_k, w_v, w_o, taps, centroids, routes, dropout };
+enum class LayerStream : std::uint64_t {
+  w_q = 1,
+  w_k,
+  w_v,
+  w_o,
+  taps,
+  centroids,
+  routes,
+  dropout,
+  memory_keys,
+  memory_values
+};
 
 /// Parameters of the shapes of a resolved config, all zero.
 template <class T>
@@ -94,6 +105,10 @@ Parameters<T> zero_parameters(const RoutingAttentionConfig& c) {
     p.b_v.setZero(1, cols);
     p.b_o.setZero(1, c.model_dim);
   }
+  if (c.memory > 0) {
+    p.memory_keys.setZero(c.memory, cols);
+    p.memory_values.setZero(c.memory, cols);
+  }
   if (heads.gains > 0) p.gain.setZero(1, heads.gains);
   if (heads.taps_rows > 0) p.taps.setZero(heads.taps_rows, c.head_dim);
   for (const HeadGroup* group : {&heads.local, &heads.routed}) {
@@ -108,7 +123,7 @@ Parameters<T> zero_parameters(const RoutingAttentionConfig& c) {
   return p;
 }
 
-/// First values: weights uniform in +-1/sqrt(rows), taps N(0, 1) * 0.9^t, gains config.gain, biases 0. The number at
+/// First values: weights uniform in +-1/sqrt(rows), taps N(0, 1) * 0.9^t, memory N(0, 1), gains config.gain, biases 0. The number at
 /// (i, j) is drawn by the counter i * cols + j, in double: float and double layers of a seed agree up to rounding.
 template <class T>
 Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
@@ -123,6 +138,13 @@ Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
   uniform(p.w_k, LayerStream::w_k);
   uniform(p.w_v, LayerStream::w_v);
   uniform(p.w_o, LayerStream::w_o);
+  const auto normal = [&](RowMatrix<T>& m, LayerStream stream) {
+    for (Index i = 0; i < m.size(); ++i)
+      m.data()[i] =
+          static_cast<T>(random_normal(c.seed, static_cast<std::uint64_t>(stream), static_cast<std::uint64_t>(i)));
+  };
+  normal(p.memory_keys, LayerStream::memory_keys);
+  normal(p.memory_values, LayerStream::memory_values);
   p.gain.setConstant(static_cast<T>(c.gain));
   for (Index row = 0; row < p.taps.rows(); ++row) {
     const double factor = std::pow(0.9, static_cast<double>(row % c.key_taps));

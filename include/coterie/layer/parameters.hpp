@@ -29,10 +29,12 @@ namespace coterie {
 ///     routed_distance_bias  R x routed_distances   column c: distance c; two-sided R x (2 * routed_distances - 1),
 ///                           distance c + 1 - routed_distances; RoutedPositions::bias
 ///     routed_bucket_bias    R x position_buckets   RoutedPositions::t5_buckets
+///     memory_keys    memory x H*d   keys as attention reads them: of heads with shared queries and keys, beside normalised ones
+///     memory_values  memory x H*d
 template <class T>
 struct Parameters {
   RowMatrix<T> w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, gain, taps, distance_bias, bucket_bias, routed_distance_bias,
-      routed_bucket_bias;
+      routed_bucket_bias, memory_keys, memory_values;
 
   /// Name and member of a tensor.
   struct Tensor {
@@ -40,7 +42,7 @@ struct Parameters {
     RowMatrix<T> Parameters::*member;
   };
   /// All tensors that a layer can have, in the order above.
-  static constexpr std::array<Tensor, 14> tensors() {
+  static constexpr std::array<Tensor, 16> tensors() {
     return {{{"w_q", &Parameters::w_q},
              {"w_k", &Parameters::w_k},
              {"w_v", &Parameters::w_v},
@@ -54,7 +56,9 @@ struct Parameters {
              {"distance_bias", &Parameters::distance_bias},
              {"bucket_bias", &Parameters::bucket_bias},
              {"routed_distance_bias", &Parameters::routed_distance_bias},
-             {"routed_bucket_bias", &Parameters::routed_bucket_bias}}};
+             {"routed_bucket_bias", &Parameters::routed_bucket_bias},
+             {"memory_keys", &Parameters::memory_keys},
+             {"memory_values", &Parameters::memory_values}}};
   }
 
   /// Calls f(name, View<T>) for every tensor that the layer has, in the order above.

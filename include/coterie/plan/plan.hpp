@@ -40,8 +40,9 @@ struct AttentionPlan {
   Index memory_tokens = 0;  ///< rows of the second key/value source, addressed as key_tokens + i
   Combine combine = Combine::single;
   std::vector<std::int32_t> entries;  ///< query rows, group by group, ascending inside a group
-  std::vector<std::int32_t> keys;     ///< key rows, group by group, ascending inside a group
-  std::vector<Group> groups;          ///< in order, without gaps
+  std::vector<std::int32_t>
+      keys;                   ///< key rows, group by group, ascending inside a group; memory before all tokens or after
+  std::vector<Group> groups;  ///< in order, without gaps
   std::vector<Interval> visible;      ///< per entry: ranks of its group's keys that it sees
   std::vector<Interval> visible_too;  ///< empty, or per entry a second interval, not before the end of the first
   std::vector<std::int32_t> query_positions;  ///< empty (row numbers), or per query row its position
@@ -59,6 +60,11 @@ struct AttentionPlan {
 };
 
 namespace detail {
+
+/// An entry's second interval, empty where the plan has none.
+inline Interval second_interval(const AttentionPlan& plan, std::size_t entry) {
+  return plan.visible_too.empty() ? Interval{} : plan.visible_too[entry];
+}
 
 /// Whether an entry sees any key.
 inline bool sees_key(const AttentionPlan& plan, Index entry) {
@@ -201,7 +207,12 @@ inline void check_structure(const char* function, const AttentionPlan& plan) {
 
   for (const AttentionPlan::Group& group : plan.groups) {
     check_ascending(function, "entries", plan.entries, group.entry_begin, group.entry_end, plan.tokens);
-    check_ascending(function, "keys", plan.keys, group.key_begin, group.key_end, plan.key_tokens + plan.memory_tokens);
+    std::int32_t tokens = group.key_begin;  // where memory ends
+    while (tokens < group.key_end && plan.keys[static_cast<std::size_t>(tokens)] >= plan.key_tokens) ++tokens;
+    check_ascending(function, "keys", plan.keys, group.key_begin, tokens, plan.key_tokens + plan.memory_tokens);
+    const bool memory_first = tokens > group.key_begin;
+    check_ascending(function, "keys", plan.keys, tokens, group.key_end,
+                    plan.key_tokens + (memory_first ? 0 : plan.memory_tokens));
     const std::int32_t length = group.key_end - group.key_begin;
     const bool two = !plan.visible_too.empty();
     const std::int32_t fault = first_fault(group.entry_begin, group.entry_end, [&](std::size_t e) {
@@ -265,7 +276,7 @@ inline void complete(AttentionPlan& plan) {
 
 /// Throws ShapeError (sizes) or ValueError (values) that names what is wrong with a plan; does nothing for a good one.
 /// Requires: array sizes that fit; groups in order, without gaps, covering entries and keys; rows in range and strictly
-/// ascending inside a group; intervals inside their group's keys, the second not before the end of the first; at most
+/// ascending inside a group, but all memory before the tokens if not after them; intervals inside their group's keys, the second not before the end of the first; at most
 /// one entry per row for Combine::single; and the derived arrays that complete() makes.
 /// Cost: linear in tokens, entries, keys and groups.
 inline void validate(const AttentionPlan& plan) {
