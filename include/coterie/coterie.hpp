@@ -2,6 +2,7 @@
 #pragma once
 
 #include "coterie/attention/attention.hpp"
+#include "coterie/attention/recall.hpp"
 #include "coterie/attention/relative_bias.hpp"
 #include "coterie/core/context.hpp"
 #include "coterie/kernel/positions.hpp"
@@ -9,8 +10,12 @@
 #include "coterie/layer/routing_attention.hpp"
 #include "coterie/plan/clustered.hpp"
 #include "coterie/plan/dense.hpp"
+#include "coterie/plan/globals.hpp"
 #include "coterie/plan/local.hpp"
+#include "coterie/plan/members.hpp"
+#include "coterie/plan/memory.hpp"
 #include "coterie/plan/strided.hpp"
 #include "coterie/router/commitment.hpp"
 #include "coterie/router/kmeans.hpp"
+#include "coterie/router/members.hpp"
 #include "coterie/version.hpp"
