@@ -2,6 +2,7 @@
 
 #include "attention/setup.hpp"
 #include "catch.hpp"
+#include "coterie/plan/members.hpp"
 
 using namespace test;
 
@@ -72,11 +73,33 @@ TEST_CASE("dropout drops its share of the pairs, others for each seed, step and 
   REQUIRE(std::abs(share_of(first, second) - 0.58) < 0.015);
 }
 
+TEST_CASE("dropout: what becomes of memory does not depend on later tokens") {
+  Random random(4);
+  const RowMatrix<double> q = random.matrix<double>(40, 4), memory = random.matrix<double>(5, 4);
+  const AttentionConfig config{.dropout = 0.5, .dropout_seed = 2};
+  const AttentionTerms<double> terms{.memory_keys = memory, .memory_values = memory};
+  Context context;
+  RowMatrix<double> out[2];
+  for (const Index n : {37, 40}) {
+    AttentionPlan plan;
+    plan_local({.tokens = n, .window = 6, .causal = true}, plan);
+    plan_add_memory(5, plan);
+    RowMatrix<double>& to = out[n == 40];
+    to.resize(n, 4);
+    attention_forward(plan, q.topRows(n), q.topRows(n), q.topRows(n), to, config, context, terms);
+  }
+  REQUIRE(out[0] == out[1].topRows(37));
+}
+
 TEST_CASE("dropout: a pair's fate does not depend on the plan, the scalar type, the workers or the instruction set") {
-  const Index n = 60;
-  AttentionPlan dense, local;
+  const Index n = 700;  // two tasks
+  AttentionPlan dense, clustered;
   plan_dense({.tokens = n, .causal = true}, dense);
-  plan_local({.tokens = n, .window = n, .causal = true}, local);
+  ClusterMembers halves{.tokens = n, .clusters = 2, .begin = {0, n / 2, n}};  // the same pairs, of two groups
+  for (Index i = 0; i < n; ++i) halves.rows.push_back(static_cast<std::int32_t>(i));
+  ClusterMembers queries{.tokens = n, .clusters = 2, .begin = {0, n, 2 * n}, .rows = halves.rows};
+  queries.rows.insert(queries.rows.end(), halves.rows.begin(), halves.rows.end());
+  plan_members(queries, halves, {.causal = true, .combine = Combine::lse}, clustered);
   Random random(1);
   const RowMatrix<double> q = random.matrix<double>(n, 4), k = random.matrix<double>(n, 4),
                           v = random.matrix<double>(n, 4);
@@ -86,7 +109,7 @@ TEST_CASE("dropout: a pair's fate does not depend on the plan, the scalar type, 
   ThreadPool pool(2);
   Workspace workspace;
   for (const InstructionSet set : instruction_sets())
-    for (const AttentionPlan* plan : {&dense, &local}) {
+    for (const AttentionPlan* plan : {&dense, &clustered}) {
       Context context(pool, workspace, set);
       RowMatrix<double> out(n, 4);
       attention_forward(*plan, q, k, v, out, config, context);

@@ -57,6 +57,32 @@ TEST_CASE("recall is the mass of the wider plan's softmax on keys of the plan, f
   }
 }
 
+TEST_CASE("recall: distances are those of the wider plan, and a logit that is no number shows") {
+  Random random(3);
+  const RowMatrix<double> q = random.matrix<double>(4, 5);
+  RowMatrix<double> k = random.matrix<double>(8, 5);
+  const RowMatrix<double> bias = 3 * random.matrix<double>(1, 9);
+  AttentionPlan local, dense;
+  plan_local({.tokens = 4, .keys = 8, .window = 3, .causal = true}, local);  // the last query meets the last key
+  plan_dense({.tokens = 4, .keys = 8}, dense);                               // queries spread over the keys
+  Context context;
+  const AttentionTerms<double> terms{.bias = bias, .bias_first = -4};
+  const AttentionRecall got = attention_recall(local, dense, q, k, {}, {}, context, terms);
+  const AttentionConfig config;
+  const coterie::detail::Reference reference("recall", dense, q, k, k, config, terms);
+  for (Index i = 0; i < 4; ++i) {
+    std::vector<double> p;
+    reference.probabilities(0, i, reference.softmaxes(0, i)[0], p);
+    double kept = 0;
+    for (Index j = std::max<Index>(0, i + 2); j <= i + 4; ++j) kept += p[static_cast<std::size_t>(j)];
+    REQUIRE(got.rows[static_cast<std::size_t>(i)] == Approx(kept));
+  }
+  k(3, 0) = std::numeric_limits<double>::quiet_NaN();
+  const AttentionRecall bad = attention_recall(dense, dense, q, k, {}, {}, context);
+  REQUIRE(bad.queries.size() == 4);
+  REQUIRE(std::isnan(bad.mean));
+}
+
 TEST_CASE("recall: a plan keeps all of itself; samples are drawn, ascending, and the same for any workers") {
   const Index n = 300;
   AttentionPlan dense, local;

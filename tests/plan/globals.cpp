@@ -85,6 +85,7 @@ TEST_CASE("global tokens: errors leave the plan as it was") {
   const AttentionPlan before = plan;
   REQUIRE_THROWS_AS(plan_add_globals({.globals = 1, .self = Self::never}, plan), ValueError);
   REQUIRE_THROWS_AS(plan_add_globals({.globals = -1}, plan), ValueError);
+  REQUIRE_THROWS_AS(plan_add_globals({.globals = 1, .self = static_cast<Self>(7)}, plan), ValueError);
   const std::vector<Index> bad = {0, 9}, inside = {0, 4, 8};
   REQUIRE_THROWS_AS(plan_add_globals({.globals = 1, .offsets = bad}, plan), ValueError);
   REQUIRE_THROWS_AS(plan_add_globals({.globals = 1, .offsets = inside}, plan), ValueError);

@@ -77,6 +77,8 @@ TEST_CASE("memory: errors") {
   AttentionPlan plan;
   plan_dense({.tokens = 3}, plan);
   REQUIRE_THROWS_AS(plan_add_memory(-1, plan), ValueError);
+  REQUIRE_THROWS_AS(plan_add_memory(std::numeric_limits<Index>::max(), plan), ValueError);
+  REQUIRE_THROWS_AS(plan_add_memory(std::numeric_limits<std::int32_t>::max(), plan), ValueError);
   plan_add_memory(0, plan);
   REQUIRE(plan.memory_tokens == 0);
   plan_add_memory(2, plan);

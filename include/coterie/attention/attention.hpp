@@ -187,7 +187,8 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
 /// Shapes: q tokens x heads*d, k key_tokens x kv_heads*d, v key_tokens x kv_heads*dv, out tokens x heads*dv; any d and dv.
 /// Formula: out_i = sum_j p_ij v_j, p_i = softmax over visible j of (scale q_i.k_j + bias[i - j]), lse_i its log-sum-exp;
 ///   with a soft cap, cap tanh(scale q_i.k_j / cap) in place of scale q_i.k_j. Dropout: p_ij / (1 - dropout) or 0 in the
-///   sum over v_j; the softmax and lse_i know nothing of it.
+///   sum over v_j, by row numbers (those of a sequence alone differ from those in a batch); the softmax and lse_i know
+///   nothing of it.
 ///   A row with several entries: one softmax over all (Combine::lse), or the mean over entries that see a key (mean).
 ///   A row that sees no key: out 0, lse minus infinity. NaN and infinity reach the rows that see them and no others.
 /// Requires: completed plans; shapes that fit; out overlaps no input; otherwise ShapeError or ValueError, and nothing is

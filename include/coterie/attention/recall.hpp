@@ -22,7 +22,7 @@ struct RecallConfig {
 
 /// Shares of the wider plan's probability mass on keys that the plan shows too.
 struct AttentionRecall {
-  std::vector<Index> queries;  ///< the rows looked at, ascending, without those that see nothing in the wider plan
+  std::vector<Index> queries;  ///< the rows looked at, ascending, without those that see nothing in a head's wider plan
   double mean = 0;             ///< over those rows and all heads
   std::vector<double> heads;   ///< mean of each head
   std::vector<double> rows;    ///< of queries[i] and head h at i * heads + h
@@ -105,17 +105,19 @@ AttentionRecall attention_recall(const Plans& plans, const Plans& full, ConstVie
       double most = -std::numeric_limits<double>::infinity();
       for (Index key = 0; key < key_rows; ++key)
         if (s.sees[std::size_t(key)]) {
-          s.logits[std::size_t(key)] = call.logit(h, row, key);
+          s.logits[std::size_t(key)] = wider.logit(h, row, key);
           most = std::max(most, s.logits[std::size_t(key)]);
         }
       double sum = 0, kept = 0;
+      bool sees_any = false;
       for (Index key = 0; key < key_rows; ++key)
         if (s.sees[std::size_t(key)]) {
           const double p = std::exp(s.logits[std::size_t(key)] - most);
           sum += p;
+          sees_any = true;
           if (s.kept[std::size_t(key)]) kept += p;
         }
-      if (sum > 0) result.rows[static_cast<std::size_t>(i * heads + h)] = kept / sum;
+      if (sees_any) result.rows[static_cast<std::size_t>(i * heads + h)] = kept / sum;
       mark_keys(all, row, of_all, 0, s.sees);
       mark_keys(plan, row, of_plan, 0, s.kept);
     }
@@ -148,7 +150,8 @@ AttentionRecall attention_recall(const Plans& plans, const Plans& full, ConstVie
 ///
 /// Shapes: as in attention_forward; both of the same tokens and keys. How a plan combines several entries does not matter: the
 ///   keys of all of them count, once.
-/// Formula: recall_i = sum of p_ij over j that plan shows, p_i the softmax over the keys of full; dropout is left aside.
+/// Formula: recall_i = sum of p_ij over j that plan shows, p_i the softmax over the keys of full, at full's positions; dropout is left aside.
+///   NaN where a logit is NaN.
 /// Requires: as attention_forward, and at least one query (ShapeError, ValueError).
 /// Allocates: its result and marks, key rows for each worker. Not for inner loops.
 /// Threads and determinism: the same numbers for any number of workers.

@@ -141,7 +141,10 @@ class Reference {
   /// What becomes of a pair's probability: 0 where it is dropped.
   double kept(Index head, Index query_row, Index key_row) const {
     const std::uint64_t call = dropout_call(config_, head);
-    const std::uint32_t bits = pair_bits(row_bits(call, false, query_row) ^ row_bits(call, true, key_row));
+    const Index memory = key_row - plan(head).key_tokens;
+    const std::uint32_t key_bits =
+        memory < 0 ? row_bits(call, RowKind::key, key_row) : row_bits(call, RowKind::memory, memory);
+    const std::uint32_t bits = pair_bits(row_bits(call, RowKind::query, query_row) ^ key_bits);
     return bits < dropout_bound(config_) ? 0 : 1 / (1 - config_.dropout);
   }
 

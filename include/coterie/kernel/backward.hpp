@@ -198,9 +198,10 @@ struct Backward {
         L::exp2(x - max, p);
         p *= inverse;
         F d_s = p * ((d_p - delta) * ln_2<T>);
-        if (s.masked) {
+        if (s.masked || sight.partial(v)) {  // an unused lane's 0 * infinity is no number
           I mask;
           sight.visible(v, j, mask);
+          sight.leave_out_unused(v, mask);
           p = mask ? p : F{};
           d_s = mask ? d_s : F{};
         }
@@ -220,9 +221,10 @@ struct Backward {
         L::load(b.d_scores + at, d_s);
         L::load(b.slope + at, slope);
         d_s *= slope;
-        if (s.masked) {
+        if (s.masked || sight.partial(v)) {
           I mask;
           sight.visible(v, key, mask);
+          sight.leave_out_unused(v, mask);
           d_s = mask ? d_s : F{};
         }
         L::store(b.d_scores + at, d_s);

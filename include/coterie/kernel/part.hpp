@@ -108,8 +108,12 @@ struct AttentionPart {
     }
   }
 
-  std::uint32_t query_bits(Index entry) const { return row_bits(dropout_call, false, rows[entry]); }
-  std::uint32_t key_bits(Index rank) const { return row_bits(dropout_call, true, keys[rank]); }
+  std::uint32_t query_bits(Index entry) const { return row_bits(dropout_call, RowKind::query, rows[entry]); }
+  std::uint32_t key_bits(Index rank) const {
+    const Index row = keys[rank];
+    return row < k.rows ? row_bits(dropout_call, RowKind::key, row)
+                        : row_bits(dropout_call, RowKind::memory, row - k.rows);
+  }
 
   Index target(Index entry) const { return by_entry ? entry : rows[entry]; }
   Index query_position(Index entry) const { return query_positions ? query_positions[rows[entry]] : rows[entry]; }

@@ -85,6 +85,12 @@ struct Sight {
     if (intervals == 2) mask |= (at(from[1], v) <= rank) & (at(until[1], v) > rank);
   }
 
+  /// Whether lanes of vector v have no entry; and the mask without them.
+  COTERIE_INLINE bool partial(int v) const { return (v + 1) * lanes > count; }
+  COTERIE_INLINE void leave_out_unused(int v, I& mask) const {
+    for (int l = std::max(count - v * lanes, 0); l < lanes; ++l) mask[l] = 0;
+  }
+
   /// Whether every lane of vector v sees keys [begin, end).
   COTERIE_INLINE bool all_see(int v, int begin, int end) const {
     for (int i = 0; i < intervals; ++i)

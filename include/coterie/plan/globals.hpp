@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <limits>
 #include <numeric>
 #include <span>
 
@@ -35,6 +37,8 @@ inline void plan_add_globals(const GlobalsConfig& config, AttentionPlan& plan) {
   const Index n = plan.tokens;
   detail::Faults faults(function);
   faults.require(config.globals >= 0, "globals", "at least 0", config.globals);
+  faults.require(config.self == Self::visible || config.self == Self::only_if_alone || config.self == Self::never,
+                 "self", "visible, only_if_alone or never", static_cast<int>(config.self));
   const bool completed = plan.row_begin.size() == static_cast<std::size_t>(n) + 1;
   faults.require(completed, "plan", "a completed plan", "one without row_begin");
   faults.require(plan.key_tokens == n && plan.query_positions.empty() && plan.key_positions.empty(), "plan",
@@ -45,8 +49,9 @@ inline void plan_add_globals(const GlobalsConfig& config, AttentionPlan& plan) {
   faults.raise();
   if (config.globals == 0 || n == 0) return;
   const auto groups = static_cast<Index>(plan.groups.size());
-  detail::check_count(function, "keys",
-                      static_cast<Index>(plan.keys.size()) + n + groups * std::min(config.globals, n));
+  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  const Index listed = static_cast<Index>(plan.keys.size()) + n + groups * std::min(config.globals, n);
+  if (listed > most) detail::fail<ValueError>(function, "globals", detail::join("key lists of at most ", most), listed);
 
   detail::Pattern pattern;
   pattern.tokens = pattern.keys = n;

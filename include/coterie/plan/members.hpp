@@ -28,12 +28,11 @@ inline void check_members(const char* function, const std::string& name, const C
   const Index lists = members.sequences * members.clusters;
   if (static_cast<Index>(members.begin.size()) != lists + 1)
     bad(".begin", join(lists + 1, " values"), members.begin.size());
+  const auto all = static_cast<std::int32_t>(members.rows.size());
   for (std::size_t i = 0; i < members.begin.size(); ++i) {
-    const std::int32_t least = i == 0 ? 0 : members.begin[i - 1];
-    const bool last = i + 1 == members.begin.size();
-    const auto most = static_cast<std::int32_t>(i == 0 ? 0 : members.rows.size());
-    if (members.begin[i] < least || members.begin[i] > most || (last && members.begin[i] != most))
-      bad(join(".begin[", i, "]"), join("ascending values from 0 to ", members.rows.size()), members.begin[i]);
+    const bool ascends = i == 0 ? members.begin[i] == 0 : members.begin[i] >= members.begin[i - 1];
+    const bool fits = i + 1 < members.begin.size() ? members.begin[i] <= all : members.begin[i] == all;
+    if (!ascends || !fits) bad(join(".begin[", i, "]"), join("ascending values from 0 to ", all), members.begin[i]);
   }
   for (Index s = 0; s < members.sequences; ++s) {
     const Sequence sequence = pattern.sequence(s);

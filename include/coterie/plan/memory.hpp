@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <limits>
 #include <numeric>
 
 #include "coterie/plan/plan.hpp"
@@ -21,23 +23,32 @@ namespace coterie {
 /// Source: Sukhbaatar et al. 2019 (all-attention), as an option of the PyTorch routing transformer.
 inline void plan_add_memory(Index memory, AttentionPlan& plan) {
   const char* const function = "plan_add_memory";
-  if (memory < 0) detail::fail<ValueError>(function, "memory", "at least 0", memory);
+  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  if (memory < 0 || memory > most) detail::fail<ValueError>(function, "memory", detail::join("0 to ", most), memory);
   if (plan.row_begin.size() != static_cast<std::size_t>(plan.tokens) + 1)
     detail::fail<ValueError>(function, "plan", "a completed plan", "one without row_begin");
   if (plan.memory_tokens != 0) detail::fail<ValueError>(function, "plan", "one without memory", plan.memory_tokens);
-  detail::check_count(function, "key_tokens + memory", plan.key_tokens + memory);
-  detail::check_count(function, "keys", static_cast<Index>(plan.keys.size() + plan.groups.size()) * (memory + 1));
+  const Index listed = static_cast<Index>(plan.keys.size()) + static_cast<Index>(plan.groups.size()) * memory;
+  if (plan.key_tokens + memory > most || listed > most)
+    detail::fail<ValueError>(function, "memory", detail::join("key rows and key lists of at most ", most),
+                             detail::join(plan.key_tokens + memory, " and ", listed));
   if (memory == 0) return;
 
   const auto added = static_cast<std::int32_t>(memory);
+  const auto sees_it = [&plan](std::size_t e) {
+    const auto row = static_cast<std::size_t>(plan.entries[e]);
+    return plan.combine != Combine::lse ||
+           plan.row_entries[static_cast<std::size_t>(plan.row_begin[row])] == static_cast<std::int32_t>(e);
+  };
   bool two = !plan.visible_too.empty();
   for (std::size_t e = 0; e < plan.entries.size(); ++e) {
+    if (!sees_it(e)) continue;
     const Interval first = plan.visible[e], second = two ? detail::second_interval(plan, e) : Interval{};
     if (first.size() > 0 && first.begin > 0 && second.size() > 0)
       detail::fail<ValueError>(function, detail::join("visible[", e, "]").c_str(),
                                "a begin at 0, for memory makes no third interval", first.begin);
   }
-  for (std::size_t e = 0; e < plan.entries.size() && !two; ++e) two = plan.visible[e].begin > 0;
+  for (std::size_t e = 0; e < plan.entries.size() && !two; ++e) two = sees_it(e) && plan.visible[e].begin > 0;
 
   // Lists from the back, for they move apart.
   const std::size_t keys = plan.keys.size(), groups = plan.groups.size();
@@ -57,15 +68,12 @@ inline void plan_add_memory(Index memory, AttentionPlan& plan) {
     Interval &first = plan.visible[e], &second = two ? plan.visible_too[e] : none;
     if (first.size() == 0) std::swap(first, second);
     for (Interval* seen : {&first, &second}) *seen = {seen->begin + added, seen->end + added};
-    const auto row = static_cast<std::size_t>(plan.entries[e]);
-    const bool sees_it =
-        plan.combine != Combine::lse ||
-        plan.row_entries[static_cast<std::size_t>(plan.row_begin[row])] == static_cast<std::int32_t>(e);
-    if (sees_it && first.size() == 0)
+    const bool added_to = sees_it(e);
+    if (added_to && first.size() == 0)
       first = {0, added};
-    else if (sees_it && first.begin == added)
+    else if (added_to && first.begin == added)
       first.begin = 0;
-    else if (sees_it)
+    else if (added_to)
       second = first, first = {0, added};
     if (second.size() == 0) second = {first.end, first.end};
   }

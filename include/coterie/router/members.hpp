@@ -79,7 +79,9 @@ struct MemberSequences {
 };
 
 template <class T>
-MemberSequences check_members(Faults& faults, ConstView<T> scores, std::span<const Index> offsets) {
+MemberSequences check_scores(const char* function, Faults& faults, ConstView<T> scores,
+                             std::span<const Index> offsets) {
+  check_shape<T>(function, "scores", scores, scores.rows(), scores.cols());
   constexpr Index most = std::numeric_limits<std::int32_t>::max();
   faults.require(scores.cols() >= 1, "scores", "at least one column, one for each cluster", scores.cols());
   faults.require(scores.rows() <= most, "scores", "at most 2147483647 rows", scores.rows());
@@ -107,7 +109,7 @@ template <class T>
 void balanced_members(ConstView<T> scores, const BalancedConfig& config, ClusterMembers& members, Context& context) {
   const char* const function = "balanced_members";
   Faults faults(function);
-  const MemberSequences sequences = check_members<T>(faults, scores, config.offsets);
+  const MemberSequences sequences = check_scores<T>(function, faults, scores, config.offsets);
   faults.require(config.members >= 1, "members", "at least 1", config.members);
   faults.require(config.unassigned == Unassigned::left_out || config.unassigned == Unassigned::nearest, "unassigned",
                  "left_out or nearest", static_cast<int>(config.unassigned));
@@ -182,7 +184,7 @@ template <class T>
 void nearest_members(ConstView<T> scores, const NearestConfig& config, ClusterMembers& members, Context& context) {
   const char* const function = "nearest_members";
   Faults faults(function);
-  const MemberSequences sequences = check_members<T>(faults, scores, config.offsets);
+  const MemberSequences sequences = check_scores<T>(function, faults, scores, config.offsets);
   const Index k = scores.cols(), n = scores.rows(), probes = config.probes;
   if (probes < 1 || probes > k) faults.require(false, "probes", join("1 to clusters = ", k), probes);
   faults.raise();
