@@ -5,6 +5,7 @@
 #include "catch.hpp"
 #include "coterie/layer/routing_attention.hpp"
 #include "errors.hpp"
+#include "gradient.hpp"
 #include "kinds.hpp"
 
 using namespace test;
@@ -95,6 +96,9 @@ TEST_CASE("the layer's plans are those of its routers' scores") {
                      expected);
       }
       REQUIRE(same_plan(tape.plans()[0], expected));
+      std::vector<std::int32_t> labels(static_cast<std::size_t>(n));
+      layer.routers()[0].assign(rows, labels, context);
+      REQUIRE(std::equal(labels.begin(), labels.end(), tape.labels(0).begin(), tape.labels(0).end()));
     }
 }
 
@@ -117,21 +121,14 @@ TEST_CASE("layers with members: gradients of x and of every parameter are those 
       Parameters<double> gradients = layer.zero_gradients();
       RowMatrix<double> d_x = RowMatrix<double>::Zero(n, 10);
       layer.backward({x, offsets}, tape, d_y, d_x, gradients, context);
-      const auto check = [&](double& value, double gradient) {
-        const double old = value, step = 1e-6;
-        value = old + step;
+      const auto loss = [&] {
         layer.forward({x, offsets}, y, context);
-        const double up = y.cwiseProduct(d_y).sum();
-        value = old - step;
-        layer.forward({x, offsets}, y, context);
-        const double down = y.cwiseProduct(d_y).sum();
-        value = old;
-        REQUIRE(gradient == Approx((up - down) / (2 * step)).epsilon(1e-5).margin(1e-6));
+        return y.cwiseProduct(d_y).sum();
       };
-      for (Index i = 0; i < x.size(); i += 3) check(x.data()[i], d_x.data()[i]);
-      visit(layer.parameters(), gradients, [&](std::string_view, View<double> p, ConstView<double> g) {
-        for (Index i = 0; i < p.rows(); ++i)
-          for (Index j = 0; j < p.cols(); j += 2) check(p(i, j), g(i, j));
+      require_gradient(x, d_x, loss, 1e-6);
+      visit(layer.parameters(), gradients, [&](std::string_view name, View<double> p, ConstView<double> g) {
+        INFO(name);
+        require_gradient(p, g, loss, 1e-6);
       });
     }
 }
@@ -214,19 +211,10 @@ TEST_CASE("T18: the commitment loss reaches x and the weights, with centroids as
     Parameters<double> gradients = layer.zero_gradients();
     RowMatrix<double> d_x = RowMatrix<double>::Zero(n, 8);
     layer.backward(x, tape, d_y, d_x, gradients, context);
-    const auto check = [&](double& value, double gradient) {
-      const double old = value, step = 1e-6;
-      value = old + step;
-      const double up = loss();
-      value = old - step;
-      const double down = loss();
-      value = old;
-      REQUIRE(gradient == Approx((up - down) / (2 * step)).epsilon(1e-5).margin(1e-6));
-    };
-    for (Index i = 0; i < x.size(); i += 3) check(x.data()[i], d_x.data()[i]);
-    visit(layer.parameters(), gradients, [&](std::string_view, View<double> p, ConstView<double> g) {
-      for (Index i = 0; i < p.rows(); ++i)
-        for (Index j = 0; j < p.cols(); j += 3) check(p(i, j), g(i, j));
+    require_gradient(x, d_x, loss, 1e-6);
+    visit(layer.parameters(), gradients, [&](std::string_view name, View<double> p, ConstView<double> g) {
+      INFO(name);
+      require_gradient(p, g, loss, 1e-6);
     });
     // The loss itself, from its parts: more of the same weight.
     loss();
@@ -299,17 +287,11 @@ TEST_CASE("dropout: in training only, by seed and step, with its gradients; soft
   Input<double> input(x);
   input.step = 1;
   layer.backward(input, tape, d_y, d_x, gradients, context);
-  for (Index i = 0; i < x.size(); i += 2) {
-    const double old = x.data()[i], step = 1e-6;
-    x.data()[i] = old + step;
+  const auto loss = [&] {
     train(1, y);
-    const double up = y.cwiseProduct(d_y).sum();
-    x.data()[i] = old - step;
-    train(1, y);
-    const double down = y.cwiseProduct(d_y).sum();
-    x.data()[i] = old;
-    REQUIRE(d_x.data()[i] == Approx((up - down) / (2 * step)).epsilon(1e-5).margin(1e-6));
-  }
+    return y.cwiseProduct(d_y).sum();
+  };
+  require_gradient(x, d_x, loss, 1e-6);
 }
 
 TEST_CASE("membership settings that mean nothing together are refused, all at once") {

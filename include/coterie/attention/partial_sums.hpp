@@ -48,23 +48,23 @@ struct PartialSums {
     return g;
   }
 
-  /// to[key - first] += the sums in `from` (d_k or d_v) for the keys in [begin, end) that the part sees; first: 0, or the
-  /// number of tokens where the keys are memory.
-  void add_keys(const KernelTable<T>& kernel, const T* from, Index begin, Index end, Index tokens, Index first,
-                View<T> to) const {
+  /// Rows of `to` += the sums in `from` (d_k or d_v) for the keys in [begin, end) that the part sees: all tokens, or all
+  /// memory, which comes from key `tokens` on.
+  void add_keys(const KernelTable<T>& kernel, const T* from, Index begin, Index end, Index tokens, View<T> to) const {
     const Index columns = to.cols();
+    const bool memory = begin >= tokens;
     for (const PartialRange& range : ranges) {
       const std::int32_t *low = keys + range.begin, *last = keys + range.end;
       if (*low >= tokens) {  // memory comes before tokens
         const std::int32_t* const middle =
             std::partition_point(low, last, [tokens](std::int32_t key) { return key >= tokens; });
-        (first > 0 ? last : low) = middle;
+        (memory ? last : low) = middle;
       }
       low = std::lower_bound(low, last, begin);
       const std::int32_t* const high = std::lower_bound(low, last, end);
       if (low == high) continue;
       const T* const row = from + (range.row + (low - keys) - range.begin) * padded(columns);
-      kernel.add_rows({row, padded(columns), to.data(), to.stride(), low, first, high - low, columns});
+      kernel.add_rows({row, padded(columns), to.data(), to.stride(), low, memory ? tokens : 0, high - low, columns});
     }
   }
 };
@@ -146,10 +146,9 @@ class Wave {
     const Index head = call.kv_head(sums.head), d = call.d(), dv = call.dv();
     const View<T> keys = memory ? gradients.d_memory_keys : d_k, values = memory ? gradients.d_memory_values : d_v;
     if (begin == end) return;
-    const Index first = memory ? call.key_tokens() : 0;
     const Index tokens = call.key_tokens();
-    if (given(keys)) sums.add_keys(kernel, sums.d_k, begin, end, tokens, first, keys.columns(head * d, d));
-    if (given(values)) sums.add_keys(kernel, sums.d_v, begin, end, tokens, first, values.columns(head * dv, dv));
+    if (given(keys)) sums.add_keys(kernel, sums.d_k, begin, end, tokens, keys.columns(head * d, d));
+    if (given(values)) sums.add_keys(kernel, sums.d_v, begin, end, tokens, values.columns(head * dv, dv));
   }
 
  private:

@@ -44,25 +44,16 @@ inline std::vector<Index> draw_rows(Index all, Index count, std::uint64_t seed) 
 }
 
 /// Sets `sees[key]` to `value` for the keys that a row sees.
-inline void mark_keys(const AttentionPlan& plan, Index row, std::vector<std::int32_t>& group_of_entry, char value,
-                      std::vector<char>& sees) {
+inline void mark_keys(const AttentionPlan& plan, Index row, char value, std::vector<char>& sees) {
   for (std::int32_t j = plan.row_begin[std::size_t(row)]; j < plan.row_begin[std::size_t(row) + 1]; ++j) {
-    const auto entry = static_cast<std::size_t>(plan.row_entries[std::size_t(j)]);
-    const std::int32_t* const keys = plan.keys.data() + plan.groups[std::size_t(group_of_entry[entry])].key_begin;
+    const std::int32_t entry = plan.row_entries[std::size_t(j)];
+    const std::int32_t* const keys = plan.keys.data() + group_of(plan, entry).key_begin;
     const auto mark = [&](Interval seen) {
       for (std::int32_t rank = seen.begin; rank < seen.end; ++rank) sees[std::size_t(keys[rank])] = value;
     };
-    mark(plan.visible[entry]);
-    if (!plan.visible_too.empty()) mark(plan.visible_too[entry]);
+    mark(plan.visible[std::size_t(entry)]);
+    mark(second_interval(plan, std::size_t(entry)));
   }
-}
-
-inline std::vector<std::int32_t> groups_of_entries(const AttentionPlan& plan) {
-  std::vector<std::int32_t> groups(plan.entries.size());
-  for (std::size_t g = 0; g < plan.groups.size(); ++g)
-    std::fill(groups.begin() + plan.groups[g].entry_begin, groups.begin() + plan.groups[g].entry_end,
-              static_cast<std::int32_t>(g));
-  return groups;
 }
 
 template <class T>
@@ -80,9 +71,6 @@ AttentionRecall attention_recall(const Plans& plans, const Plans& full, ConstVie
 
   const std::vector<Index> rows = draw_rows(call.tokens(), recall.queries, recall.seed);
   const Index heads = call.heads(), count = static_cast<Index>(rows.size()), key_rows = call.key_rows();
-  std::vector<std::vector<std::int32_t>> groups, wider_groups;
-  for (Index p = 0; p < plans.size(); ++p) groups.push_back(groups_of_entries(plans[p]));
-  for (Index p = 0; p < full.size(); ++p) wider_groups.push_back(groups_of_entries(full[p]));
   AttentionRecall result;
   result.rows.assign(static_cast<std::size_t>(count * heads), -1.0);
   struct Scratch {
@@ -98,10 +86,8 @@ AttentionRecall attention_recall(const Plans& plans, const Plans& full, ConstVie
     const Index row = rows[static_cast<std::size_t>(i)];
     for (Index h = 0; h < heads; ++h) {
       const AttentionPlan &plan = call.plan(h), &all = wider.plan(h);
-      auto& of_plan = groups[static_cast<std::size_t>(h * plans.size() / heads)];
-      auto& of_all = wider_groups[static_cast<std::size_t>(h * full.size() / heads)];
-      mark_keys(all, row, of_all, 1, s.sees);
-      mark_keys(plan, row, of_plan, 1, s.kept);
+      mark_keys(all, row, 1, s.sees);
+      mark_keys(plan, row, 1, s.kept);
       double most = -std::numeric_limits<double>::infinity();
       for (Index key = 0; key < key_rows; ++key)
         if (s.sees[std::size_t(key)]) {
@@ -118,8 +104,8 @@ AttentionRecall attention_recall(const Plans& plans, const Plans& full, ConstVie
           if (s.kept[std::size_t(key)]) kept += p;
         }
       if (sees_any) result.rows[static_cast<std::size_t>(i * heads + h)] = kept / sum;
-      mark_keys(all, row, of_all, 0, s.sees);
-      mark_keys(plan, row, of_plan, 0, s.kept);
+      mark_keys(all, row, 0, s.sees);
+      mark_keys(plan, row, 0, s.kept);
     }
   });
   // Rows that see nothing in the wider plan have no share.

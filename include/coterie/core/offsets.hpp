@@ -11,6 +11,23 @@
 
 namespace coterie::detail {
 
+/// Consecutive rows, [begin, end).
+struct RowRange {
+  Index begin = 0, end = 0;
+  Index count() const { return end - begin; }
+};
+
+/// The sequences of checked offsets; none given: one.
+inline Index sequence_count(std::span<const Index> offsets) {
+  return offsets.empty() ? 1 : static_cast<Index>(offsets.size()) - 1;
+}
+/// The rows of sequence s among `rows`.
+inline RowRange sequence_rows(std::span<const Index> offsets, Index rows, Index s) {
+  if (offsets.empty()) return {0, rows};
+  const auto i = static_cast<std::size_t>(s);
+  return {offsets[i], offsets[i + 1]};
+}
+
 /// Collects the faults of one offsets argument; true if it can be used.
 inline bool check_offsets(Faults& faults, const char* argument, std::span<const Index> offsets, Index rows) {
   std::string got;

@@ -32,7 +32,7 @@ double layer_commitment(const RoutingAttentionConfig& c, std::span<const OnlineK
     const View<T> d_rows = shared || !differentiate ? View<T>() : arena.matrix<T>(n, d);
     for (std::size_t h = 0; h < routers.size(); ++h) {
       const Index first = static_cast<Index>(h) * d;
-      const auto label = labels.subspan(h * static_cast<std::size_t>(n), static_cast<std::size_t>(n));
+      const auto label = labels_of(labels, static_cast<Index>(h), n);
       const ConstView<T> centroids = routers[h].centroids();
       if (!shared) normalise_rows<T>(all.columns(first, d), rows, inverse, d, context);
       const ConstView<T> x = shared ? all.columns(first, d) : rows;

@@ -154,15 +154,23 @@ inline void resolve_positions(RoutingAttentionConfig& c, Faults& faults) {
                  c.routed_distances);
 }
 
+/// The settings of a routed head's router.
+inline KMeansConfig router_config(const RoutingAttentionConfig& c, std::uint64_t seed) {
+  return {.clusters = c.clusters,
+          .dim = c.head_dim,
+          .decay = c.decay,
+          .average = c.average,
+          .renormalise = c.renormalise,
+          .dead_share = c.dead_share,
+          .split_share = c.split_share,
+          .seed = seed};
+}
+
 /// The part of resolve that is about routers.
 inline void check_routers(const RoutingAttentionConfig& c, Faults& faults) {
   const KMeansConfig usual;
   faults.require(c.decay > 0 && c.decay < 1, "decay", "above 0 and below 1", c.decay);
-  faults.require(c.average == Average::counts_and_sums || c.average == Average::batch_mean, "average",
-                 "counts_and_sums or batch_mean", static_cast<int>(c.average));
-  faults.require(c.dead_share >= 0 && c.dead_share < 1, "dead_share", "in [0, 1)", c.dead_share);
-  faults.require(c.split_share == 0 || (c.split_share > 1 && std::isfinite(c.split_share)), "split_share",
-                 "above 1, or 0 for no splits", c.split_share);
+  check_movement(faults, router_config(c, 0));
   faults.require(c.commitment >= 0 && std::isfinite(c.commitment), "commitment", "0, or a positive number",
                  c.commitment);
   if (c.routed_heads > 0 && c.routing == Routing::learned) return;
@@ -208,10 +216,9 @@ inline RoutingAttentionConfig resolve(RoutingAttentionConfig c) {
   faults.require(!c.causal || c.lookahead <= 0, "lookahead", "0 with causal (it shows later tokens)", c.lookahead);
 
   resolve_positions(c, faults);
-  const auto one_of_three = [](auto value) { return static_cast<int>(value) >= 0 && static_cast<int>(value) <= 2; };
-  faults.require(one_of_three(c.routing), "routing", "learned, random or dense", static_cast<int>(c.routing));
-  faults.require(!c.self || one_of_three(*c.self), "self", "visible, only_if_alone or never",
-                 c.self ? static_cast<int>(*c.self) : 0);
+  faults.require(c.routing == Routing::learned || c.routing == Routing::random || c.routing == Routing::dense,
+                 "routing", "learned, random or dense", static_cast<int>(c.routing));
+  if (c.self) check_self(faults, *c.self);
 
   const bool asked_self = c.self.has_value();
   faults.require(!c.induction || c.causal, "induction", "causal (a key carries the value of the next position)",

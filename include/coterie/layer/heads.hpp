@@ -45,14 +45,7 @@ LayerParts<T> make_layer_parts(const RoutingAttentionConfig& c) {
   const auto stream = static_cast<std::uint64_t>(LayerStream::centroids);
   for (Index h = 0; h < c.routed_heads; ++h) {
     const std::uint64_t seed = random_bits(c.seed, stream, static_cast<std::uint64_t>(h));
-    layer.routers.emplace_back(KMeansConfig{.clusters = c.clusters,
-                                            .dim = c.head_dim,
-                                            .decay = c.decay,
-                                            .average = c.average,
-                                            .renormalise = c.renormalise,
-                                            .dead_share = c.dead_share,
-                                            .split_share = c.split_share,
-                                            .seed = seed});
+    layer.routers.emplace_back(router_config(c, seed));
   }
   return layer;
 }
@@ -162,12 +155,6 @@ void project_backward(const LayerParts<T>& layer, const HeadGroup& group, const 
   undo(in.keys, p.w_v, first, d_v, d_keys, gradients.w_v, gradients.b_v);
 }
 
-/// The piece of labels, heads x rows, that belongs to a head.
-template <class L>
-std::span<L> labels_of(std::span<L> all, Index head, Index rows) {
-  return all.subspan(static_cast<std::size_t>(head * rows), static_cast<std::size_t>(rows));
-}
-
 /// Labels of queries and keys of the routed heads: given, drawn, or by their routers.
 template <class T>
 void assign_labels(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
@@ -232,13 +219,11 @@ void build_token_plans(const LayerParts<T>& layer, const HeadGroup& group, const
                 .offsets = offsets,
                 .key_offsets = key_offsets},
                plans.use(1)[0]);
+  } else if (has_members(c)) {
+    const RoutedRows<T> queries{m.u, offsets}, key_rows{group.shared ? m.u : m.k, in.crosses ? key_offsets : offsets};
+    build_member_plans<T>(c, layer.routers, queries, key_rows, group.shared, plans, context);
   } else {
     assign_labels(layer, group, in, m, plans, context);
-    if (has_members(c)) {
-      const RoutedRows<T> queries{m.u, offsets}, key_rows{group.shared ? m.u : m.k, in.crosses ? key_offsets : offsets};
-      build_member_plans<T>(c, layer.routers, queries, key_rows, group.shared, plans, context);
-      return;
-    }
     const std::span<AttentionPlan> built = plans.use(static_cast<std::size_t>(group.count));
     context.for_each(group.count, [&](Index h, Index) {
       const std::span<const std::int32_t> queries = plans.query_labels, own = plans.key_labels;

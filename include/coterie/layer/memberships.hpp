@@ -20,44 +20,53 @@ struct RoutedRows {
   std::span<const Index> offsets;  ///< of the sequences
 };
 
-/// Plans of the routed heads, from the scores of their routers. `shared`: keys are the queries, normalised already.
+/// Labels and plans of the routed heads, both from the scores of their routers. `shared`: keys are the queries, normalised
+/// already.
 template <class T>
 void build_member_plans(const RoutingAttentionConfig& c, std::span<const OnlineKMeans<T>> routers,
                         const RoutedRows<T>& queries, const RoutedRows<T>& keys, bool shared, HeadsPlans& plans,
                         Context& context) {
   const Index d = c.head_dim, heads = static_cast<Index>(routers.size());
-  const bool balanced = c.membership == Membership::balanced, one_list = balanced && shared;
-  const auto lists = static_cast<std::size_t>(heads * (one_list ? 1 : 2));
-  if (plans.members.size() < lists) plans.members.resize(lists);
+  const bool balanced = c.membership == Membership::balanced;
+  const std::size_t sides = balanced && shared ? 1 : 2;  // lists of queries, and of keys where they are others
+  if (plans.members.size() < sides * routers.size()) plans.members.resize(sides * routers.size());
+  const auto members_of = [&](Index head, std::size_t side) -> ClusterMembers& {
+    return plans.members[static_cast<std::size_t>(head) * sides + side];
+  };
+  HeadsPlans::grow(plans.query_labels, heads * queries.rows.rows());
+  HeadsPlans::grow(plans.key_labels, shared ? 0 : heads * keys.rows.rows());
+
   {
     Arena& arena = context.workspace().shared();
     Arena::Scope scope(arena);
     const Index most = std::max(queries.rows.rows(), keys.rows.rows());
-    const View<T> normalised = arena.matrix<T>(shared ? 0 : most, d), scores = arena.matrix<T>(most, c.clusters);
+    const View<T> normalised = arena.matrix<T>(shared ? 0 : most, d), all_scores = arena.matrix<T>(most, c.clusters);
     for (Index h = 0; h < heads; ++h)
-      for (std::size_t side = 0; side < (one_list ? 1 : 2); ++side) {
+      for (std::size_t side = 0; side < sides; ++side) {
         const RoutedRows<T>& from = side == 0 ? queries : keys;
         const Index n = from.rows.rows();
-        ConstView<T> rows = from.rows.columns(h * d, d);
-        if (!shared) {
-          normalise_rows<T>(rows, normalised.rows(0, n), View<T>(), d, context);
-          rows = normalised.rows(0, n);
+        const View<T> scores = all_scores.rows(0, n);
+        if (side == 0 || !shared) {  // shared keys have the queries' scores
+          ConstView<T> rows = from.rows.columns(h * d, d);
+          if (!shared) {
+            normalise_rows<T>(rows, normalised.rows(0, n), View<T>(), d, context);
+            rows = normalised.rows(0, n);
+          }
+          routers[static_cast<std::size_t>(h)].scores(rows, scores, context);
+          const std::span<std::int32_t> labels = side == 0 ? plans.query_labels : plans.key_labels;
+          best_columns<T>(scores, labels_of(labels, h, n), context);
         }
-        const View<T> scored = scores.rows(0, n);
-        if (side == 0 || !shared) routers[static_cast<std::size_t>(h)].scores(rows, scored, context);
-        ClusterMembers& members = plans.members[static_cast<std::size_t>(h) * (one_list ? 1 : 2) + side];
         if (balanced)
-          coterie::balanced_members(scored, {.members = c.window, .unassigned = c.unassigned, .offsets = from.offsets},
-                                    members, context);
+          coterie::balanced_members(scores, {.members = c.window, .unassigned = c.unassigned, .offsets = from.offsets},
+                                    members_of(h, side), context);
         else
-          coterie::nearest_members(scored, {.probes = side == 0 ? c.probes : 1, .offsets = from.offsets}, members,
-                                   context);
+          coterie::nearest_members(scores, {.probes = side == 0 ? c.probes : 1, .offsets = from.offsets},
+                                   members_of(h, side), context);
       }
   }
-  const std::span<AttentionPlan> built = plans.use(static_cast<std::size_t>(heads));
+  const std::span<AttentionPlan> built = plans.use(routers.size());
   context.for_each(heads, [&](Index h, Index) {
-    const std::size_t at = static_cast<std::size_t>(h) * (one_list ? 1 : 2);
-    plan_members(plans.members[at], plans.members[one_list ? at : at + 1],
+    plan_members(members_of(h, 0), members_of(h, sides - 1),
                  {.window = balanced ? 0 : c.window,
                   .causal = c.causal,
                   .self = *c.self,

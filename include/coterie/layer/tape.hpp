@@ -67,6 +67,12 @@ struct HeadsPlans {
   }
 };
 
+/// The piece of labels, heads x rows, that belongs to a head.
+template <class L>
+std::span<L> labels_of(std::span<L> all, Index head, Index rows) {
+  return all.subspan(static_cast<std::size_t>(head * rows), static_cast<std::size_t>(rows));
+}
+
 /// The matrices of a group of heads in a forward pass; d head width, c = heads * d.
 template <class T>
 struct HeadsMatrices {
@@ -147,7 +153,7 @@ class RoutingAttentionTape {
     if (head < 0 || head >= config_.routed_heads || tokens_ < 0)
       detail::fail<ValueError>(function, "routed_head", detail::join("0 to ", config_.routed_heads, " - 1"), head);
     if (all.empty()) return {};
-    return all.subspan(static_cast<std::size_t>(head * rows), static_cast<std::size_t>(rows));
+    return detail::labels_of(all, head, rows);
   }
 
   Index tokens_ = -1, key_tokens_ = -1;

@@ -61,17 +61,11 @@ struct Pattern {
   Self self = Self::visible;
   std::span<const Index> offsets, key_offsets;  // empty: one sequence
 
-  Index sequences() const { return offsets.empty() ? 1 : static_cast<Index>(offsets.size()) - 1; }
+  Index sequences() const { return sequence_count(offsets); }
 
   Sequence sequence(Index s) const {
-    const auto slice = [s](std::span<const Index> bounds, Index rows, Index& begin, Index& count) {
-      const auto i = static_cast<std::size_t>(s);
-      begin = bounds.empty() ? 0 : bounds[i];
-      count = (bounds.empty() ? rows : bounds[i + 1]) - begin;
-    };
-    Sequence result;
-    slice(offsets, tokens, result.query_begin, result.tokens);
-    slice(key_offsets, keys, result.key_begin, result.keys);
+    const RowRange query_rows = sequence_rows(offsets, tokens, s), key_rows = sequence_rows(key_offsets, keys, s);
+    Sequence result{query_rows.begin, query_rows.count(), key_rows.begin, key_rows.count()};
     result.alignment = result.has_equal_lengths() ? Alignment::top_left : alignment;  // all the same, without division
     return result;
   }
@@ -83,6 +77,12 @@ struct Pattern {
     after = std::min(ahead, all);
   }
 };
+
+/// Collects the fault of a rule that is none.
+inline void check_self(Faults& faults, Self self) {
+  faults.require(self == Self::visible || self == Self::only_if_alone || self == Self::never, "self",
+                 "visible, only_if_alone or never", static_cast<int>(self));
+}
 
 /// Reads and checks the fields that all configs share.
 template <class Config>
@@ -96,10 +96,9 @@ Pattern read_pattern(Faults& faults, const Config& config, Index tokens, Index k
   pattern.offsets = config.offsets;
   pattern.key_offsets = config.key_offsets;
 
-  const auto one_of_three = [](auto value) { return static_cast<int>(value) >= 0 && static_cast<int>(value) <= 2; };
-  faults.require(one_of_three(pattern.alignment), "alignment", "bottom_right, top_left or proportional",
-                 static_cast<int>(pattern.alignment));
-  faults.require(one_of_three(config.self), "self", "visible, only_if_alone or never", static_cast<int>(config.self));
+  const int alignment = static_cast<int>(pattern.alignment);
+  faults.require(alignment >= 0 && alignment <= 2, "alignment", "bottom_right, top_left or proportional", alignment);
+  check_self(faults, config.self);
   bool good = tokens >= 0 && tokens <= most && keys >= 0 && keys <= most;
   faults.require(tokens >= 0 && tokens <= most, "tokens", "0 to 2147483647", tokens);
   faults.require(keys == tokens || (keys >= 0 && keys <= most), "keys", "0 to 2147483647", keys);
@@ -347,10 +346,6 @@ class PlanBuilder {
   // Self::only_if_alone for one softmax over several entries: one that shows nothing but the query's own key shows it only
   // where no other entry of the row shows a key.
   void leave_self_out() {
-    const auto group_at = [this](std::int32_t entry) {
-      return std::upper_bound(plan_.groups.begin(), plan_.groups.end(), entry,
-                              [](std::int32_t e, const AttentionPlan::Group& g) { return e < g.entry_end; });
-    };
     for (Index s = 0; s < pattern_.sequences(); ++s) {
       const Sequence sequence = pattern_.sequence(s);
       for (Index row = sequence.query_begin; row < sequence.query_begin + sequence.tokens; ++row) {
@@ -364,9 +359,9 @@ class PlanBuilder {
         const auto shows = [&](std::int32_t entry) {  // 0 nothing, 1 the own key alone, 2 others
           const auto e = static_cast<std::size_t>(entry);
           const Interval first = plan_.visible[e];
-          if (!plan_.visible_too.empty() && plan_.visible_too[e].size() > 0) return 2;
+          if (second_interval(plan_, e).size() > 0) return 2;
           if (first.size() != 1) return first.size() == 0 ? 0 : 2;
-          return plan_.keys[static_cast<std::size_t>(group_at(entry)->key_begin + first.begin)] == own ? 1 : 2;
+          return plan_.keys[static_cast<std::size_t>(group_of(plan_, entry).key_begin + first.begin)] == own ? 1 : 2;
         };
         const auto count = [&](int what) {
           return std::count_if(entries.begin(), entries.end(), [&](std::int32_t e) { return shows(e) == what; });

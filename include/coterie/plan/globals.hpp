@@ -37,8 +37,7 @@ inline void plan_add_globals(const GlobalsConfig& config, AttentionPlan& plan) {
   const Index n = plan.tokens;
   detail::Faults faults(function);
   faults.require(config.globals >= 0, "globals", "at least 0", config.globals);
-  faults.require(config.self == Self::visible || config.self == Self::only_if_alone || config.self == Self::never,
-                 "self", "visible, only_if_alone or never", static_cast<int>(config.self));
+  detail::check_self(faults, config.self);
   const bool completed = plan.row_begin.size() == static_cast<std::size_t>(n) + 1;
   faults.require(completed, "plan", "a completed plan", "one without row_begin");
   faults.require(plan.key_tokens == n && plan.query_positions.empty() && plan.key_positions.empty(), "plan",
@@ -53,23 +52,12 @@ inline void plan_add_globals(const GlobalsConfig& config, AttentionPlan& plan) {
   const Index listed = static_cast<Index>(plan.keys.size()) + n + groups * std::min(config.globals, n);
   if (listed > most) detail::fail<ValueError>(function, "globals", detail::join("key lists of at most ", most), listed);
 
-  detail::Pattern pattern;
-  pattern.tokens = pattern.keys = n;
-  pattern.offsets = config.offsets;
-  // Per group of the plan its sequence, and how many of its keys and entries are global.
-  struct Piece {
-    Index begin, end, globals;
-  };
-  const auto piece = [&](Index s) {
-    const detail::Sequence sequence = pattern.sequence(s);
-    return Piece{sequence.query_begin, sequence.query_begin + sequence.tokens,
-                 std::min(config.globals, sequence.tokens)};
-  };
   AttentionPlan made;
   made.tokens = made.key_tokens = n;
   const bool hides_self = config.self != Self::visible && !config.causal;
-  Index s = -1;
-  Piece now{0, 0, 0};
+  const Index sequences = detail::sequence_count(config.offsets);
+  Index s = -1, globals_here = 0;
+  detail::RowRange now;  // rows of sequence s
   std::int32_t entry = 0, key = 0;
   const auto open_group = [&] { made.groups.push_back({entry, entry, key, key}); };
   const auto add_entry = [&](std::int32_t row, Interval first, Interval second) {
@@ -84,11 +72,11 @@ inline void plan_add_globals(const GlobalsConfig& config, AttentionPlan& plan) {
   };
   // The group of a sequence's global tokens.
   const auto add_globals = [&] {
-    if (now.globals == 0) return;
+    if (globals_here == 0) return;
     open_group();
-    const auto count = static_cast<std::int32_t>(now.end - now.begin);
+    const auto count = static_cast<std::int32_t>(now.count());
     for (std::int32_t i = 0; i < count; ++i) add_key(static_cast<std::int32_t>(now.begin) + i);
-    for (std::int32_t i = 0; i < static_cast<std::int32_t>(now.globals); ++i) {
+    for (std::int32_t i = 0; i < static_cast<std::int32_t>(globals_here); ++i) {
       const std::int32_t until = config.causal ? i + 1 : count;
       const bool alone = until == 1;
       const bool sees_self = config.self == Self::visible || (config.self == Self::only_if_alone && alone);
@@ -96,11 +84,10 @@ inline void plan_add_globals(const GlobalsConfig& config, AttentionPlan& plan) {
                 sees_self || !hides_self ? Interval{} : Interval{i + 1, until});
     }
   };
-  const auto turn_to = [&](Index row) {
-    while (row >= now.end) {
-      now = piece(++s);
-      add_globals();
-    }
+  const auto next_sequence = [&] {
+    now = detail::sequence_rows(config.offsets, n, ++s);
+    globals_here = std::min(config.globals, now.count());
+    add_globals();
   };
   for (const AttentionPlan::Group& group : plan.groups) {
     const Index first_row = group.key_begin < group.key_end ? plan.keys[static_cast<std::size_t>(group.key_begin)]
@@ -108,18 +95,20 @@ inline void plan_add_globals(const GlobalsConfig& config, AttentionPlan& plan) {
                                 ? plan.entries[static_cast<std::size_t>(group.entry_begin)]
                                 : -1;
     if (first_row < 0) continue;
-    turn_to(first_row);
-    const auto bound = static_cast<std::int32_t>(now.begin + now.globals);
-    const auto globals = static_cast<std::int32_t>(now.globals);
-    const auto inside = [&](std::int32_t row) { return row >= now.begin && row < now.end; };
+    while (first_row >= now.end) next_sequence();
+    const auto bound = static_cast<std::int32_t>(now.begin + globals_here);
+    const auto globals = static_cast<std::int32_t>(globals_here);
+    const auto require_inside = [&](std::int32_t row) {
+      if (row < now.begin || row >= now.end)
+        detail::fail<ValueError>(function, "offsets", "sequences that no group of the plan reaches over",
+                                 detail::join("row ", row, " in the group of row ", first_row));
+    };
     open_group();
     for (std::int32_t j = 0; j < globals; ++j) add_key(static_cast<std::int32_t>(now.begin) + j);
     std::int32_t dropped = 0;  // global keys of the group: its first ones
     for (std::int32_t j = group.key_begin; j < group.key_end; ++j) {
       const std::int32_t row = plan.keys[static_cast<std::size_t>(j)];
-      if (!inside(row))
-        detail::fail<ValueError>(function, "offsets", "sequences that no group of the plan reaches over",
-                                 detail::join("row ", row, " in the group of row ", first_row));
+      require_inside(row);
       if (row < bound)
         ++dropped;
       else
@@ -131,12 +120,10 @@ inline void plan_add_globals(const GlobalsConfig& config, AttentionPlan& plan) {
     };
     for (auto e = static_cast<std::size_t>(group.entry_begin); e < static_cast<std::size_t>(group.entry_end); ++e) {
       const std::int32_t row = plan.entries[e];
-      if (!inside(row))
-        detail::fail<ValueError>(function, "offsets", "sequences that no group of the plan reaches over",
-                                 detail::join("row ", row, " in the group of row ", first_row));
+      require_inside(row);
       if (row < bound) continue;
       Interval first = shifted(plan.visible[e]);
-      Interval second = plan.visible_too.empty() ? Interval{} : shifted(plan.visible_too[e]);
+      Interval second = shifted(detail::second_interval(plan, e));
       if (first.size() == 0) std::swap(first, second);
       // Global keys, then what is left: where the two meet they are one.
       if (first.size() == 0)
@@ -151,10 +138,7 @@ inline void plan_add_globals(const GlobalsConfig& config, AttentionPlan& plan) {
       add_entry(row, first, second);
     }
   }
-  while (s + 1 < pattern.sequences()) {
-    now = piece(++s);
-    add_globals();
-  }
+  while (s + 1 < sequences) next_sequence();
   const auto two = [](Interval seen) { return seen.size() > 0; };
   if (std::none_of(made.visible_too.begin(), made.visible_too.end(), two)) made.visible_too.clear();
   plan.entries = made.entries;

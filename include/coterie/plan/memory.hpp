@@ -13,8 +13,9 @@ namespace coterie {
 /// Lets every entry of a completed plan see `memory` rows of a second key/value source as well: learned memory keys and
 /// values (AttentionTerms::memory_keys and memory_values).
 ///
-/// They stand before the keys of each group, so that later keys move nothing. A row with several entries sees them in each of its softmaxes, once in all for
-/// Combine::lse; a row without an entry does not. They have no position: no bias by distance is added to their logits.
+/// They stand before the keys of each group, so that later keys move nothing. A row with several entries sees them in each
+/// of its softmaxes, once in all for Combine::lse; a row without an entry does not. They have no position: no bias by
+/// distance is added to their logits.
 /// Requires: a completed plan without memory; memory >= 0; entries whose keys and memory make two intervals at most, so no
 ///   entry with two intervals of which the first begins after the group's first key; otherwise ValueError, and the plan is
 ///   as it was.
@@ -42,13 +43,13 @@ inline void plan_add_memory(Index memory, AttentionPlan& plan) {
   };
   bool two = !plan.visible_too.empty();
   for (std::size_t e = 0; e < plan.entries.size(); ++e) {
-    if (!sees_it(e)) continue;
-    const Interval first = plan.visible[e], second = two ? detail::second_interval(plan, e) : Interval{};
-    if (first.size() > 0 && first.begin > 0 && second.size() > 0)
+    const Interval first = plan.visible[e];
+    if (first.size() == 0 || first.begin == 0 || !sees_it(e)) continue;
+    if (detail::second_interval(plan, e).size() > 0)
       detail::fail<ValueError>(function, detail::join("visible[", e, "]").c_str(),
                                "a begin at 0, for memory makes no third interval", first.begin);
+    two = true;
   }
-  for (std::size_t e = 0; e < plan.entries.size() && !two; ++e) two = sees_it(e) && plan.visible[e].begin > 0;
 
   // Lists from the back, for they move apart.
   const std::size_t keys = plan.keys.size(), groups = plan.groups.size();

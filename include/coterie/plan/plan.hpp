@@ -66,10 +66,16 @@ inline Interval second_interval(const AttentionPlan& plan, std::size_t entry) {
   return plan.visible_too.empty() ? Interval{} : plan.visible_too[entry];
 }
 
+/// The group of an entry.
+inline const AttentionPlan::Group& group_of(const AttentionPlan& plan, std::int32_t entry) {
+  return *std::upper_bound(plan.groups.begin(), plan.groups.end(), entry,
+                           [](std::int32_t e, const AttentionPlan::Group& group) { return e < group.entry_end; });
+}
+
 /// Whether an entry sees any key.
 inline bool sees_key(const AttentionPlan& plan, Index entry) {
   const auto e = static_cast<std::size_t>(entry);
-  return plan.visible[e].size() > 0 || (!plan.visible_too.empty() && plan.visible_too[e].size() > 0);
+  return plan.visible[e].size() > 0 || second_interval(plan, e).size() > 0;
 }
 
 /// Calls f(part, begins_task) for every part of the plan, in order. Where a group is cut depends on the group alone.
@@ -363,8 +369,7 @@ inline PlanStatistics statistics(const AttentionPlan& plan) {
     Index keys = 0;
     for (std::int32_t j = plan.row_begin[i]; j < plan.row_begin[i + 1]; ++j) {
       const auto entry = static_cast<std::size_t>(plan.row_entries[static_cast<std::size_t>(j)]);
-      keys += plan.visible[entry].end - plan.visible[entry].begin;
-      if (!plan.visible_too.empty()) keys += plan.visible_too[entry].end - plan.visible_too[entry].begin;
+      keys += plan.visible[entry].size() + detail::second_interval(plan, entry).size();
     }
     const Index entries = plan.row_begin[i + 1] - plan.row_begin[i];
     add(result.keys_per_query, i == 0, keys);

@@ -34,17 +34,22 @@ struct KMeansConfig {
 
 namespace detail {
 
+/// Collects the faults of the settings that say how centroids move.
+inline void check_movement(Faults& faults, const KMeansConfig& config) {
+  faults.require(config.average == Average::counts_and_sums || config.average == Average::batch_mean, "average",
+                 "counts_and_sums or batch_mean", static_cast<int>(config.average));
+  faults.require(config.dead_share >= 0 && config.dead_share < 1, "dead_share", "in [0, 1)", config.dead_share);
+  faults.require(config.split_share == 0 || (config.split_share > 1 && std::isfinite(config.split_share)),
+                 "split_share", "above 1, or 0 for no splits", config.split_share);
+}
+
 /// Throws ValueError, one for all faults, where a setting is out of its range.
 inline void check_config(const char* function, const KMeansConfig& config) {
   Faults faults(function);
   faults.require(config.clusters >= 1, "clusters", "at least 1", config.clusters);
   faults.require(config.dim >= 3, "dim", "at least 3", config.dim);
   faults.require(config.decay >= 0 && config.decay < 1, "decay", "in [0, 1)", config.decay);
-  faults.require(config.average == Average::counts_and_sums || config.average == Average::batch_mean, "average",
-                 "counts_and_sums or batch_mean", static_cast<int>(config.average));
-  faults.require(config.dead_share >= 0 && config.dead_share < 1, "dead_share", "in [0, 1)", config.dead_share);
-  faults.require(config.split_share == 0 || (config.split_share > 1 && std::isfinite(config.split_share)),
-                 "split_share", "above 1, or 0 for no splits", config.split_share);
+  check_movement(faults, config);
   faults.raise();
 }
 

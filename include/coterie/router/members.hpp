@@ -68,25 +68,14 @@ void partition_best(Candidate<T>* candidates, Index all, Index count) {
   if (count < all) std::nth_element(candidates, candidates + count, candidates + all);
 }
 
-/// Rows of a sequence, and checks of what both memberships take.
-struct MemberSequences {
-  std::span<const Index> offsets;
-  Index tokens;
-
-  Index count() const { return offsets.empty() ? 1 : static_cast<Index>(offsets.size()) - 1; }
-  Index begin(Index s) const { return offsets.empty() ? 0 : offsets[static_cast<std::size_t>(s)]; }
-  Index end(Index s) const { return offsets.empty() ? tokens : offsets[static_cast<std::size_t>(s) + 1]; }
-};
-
+/// Checks what both memberships take.
 template <class T>
-MemberSequences check_scores(const char* function, Faults& faults, ConstView<T> scores,
-                             std::span<const Index> offsets) {
+void check_scores(const char* function, Faults& faults, ConstView<T> scores, std::span<const Index> offsets) {
   check_shape<T>(function, "scores", scores, scores.rows(), scores.cols());
   constexpr Index most = std::numeric_limits<std::int32_t>::max();
   faults.require(scores.cols() >= 1, "scores", "at least one column, one for each cluster", scores.cols());
   faults.require(scores.rows() <= most, "scores", "at most 2147483647 rows", scores.rows());
   if (!offsets.empty()) check_offsets(faults, "offsets", offsets, scores.rows());
-  return {offsets, scores.rows()};
 }
 
 inline void check_memberships(const char* function, Index sequences, Index clusters, Index memberships) {
@@ -96,7 +85,7 @@ inline void check_memberships(const char* function, Index sequences, Index clust
                      std::max(memberships, sequences * clusters));
 }
 
-/// The best column of a row, the lowest of equals.
+/// The best column of a row, the lowest of equals: of scores, the label that OnlineKMeans::assign() gives.
 template <class T>
 Index best_column(const T* scores, Index columns) {
   Index best = 0;
@@ -105,27 +94,37 @@ Index best_column(const T* scores, Index columns) {
   return best;
 }
 
+/// labels[i] = best_column of row i.
+template <class T>
+void best_columns(ConstView<T> scores, std::span<std::int32_t> labels, Context& context) {
+  context.for_chunks(scores.rows(), 512, [&](Index first, Index last, Index) {
+    for (Index i = first; i < last; ++i)
+      labels[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(best_column(scores.row(i), scores.cols()));
+  });
+}
+
 template <class T>
 void balanced_members(ConstView<T> scores, const BalancedConfig& config, ClusterMembers& members, Context& context) {
   const char* const function = "balanced_members";
   Faults faults(function);
-  const MemberSequences sequences = check_scores<T>(function, faults, scores, config.offsets);
+  check_scores<T>(function, faults, scores, config.offsets);
   faults.require(config.members >= 1, "members", "at least 1", config.members);
   faults.require(config.unassigned == Unassigned::left_out || config.unassigned == Unassigned::nearest, "unassigned",
                  "left_out or nearest", static_cast<int>(config.unassigned));
   faults.raise();
-  const Index k = scores.cols(), lists = sequences.count() * k, n = scores.rows();
-  const auto taken = [&](Index s) { return std::min(config.members, sequences.end(s) - sequences.begin(s)); };
+  const Index k = scores.cols(), n = scores.rows(), sequences = sequence_count(config.offsets), lists = sequences * k;
+  const auto rows_of = [&](Index s) { return sequence_rows(config.offsets, n, s); };
+  const auto taken = [&](Index s) { return std::min(config.members, rows_of(s).count()); };
   Index memberships = config.unassigned == Unassigned::nearest ? n : 0;
-  for (Index s = 0; s < sequences.count(); ++s) memberships += k * taken(s);
-  check_memberships(function, sequences.count(), k, memberships);
+  for (Index s = 0; s < sequences; ++s) memberships += k * taken(s);
+  check_memberships(function, sequences, k, memberships);
 
   members.tokens = n;
   members.clusters = k;
-  members.sequences = sequences.count();
+  members.sequences = sequences;
   members.begin.assign(static_cast<std::size_t>(lists) + 1, 0);
   members.rows.resize(static_cast<std::size_t>(memberships));
-  for (Index s = 0, i = 0; s < sequences.count(); ++s)
+  for (Index s = 0, i = 0; s < sequences; ++s)
     for (Index c = 0; c < k; ++c, ++i)
       members.begin[static_cast<std::size_t>(i) + 1] =
           static_cast<std::int32_t>(members.begin[static_cast<std::size_t>(i)] + taken(s));
@@ -133,7 +132,7 @@ void balanced_members(ConstView<T> scores, const BalancedConfig& config, Cluster
   context.for_each(lists, [&](Index list, Index worker) {
     Arena& arena = context.workspace().worker(worker);
     Arena::Scope scope(arena);
-    const Index s = list / k, c = list % k, first = sequences.begin(s), all = sequences.end(s) - first;
+    const Index s = list / k, c = list % k, first = rows_of(s).begin, all = rows_of(s).count();
     Candidate<T>* const candidates = arena.template take<Candidate<T>>(all);
     for (Index i = 0; i < all; ++i)
       candidates[i] = {order_key(scores(first + i, c)), static_cast<std::int32_t>(first + i)};
@@ -152,8 +151,8 @@ void balanced_members(ConstView<T> scores, const BalancedConfig& config, Cluster
   std::int32_t* const joined = joins.data() + n;
   const auto selected = static_cast<std::size_t>(members.begin.back());
   for (std::size_t i = 0; i < selected; ++i) joins[static_cast<std::size_t>(rows[i])] = -1;
-  for (Index s = 0; s < sequences.count(); ++s)
-    for (Index i = sequences.begin(s); i < sequences.end(s); ++i) {
+  for (Index s = 0; s < sequences; ++s)
+    for (Index i = rows_of(s).begin; i < rows_of(s).end; ++i) {
       std::int32_t& list = joins[static_cast<std::size_t>(i)];
       if (list < 0) continue;
       list = static_cast<std::int32_t>(s * k + best_column(scores.row(i), k));
@@ -184,11 +183,12 @@ template <class T>
 void nearest_members(ConstView<T> scores, const NearestConfig& config, ClusterMembers& members, Context& context) {
   const char* const function = "nearest_members";
   Faults faults(function);
-  const MemberSequences sequences = check_scores<T>(function, faults, scores, config.offsets);
+  check_scores<T>(function, faults, scores, config.offsets);
   const Index k = scores.cols(), n = scores.rows(), probes = config.probes;
   if (probes < 1 || probes > k) faults.require(false, "probes", join("1 to clusters = ", k), probes);
   faults.raise();
-  check_memberships(function, sequences.count(), k, n * probes);
+  const Index sequences = sequence_count(config.offsets), lists = sequences * k;
+  check_memberships(function, sequences, k, n * probes);
 
   std::vector<std::int32_t>& probed = members.scratch;  // tokens x probes
   probed.resize(static_cast<std::size_t>(n * probes));
@@ -202,17 +202,18 @@ void nearest_members(ConstView<T> scores, const NearestConfig& config, ClusterMe
       for (Index p = 0; p < probes; ++p) probed[static_cast<std::size_t>(i * probes + p)] = candidates[p].number;
     }
   });
-  const Index lists = sequences.count() * k;
   members.tokens = n;
   members.clusters = k;
-  members.sequences = sequences.count();
+  members.sequences = sequences;
   members.begin.assign(static_cast<std::size_t>(lists) + 1, 0);
   members.rows.resize(static_cast<std::size_t>(n * probes));
   // A counting sort: counts, starts, then each list's start moves to its end.
   const auto each = [&](auto&& f) {
-    for (Index s = 0; s < sequences.count(); ++s)
-      for (Index i = sequences.begin(s); i < sequences.end(s); ++i)
+    for (Index s = 0; s < sequences; ++s) {
+      const RowRange range = sequence_rows(config.offsets, n, s);
+      for (Index i = range.begin; i < range.end; ++i)
         for (Index p = 0; p < probes; ++p) f(i, s * k + probed[static_cast<std::size_t>(i * probes + p)]);
+    }
   };
   each([&](Index, Index list) { ++members.begin[static_cast<std::size_t>(list) + 1]; });
   for (std::size_t i = 1; i < members.begin.size(); ++i) members.begin[i] += members.begin[i - 1];
