@@ -53,7 +53,7 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
       const AttentionPlan& plan = call.plan(head);
       const Index part_begin = plan.task_begin[std::size_t(task)], part_end = plan.task_begin[std::size_t(task) + 1];
       const auto make_part = [&, head = head](Index p) {
-        const AttentionPlan::Part& piece = plan.parts[std::size_t(p)];
+        const AttentionPlan::Part& piece = plan.parts[std::size_t(part_begin + p)];
         AttentionPart<T> part = call.part(head, piece);
         if (single)
           part.use_rows(out.columns(head * call.dv(), call.dv()), states.from(0, head));
@@ -61,15 +61,8 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
           part.use_entries(entry_out, entry_states, piece.entry_begin);
         return part;
       };
-      AttentionPart<T> part, next = make_part(part_begin);
-      for (Index p = part_begin; p < part_end; ++p) {
-        part = next;
-        if (p + 1 < part_end) {
-          next = make_part(p + 1);
-          part.next = &next;
-        }
-        kernel.forward(part, scratch);
-      }
+      each_part_in_turn<T>(part_end - part_begin, make_part,
+                           [&](Index, const AttentionPart<T>& part) { kernel.forward(part, scratch); });
     });
     for (Index head = head_begin; head < head_end; ++head)
       combine_rows(call, head, out, states.from(0, head), entry_out, entry_states, context);
@@ -107,7 +100,9 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
         T* scratch =
             arena.template take<T>(kernel.backward_scratch(call.d(), call.dv(), call.bias_count(), call.key_rows()));
         // out and states are those of forward; the kernel reads them here.
-        const auto make_part = [&](const PartialSums<T>& sums) {
+        const std::span<const PartialSums<T>> task = wave.task(i);
+        const auto make_part = [&](Index p) {
+          const PartialSums<T>& sums = task[std::size_t(p)];
           AttentionPart<T> part = call.part(sums.head, *sums.part);
           if (mean)
             part.use_entries(tape.entry_out(sums.head), tape.entry_states(sums.head), sums.part->entry_begin);
@@ -117,16 +112,9 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
                 tape.states().from(0, sums.head));
           return part;
         };
-        const std::span<const PartialSums<T>> task = wave.task(i);
-        AttentionPart<T> part, next = make_part(task[0]);
-        for (std::size_t p = 0; p < task.size(); ++p) {
-          PartialSums<T> sums = task[p];
+        each_part_in_turn<T>(Index(task.size()), make_part, [&](Index p, const AttentionPart<T>& part) {
+          PartialSums<T> sums = task[std::size_t(p)];
           Arena::Scope part_scope(arena);
-          part = next;
-          if (p + 1 < task.size()) {
-            next = make_part(task[p + 1]);
-            part.next = &next;
-          }
           if (sums.alone) sums.take_rows(arena);
           sums.clear();
           const Index first = sums.part->entry_begin;
@@ -142,10 +130,9 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
           kernel.backward(part, g, scratch);
           if (sums.alone) {
             wave.add_rows(call, sums, 0, call.key_tokens(), d_k, d_v, gradients, kernel);
-            wave.add_rows(call, sums, call.key_tokens(), call.key_tokens() + call.memory_tokens(), d_k, d_v, gradients,
-                          kernel);
+            wave.add_rows(call, sums, call.key_tokens(), call.key_rows(), d_k, d_v, gradients, kernel);
           }
-        }
+        });
       });
       wave.add(call, d_k, d_v, gradients, kernel, context);
       begin += wave.tasks();

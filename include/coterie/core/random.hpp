@@ -22,7 +22,7 @@ constexpr std::uint64_t random_bits(std::uint64_t seed, std::uint64_t stream, st
 }
 
 /// Whether a (query, key) pair is dropped is a function of 32 bits of each of its rows: pair_bits(query ^ key) below a bound.
-/// Here: the bits of a row for one head of one call; there: an integer hash (C. Wellons's lowbias32).
+/// row_bits: those of a row for one head of one call; pair_bits: an integer hash (C. Wellons's lowbias32).
 enum class RowKind : std::uint64_t { query, key, memory };
 constexpr std::uint32_t row_bits(std::uint64_t call, RowKind kind, Index row) {
   return static_cast<std::uint32_t>(

@@ -198,10 +198,9 @@ struct Backward {
         L::exp2(x - max, p);
         p *= inverse;
         F d_s = p * ((d_p - delta) * ln_2<T>);
-        if (s.masked || sight.partial(v)) {  // an unused lane's 0 * infinity is no number
+        if (s.masked || sight.partial(v)) {
           I mask;
-          sight.visible(v, j, mask);
-          sight.leave_out_unused(v, mask);
+          sight.used(v, j, mask);
           p = mask ? p : F{};
           d_s = mask ? d_s : F{};
         }
@@ -223,8 +222,7 @@ struct Backward {
         d_s *= slope;
         if (s.masked || sight.partial(v)) {
           I mask;
-          sight.visible(v, key, mask);
-          sight.leave_out_unused(v, mask);
+          sight.used(v, key, mask);
           d_s = mask ? d_s : F{};
         }
         L::store(b.d_scores + at, d_s);

@@ -75,9 +75,6 @@ struct Forward {
     std::memset(f.out, 0, static_cast<std::size_t>(padded(part.dv) * width) * sizeof(T));
 
     typename Common::Following following(part, first);
-    const auto fetch_some = [&]() __attribute__((always_inline)) {
-      following.fetch(following.at_once(), [](const AttentionPart<T>&, Index) {});
-    };
     const T* k_rows[key_block];
     const T* v_rows[key_block];
     for (int key = sight.next_key(0); key != Lookout::none;
@@ -85,7 +82,7 @@ struct Forward {
       const int block_begin = key / key_block * key_block;
       sight.cut(block_begin);
       for (int j = sight.low; j < sight.high; ++j) part.locate(j, k_rows[j - block_begin], v_rows[j - block_begin]);
-      fetch_some();
+      following.fetch();
       // S = K Qt
       for (int i = 0; i < sight.segment_count; ++i) {
         const typename Lookout::Segment& s = sight.segments[i];
@@ -95,7 +92,7 @@ struct Forward {
         if (part.bias) Common::add_bias(part, first, sight, s, block_begin, f.bias, f.scores);
       }
       // P = 2^(S - max), with earlier sums rescaled where the maximum grew
-      fetch_some();
+      following.fetch();
       const bool rescale = softmax(sight, block_begin, f);
       if (rescale)
         for (Index c = 0; c < part.dv; ++c)
@@ -105,7 +102,7 @@ struct Forward {
             L::load(f.factor + v * lanes, factor);
             L::store(f.out + c * width + v * lanes, x * factor);
           }
-      fetch_some();
+      following.fetch();
       // P without what is dropped; the sums have all of it
       if (part.dropout_bound != 0)
         for (int i = 0; i < sight.segment_count; ++i)

@@ -46,7 +46,7 @@ struct Row {
       std::memset(states[r].out, 0, static_cast<std::size_t>(padded(part.dv)) * sizeof(T));
     }
     typename Common::Following following(part, first);
-    following.fetch(following.at_once(), [](const AttentionPart<T>&, Index) {});
+    following.fetch();
     Lookout sight;
     sight.look(part, first, count);
     for (int key = sight.next_key(0); key != Lookout::none;
@@ -95,15 +95,18 @@ struct Row {
       if (one.begin == one.end && two.begin == two.end) continue;
       State& state = states[r];
       M::row_scores(state.q, part.d, keys + low, scores + low, vectors);
-      if (part.soft_cap != 0) cap_scores(part, low, low + vectors * lanes, scores);
+      for (int v = 0; v < vectors && part.soft_cap != 0; ++v) {
+        F tanh;
+        Common::cap(part, scores + low + v * lanes, tanh);
+      }
       mask(part, first + r, block_begin, low, low + vectors * lanes, one, two, scores);
       softmax(scores, low, low + vectors * lanes, part.dv, state);
       for (const Interval& s : {one, two})
         if (s.begin < s.end) {
-          T dropped_sum = 0;
-          if (part.dropout_bound != 0) drop(part, first + r, block_begin, s, scores, state.sum);
-          M::row_values(scores, v_rows, s.begin, s.end, part.dv, state.out,
-                        part.dropout_bound != 0 ? dropped_sum : state.sum);
+          const bool drops = part.dropout_bound != 0;
+          T kept_sum = 0;  // goes nowhere: drop() has added all of P
+          if (drops) drop(part, first + r, block_begin, s, scores, state.sum);
+          M::row_values(scores, v_rows, s.begin, s.end, part.dv, state.out, drops ? kept_sum : state.sum);
         }
     }
   }
@@ -131,17 +134,6 @@ struct Row {
       sum += scores[j];
       const bool kept = pair_bits(query_bits ^ part.key_bits(block_begin + j)) >= part.dropout_bound;
       scores[j] = kept ? scores[j] * part.dropout_scale : T(0);
-    }
-  }
-
-  /// score = cap tanh(score / cap)
-  static COTERIE_INLINE void cap_scores(const AttentionPart<T>& part, int begin, int end, T* scores) {
-    const T inverse = T(1) / part.soft_cap;
-    for (int j = begin; j < end; j += lanes) {
-      F x, y;
-      L::load(scores + j, x);
-      L::tanh(x * inverse, y);
-      L::store(scores + j, y * part.soft_cap);
     }
   }
 

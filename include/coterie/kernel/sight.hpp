@@ -85,9 +85,10 @@ struct Sight {
     if (intervals == 2) mask |= (at(from[1], v) <= rank) & (at(until[1], v) > rank);
   }
 
-  /// Whether lanes of vector v have no entry; and the mask without them.
+  /// Whether lanes of vector v have no entry; and the mask without them: an unused lane's 0 * infinity is no number.
   COTERIE_INLINE bool partial(int v) const { return (v + 1) * lanes > count; }
-  COTERIE_INLINE void leave_out_unused(int v, I& mask) const {
+  COTERIE_INLINE void used(int v, int key, I& mask) const {
+    visible(v, key, mask);
     for (int l = std::max(count - v * lanes, 0); l < lanes; ++l) mask[l] = 0;
   }
 

@@ -134,6 +134,9 @@ struct Tile {
         also(*part, entry);
       }
     }
+    COTERIE_INLINE void fetch() {
+      fetch(at_once(), [](const AttentionPart<T>&, Index) {});
+    }
   };
 
   /// Writes what the tape keeps of a row.
@@ -163,17 +166,23 @@ struct Tile {
     M::transpose_in(rows, stride, sight.vectors, columns, transposed);
   }
 
-  /// score = cap tanh(score / cap); `slope`, if wanted, the derivative, in rows of `width` as the scores.
+  /// score = cap tanh(score / cap) of one vector; y = tanh(score / cap). The one formula, so that rows have the same bits in
+  /// tiles and alone.
+  static COTERIE_INLINE void cap(const AttentionPart<T>& part, T* score, F& y) {
+    F x;
+    L::load(score, x);
+    L::tanh(x * (T(1) / part.soft_cap), y);
+    L::store(score, y * part.soft_cap);
+  }
+
+  /// Caps the scores of a segment; `slope`, if wanted, the derivative, in rows of `width` as the scores.
   static COTERIE_INLINE void cap_scores(const AttentionPart<T>& part, const typename Lookout::Segment& s,
                                         int block_begin, T* scores, T* slope) {
-    const T inverse = T(1) / part.soft_cap;
     for (int key = s.begin; key < s.end; ++key)
       for (int v = s.first; v < s.last; ++v) {
         const Index at = (key - block_begin) * width + v * lanes;
-        F x, y;
-        L::load(scores + at, x);
-        L::tanh(x * inverse, y);
-        L::store(scores + at, y * part.soft_cap);
+        F y;
+        cap(part, scores + at, y);
         if (slope) L::store(slope + at, T(1) - y * y);
       }
   }
