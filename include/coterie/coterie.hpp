@@ -10,6 +10,7 @@
 #include "coterie/layer/routing_attention.hpp"
 #include "coterie/plan/clustered.hpp"
 #include "coterie/plan/dense.hpp"
+#include "coterie/plan/dense_up_to.hpp"
 #include "coterie/plan/globals.hpp"
 #include "coterie/plan/local.hpp"
 #include "coterie/plan/members.hpp"

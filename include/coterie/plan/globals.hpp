@@ -4,11 +4,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <numeric>
 #include <span>
 
 #include "coterie/core/offsets.hpp"
-#include "coterie/plan/builder.hpp"
+#include "coterie/plan/rewriter.hpp"
 
 namespace coterie {
 
@@ -18,6 +17,103 @@ struct GlobalsConfig {
   Self self = Self::visible;            ///< of the pattern: whether a global token sees itself
   std::span<const Index> offsets = {};  ///< of the pattern: sequences + 1 bounds of the sequences; empty: one
 };
+
+namespace detail {
+
+// plan_add_globals with the memory of `made`, whose content does not matter.
+inline void plan_add_globals(const GlobalsConfig& config, AttentionPlan& plan, AttentionPlan& made) {
+  const char* const function = "plan_add_globals";
+  const Index n = plan.tokens;
+  Faults faults(function);
+  faults.require(config.globals >= 0, "globals", "at least 0", config.globals);
+  check_self(faults, config.self);
+  const bool completed = plan.row_begin.size() == static_cast<std::size_t>(n) + 1;
+  faults.require(completed, "plan", "a completed plan", "one without row_begin");
+  faults.require(plan.key_tokens == n && plan.query_positions.empty() && plan.key_positions.empty(), "plan",
+                 "self-attention", "keys of their own, or positions");
+  faults.require(plan.combine == Combine::single, "plan", "one entry for a row", "several");
+  faults.require(plan.memory_tokens == 0, "plan", "one without memory (it is added afterwards)", plan.memory_tokens);
+  if (!config.offsets.empty()) check_offsets(faults, "offsets", config.offsets, n);
+  faults.raise();
+  if (config.globals == 0 || n == 0) return;
+  const auto groups = static_cast<Index>(plan.groups.size());
+  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  const Index listed = static_cast<Index>(plan.keys.size()) + n + groups * std::min(config.globals, n);
+  if (listed > most) fail<ValueError>(function, "globals", join("key lists of at most ", most), listed);
+
+  PlanRewriter rewriter(plan, made);
+  const Index sequences = sequence_count(config.offsets);
+  Index s = -1, globals_here = 0;
+  RowRange now;  // rows of sequence s
+  // The group of a sequence's global tokens.
+  const auto add_globals = [&] {
+    if (globals_here == 0) return;
+    rewriter.open_group();
+    const auto count = static_cast<std::int32_t>(now.count());
+    for (std::int32_t i = 0; i < count; ++i) rewriter.add_key(static_cast<std::int32_t>(now.begin) + i);
+    for (std::int32_t i = 0; i < static_cast<std::int32_t>(globals_here); ++i)
+      rewriter.add_entry_of_all(static_cast<std::int32_t>(now.begin) + i, i, config.causal ? i + 1 : count,
+                                config.self);
+  };
+  const auto next_sequence = [&] {
+    now = sequence_rows(config.offsets, n, ++s);
+    globals_here = std::min(config.globals, now.count());
+    add_globals();
+  };
+  for (const AttentionPlan::Group& group : plan.groups) {
+    const Index first_row = group.key_begin < group.key_end ? plan.keys[static_cast<std::size_t>(group.key_begin)]
+                            : group.entry_begin < group.entry_end
+                                ? plan.entries[static_cast<std::size_t>(group.entry_begin)]
+                                : -1;
+    if (first_row < 0) continue;
+    while (first_row >= now.end) next_sequence();
+    const auto bound = static_cast<std::int32_t>(now.begin + globals_here);
+    const auto globals = static_cast<std::int32_t>(globals_here);
+    const auto require_inside = [&](std::int32_t row) {
+      if (row < now.begin || row >= now.end)
+        fail<ValueError>(function, "offsets", "sequences that no group of the plan reaches over",
+                         join("row ", row, " in the group of row ", first_row));
+    };
+    rewriter.open_group();
+    for (std::int32_t j = 0; j < globals; ++j) rewriter.add_key(static_cast<std::int32_t>(now.begin) + j);
+    std::int32_t dropped = 0;  // global keys of the group: its first ones
+    for (std::int32_t j = group.key_begin; j < group.key_end; ++j) {
+      const std::int32_t row = plan.keys[static_cast<std::size_t>(j)];
+      require_inside(row);
+      if (row < bound)
+        ++dropped;
+      else
+        rewriter.add_key(row);
+    }
+    const auto shifted = [&](Interval seen) {
+      return Interval{std::max(seen.begin, dropped) - dropped + globals,
+                      std::max(seen.end, dropped) - dropped + globals};
+    };
+    for (auto e = static_cast<std::size_t>(group.entry_begin); e < static_cast<std::size_t>(group.entry_end); ++e) {
+      const std::int32_t row = plan.entries[e];
+      require_inside(row);
+      if (row < bound) continue;
+      Interval first = shifted(plan.visible[e]);
+      Interval second = shifted(second_interval(plan, e));
+      if (first.size() == 0) std::swap(first, second);
+      // Global keys, then what is left: where the two meet they are one.
+      if (first.size() == 0)
+        first = {0, globals};
+      else if (first.begin == globals)
+        first.begin = 0;
+      else if (second.size() == 0)
+        second = first, first = {0, globals};
+      else
+        fail<ValueError>(function, join("visible[", e, "]").c_str(),
+                         "one interval, or a first one from the first key that is not global on", "another");
+      rewriter.add_entry(row, first, second);
+    }
+  }
+  while (s + 1 < sequences) next_sequence();
+  rewriter.finish();
+}
+
+}  // namespace detail
 
 /// Makes the first `globals` tokens of every sequence of a completed self-attention plan see all tokens of it, and every
 /// other entry see them beside what it sees.
@@ -33,120 +129,8 @@ struct GlobalsConfig {
 /// Cost: linear in tokens, entries, keys, and groups times globals.
 /// Source: Beltagy et al. 2020 (Longformer), Zaheer et al. 2020 (BigBird); causal: Xiao et al. 2024 (attention sinks).
 inline void plan_add_globals(const GlobalsConfig& config, AttentionPlan& plan) {
-  const char* const function = "plan_add_globals";
-  const Index n = plan.tokens;
-  detail::Faults faults(function);
-  faults.require(config.globals >= 0, "globals", "at least 0", config.globals);
-  detail::check_self(faults, config.self);
-  const bool completed = plan.row_begin.size() == static_cast<std::size_t>(n) + 1;
-  faults.require(completed, "plan", "a completed plan", "one without row_begin");
-  faults.require(plan.key_tokens == n && plan.query_positions.empty() && plan.key_positions.empty(), "plan",
-                 "self-attention", "keys of their own, or positions");
-  faults.require(plan.combine == Combine::single, "plan", "one entry for a row", "several");
-  faults.require(plan.memory_tokens == 0, "plan", "one without memory (it is added afterwards)", plan.memory_tokens);
-  if (!config.offsets.empty()) detail::check_offsets(faults, "offsets", config.offsets, n);
-  faults.raise();
-  if (config.globals == 0 || n == 0) return;
-  const auto groups = static_cast<Index>(plan.groups.size());
-  constexpr Index most = std::numeric_limits<std::int32_t>::max();
-  const Index listed = static_cast<Index>(plan.keys.size()) + n + groups * std::min(config.globals, n);
-  if (listed > most) detail::fail<ValueError>(function, "globals", detail::join("key lists of at most ", most), listed);
-
   AttentionPlan made;
-  made.tokens = made.key_tokens = n;
-  const bool hides_self = config.self != Self::visible && !config.causal;
-  const Index sequences = detail::sequence_count(config.offsets);
-  Index s = -1, globals_here = 0;
-  detail::RowRange now;  // rows of sequence s
-  std::int32_t entry = 0, key = 0;
-  const auto open_group = [&] { made.groups.push_back({entry, entry, key, key}); };
-  const auto add_entry = [&](std::int32_t row, Interval first, Interval second) {
-    made.entries.push_back(row);
-    made.visible.push_back(first);
-    made.visible_too.push_back(second.size() > 0 ? second : Interval{first.end, first.end});
-    made.groups.back().entry_end = ++entry;
-  };
-  const auto add_key = [&](std::int32_t row) {
-    made.keys.push_back(row);
-    made.groups.back().key_end = ++key;
-  };
-  // The group of a sequence's global tokens.
-  const auto add_globals = [&] {
-    if (globals_here == 0) return;
-    open_group();
-    const auto count = static_cast<std::int32_t>(now.count());
-    for (std::int32_t i = 0; i < count; ++i) add_key(static_cast<std::int32_t>(now.begin) + i);
-    for (std::int32_t i = 0; i < static_cast<std::int32_t>(globals_here); ++i) {
-      const std::int32_t until = config.causal ? i + 1 : count;
-      const bool alone = until == 1;
-      const bool sees_self = config.self == Self::visible || (config.self == Self::only_if_alone && alone);
-      add_entry(static_cast<std::int32_t>(now.begin) + i, {0, sees_self ? until : i},
-                sees_self || !hides_self ? Interval{} : Interval{i + 1, until});
-    }
-  };
-  const auto next_sequence = [&] {
-    now = detail::sequence_rows(config.offsets, n, ++s);
-    globals_here = std::min(config.globals, now.count());
-    add_globals();
-  };
-  for (const AttentionPlan::Group& group : plan.groups) {
-    const Index first_row = group.key_begin < group.key_end ? plan.keys[static_cast<std::size_t>(group.key_begin)]
-                            : group.entry_begin < group.entry_end
-                                ? plan.entries[static_cast<std::size_t>(group.entry_begin)]
-                                : -1;
-    if (first_row < 0) continue;
-    while (first_row >= now.end) next_sequence();
-    const auto bound = static_cast<std::int32_t>(now.begin + globals_here);
-    const auto globals = static_cast<std::int32_t>(globals_here);
-    const auto require_inside = [&](std::int32_t row) {
-      if (row < now.begin || row >= now.end)
-        detail::fail<ValueError>(function, "offsets", "sequences that no group of the plan reaches over",
-                                 detail::join("row ", row, " in the group of row ", first_row));
-    };
-    open_group();
-    for (std::int32_t j = 0; j < globals; ++j) add_key(static_cast<std::int32_t>(now.begin) + j);
-    std::int32_t dropped = 0;  // global keys of the group: its first ones
-    for (std::int32_t j = group.key_begin; j < group.key_end; ++j) {
-      const std::int32_t row = plan.keys[static_cast<std::size_t>(j)];
-      require_inside(row);
-      if (row < bound)
-        ++dropped;
-      else
-        add_key(row);
-    }
-    const auto shifted = [&](Interval seen) {
-      return Interval{std::max(seen.begin, dropped) - dropped + globals,
-                      std::max(seen.end, dropped) - dropped + globals};
-    };
-    for (auto e = static_cast<std::size_t>(group.entry_begin); e < static_cast<std::size_t>(group.entry_end); ++e) {
-      const std::int32_t row = plan.entries[e];
-      require_inside(row);
-      if (row < bound) continue;
-      Interval first = shifted(plan.visible[e]);
-      Interval second = shifted(detail::second_interval(plan, e));
-      if (first.size() == 0) std::swap(first, second);
-      // Global keys, then what is left: where the two meet they are one.
-      if (first.size() == 0)
-        first = {0, globals};
-      else if (first.begin == globals)
-        first.begin = 0;
-      else if (second.size() == 0)
-        second = first, first = {0, globals};
-      else
-        detail::fail<ValueError>(function, detail::join("visible[", e, "]").c_str(),
-                                 "one interval, or a first one from the first key that is not global on", "another");
-      add_entry(row, first, second);
-    }
-  }
-  while (s + 1 < sequences) next_sequence();
-  const auto two = [](Interval seen) { return seen.size() > 0; };
-  if (std::none_of(made.visible_too.begin(), made.visible_too.end(), two)) made.visible_too.clear();
-  plan.entries = made.entries;
-  plan.keys = made.keys;
-  plan.groups = made.groups;
-  plan.visible = made.visible;
-  plan.visible_too = made.visible_too;
-  complete(plan);
+  detail::plan_add_globals(config, plan, made);
 }
 
 }  // namespace coterie

@@ -16,17 +16,17 @@ namespace coterie::detail {
 /// The state of a router, and the ways to change it. Everything is kept in double; the centroids are rounded from it.
 ///
 /// The sums are centroid times count with Average::counts_and_sums (but for a scaling of the centroid), the centroid itself
-/// with Average::batch_mean.
+/// with the averages of batches.
 template <class T>
 class Centroids {
  public:
   /// Lloyd steps of start().
   static constexpr int lloyd_steps = 5;
 
-  /// Random directions of norm sqrt(dim), with counts of zero. Allocates all there is.
+  /// Random directions of the rows' length, with counts of zero. Allocates all there is.
   explicit Centroids(const KMeansConfig& config) : config_(config) {
     rows_.resize(config.clusters, config.dim);
-    random_directions<T>(view(rows_), config.seed);
+    random_directions<T>(view(rows_), config.seed, config.normalisation);
     counts_.assign(static_cast<std::size_t>(config.clusters), 0.0);
     sums_.assign(static_cast<std::size_t>(config.clusters * config.dim), 0.0);
     for (Index c = 0; c < clusters(); ++c) settle(c, 0);
@@ -93,9 +93,10 @@ class Centroids {
         if (rows > 0)
           for (Index j = 0; j < dim(); ++j) rows_(c, j) = static_cast<T>(sum[j] / count);
       } else if (rows > 0) {
-        // centroid = l centroid + (1-l) s / n
+        // centroid = l centroid + (1-l) s / n, or s scaled to the length of rows
+        const double scale = config_.average == Average::batch_mean ? 1 / rows : to_length(batch);
         for (Index j = 0; j < dim(); ++j) {
-          sum[j] = keep * sum[j] + (1 - keep) * (batch[j] / rows);
+          sum[j] = keep * sum[j] + (1 - keep) * (batch[j] * scale);
           rows_(c, j) = static_cast<T>(sum[j]);
         }
       }
@@ -103,11 +104,11 @@ class Centroids {
     }
   }
 
-  /// Puts a centroid where `row` points, no longer than `length` (renormalised: of norm sqrt(dim)), with so high a count.
+  /// Puts a centroid where `row` points, no longer than `length` (renormalised: of the rows' length), with so high a count.
   void place(Index c, const T* row, double length, double count) {
     const double old = norm(row);
     double scale = old > length ? length / old : 1.0;
-    if (config_.renormalise && old > 0) scale = std::sqrt(static_cast<double>(dim())) / old;
+    if (config_.renormalise && old > 0) scale = length_of_rows() / old;
     for (Index j = 0; j < dim(); ++j) rows_(c, j) = static_cast<T>(static_cast<double>(row[j]) * scale);
     settle(c, count);
   }
@@ -129,12 +130,17 @@ class Centroids {
   bool by_count() const { return config_.average == Average::counts_and_sums; }
   double* sum_of(Index c) { return sums_.data() + c * dim(); }
 
-  // The centroid gets the direction of its sum and norm sqrt(dim); one of length zero stays zero.
+  double length_of_rows() const { return normalised_length(config_.normalisation, dim()); }
+  // The factor that gives a sum the length of rows; 0 for one of length zero.
+  double to_length(const double* sum) const {
+    const double square = striped_sum<double>(dim(), [=](Index j) { return sum[j] * sum[j]; });
+    return square > 0 ? length_of_rows() / std::sqrt(square) : 0;
+  }
+  // The centroid gets the direction of its sum and the length of rows; one of length zero stays zero.
   void scale_to_norm(Index c) {
     double* const sum = sum_of(c);
-    const double square = striped_sum<double>(dim(), [=](Index j) { return sum[j] * sum[j]; });
-    if (!(square > 0)) return;
-    const double scale = std::sqrt(static_cast<double>(dim()) / square);
+    const double scale = to_length(sum);
+    if (scale == 0) return;
     for (Index j = 0; j < dim(); ++j) {
       const double value = sum[j] * scale;
       if (!by_count()) sum[j] = value;

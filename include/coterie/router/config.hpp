@@ -6,6 +6,7 @@
 
 #include "coterie/core/check.hpp"
 #include "coterie/core/matrix.hpp"
+#include "coterie/core/normalise.hpp"
 
 namespace coterie {
 
@@ -13,16 +14,17 @@ namespace coterie {
 enum class Average {
   counts_and_sums,  ///< counts and sums, their ratio is the centroid: every row weighs the same, whatever its batch
   batch_mean,       ///< the batch's mean of each cluster: every batch weighs the same, however many rows it brings
+  batch_direction,  ///< that mean scaled to the length of the rows: how tight a cluster is does not matter
 };
 
 /// Settings of OnlineKMeans; designated initialisers in this order.
 struct KMeansConfig {
-  Index clusters = 0;    ///< at least 1
-  Index dim = 0;         ///< width of the rows; at least 3, for layer norm leaves nothing of narrower ones
+  Index clusters = 0;  ///< at least 1
+  Index dim = 0;  ///< width of the rows; at least 3, for layer norm leaves nothing of narrower ones; unit length: 2
   double decay = 0.999;  ///< in [0, 1): how much of the past an update keeps, in the long run
   Average average = Average::counts_and_sums;
   bool renormalise =
-      false;  ///< centroids that an update moved are scaled to norm sqrt(dim): the nearest is by the cosine
+      false;  ///< centroids that an update moved are scaled to the length of the rows: the nearest is by the cosine
   double dead_share =
       0.1;  ///< in [0, 1); a cluster is dead, and revived, when a batch gave it no row and its average count
             ///< has fallen below this share of the mean count; 0: none ever is
@@ -30,24 +32,36 @@ struct KMeansConfig {
       0;  ///< above 1: a cluster is overfull, and split, when its average count stays above so many times
           ///< the mean count; 0: none ever is
   std::uint64_t seed = 0;  ///< of the first directions, the seeding, the sample, the revivals and the splits
+  Normalisation normalisation = Normalisation::layer_norm;  ///< of the rows: says their length
 };
 
 namespace detail {
 
 /// Collects the faults of the settings that say how centroids move.
 inline void check_movement(Faults& faults, const KMeansConfig& config) {
-  faults.require(config.average == Average::counts_and_sums || config.average == Average::batch_mean, "average",
-                 "counts_and_sums or batch_mean", static_cast<int>(config.average));
+  faults.require(config.average == Average::counts_and_sums || config.average == Average::batch_mean ||
+                     config.average == Average::batch_direction,
+                 "average", "counts_and_sums, batch_mean or batch_direction", static_cast<int>(config.average));
   faults.require(config.dead_share >= 0 && config.dead_share < 1, "dead_share", "in [0, 1)", config.dead_share);
   faults.require(config.split_share == 0 || (config.split_share > 1 && std::isfinite(config.split_share)),
                  "split_share", "above 1, or 0 for no splits", config.split_share);
+}
+
+/// The narrowest rows that normalisation leaves more than a sign of.
+inline Index least_width(Normalisation normalisation) { return normalisation == Normalisation::layer_norm ? 3 : 2; }
+
+inline void check_normalisation(Faults& faults, Normalisation normalisation) {
+  faults.require(normalisation == Normalisation::layer_norm || normalisation == Normalisation::unit_length,
+                 "normalisation", "layer_norm or unit_length", static_cast<int>(normalisation));
 }
 
 /// Throws ValueError, one for all faults, where a setting is out of its range.
 inline void check_config(const char* function, const KMeansConfig& config) {
   Faults faults(function);
   faults.require(config.clusters >= 1, "clusters", "at least 1", config.clusters);
-  faults.require(config.dim >= 3, "dim", "at least 3", config.dim);
+  const Index least = least_width(config.normalisation);
+  faults.require(config.dim >= least, "dim", least == 3 ? "at least 3" : "at least 2", config.dim);
+  check_normalisation(faults, config.normalisation);
   faults.require(config.decay >= 0 && config.decay < 1, "decay", "in [0, 1)", config.decay);
   check_movement(faults, config);
   faults.raise();

@@ -28,7 +28,7 @@ template <class T>
 
 /// Spherical k-means of one head, learned from batch to batch by moving averages.
 ///
-/// Rows come in normalised (normalise_rows: zero mean, norm sqrt(dim)), so that the largest dot product with a centroid is
+/// Rows come in normalised (normalise_rows: zero mean and norm sqrt(dim), or norm 1), so that the largest dot product with a centroid is
 /// the cosine times the centroid's norm. Centroids are means, not normalised again unless KMeansConfig::renormalise says so:
 /// one of a tight cluster is longer.
 ///
@@ -43,11 +43,11 @@ template <class T>
 /// depends on the number of workers. const calls may run at the same time; routers of different heads share nothing.
 /// Source: Roy et al. 2021, section 4.1, in the form of counts and sums of van den Oord et al. 2017 (VQ-VAE); start,
 /// schedule, revival and split are ours;
-/// Average::batch_mean as in the Lingvo library and in the routing transformer for PyTorch.
+/// Average::batch_mean as in the Lingvo library, batch_direction as in the routing transformer for PyTorch.
 template <class T>
 class OnlineKMeans {
  public:
-  /// Centroids are random directions of norm sqrt(dim), drawn from the seed.
+  /// Centroids are random directions of the length of normalised rows, drawn from the seed.
   /// Requires: the ranges that KMeansConfig names (ValueError, one for all faults).
   explicit OnlineKMeans(const KMeansConfig& config) : state_((detail::check_config("OnlineKMeans", config), config)) {}
 
@@ -59,7 +59,7 @@ class OnlineKMeans {
   ConstView<T> centroids() const { return state_.rows(); }
   /// Moving average of the rows per cluster and update.
   std::span<const double> counts() const { return state_.counts(); }
-  /// Moving average of the sums of rows, clusters x dim; with Average::batch_mean the centroids, in double.
+  /// Moving average of the sums of rows, clusters x dim; with averages of batches the centroids, in double.
   std::span<const double> sums() const { return state_.sums(); }
   /// Updates done; those that were frozen or had no rows do not count.
   Index updates() const { return updates_; }
@@ -163,8 +163,9 @@ class OnlineKMeans {
   /// to the rows observed; where the sample has fewer different rows than clusters, the others keep their random direction.
   /// Later ones, with n_c rows of sum s_c in cluster c and l = next_decay():
   ///     N_c = l N_c + (1-l) n_c,   S_c = l S_c + (1-l) s_c,   and where n_c > 0   centroid_c = S_c / N_c;
-  /// with Average::batch_mean    N_c as above,                  and where n_c > 0   centroid_c = l centroid_c + (1-l) s_c / n_c.
-  /// With renormalise, centroids that moved are then scaled to norm sqrt(dim); batch_mean goes on from the scaled one. Centroids
+  /// with Average::batch_mean    N_c as above,                  and where n_c > 0   centroid_c = l centroid_c + (1-l) s_c / n_c;
+  /// batch_direction takes s_c scaled to the length of normalised rows for s_c / n_c.
+  /// With renormalise, centroids that moved are then scaled to that length; averages of batches go on from the scaled one. Centroids
   /// of clusters without rows stay. Counts, sums and the centroids behind them are kept in double.
   /// Split (see split_share): in every eighth update the fullest cluster, if overfull before and after it, gives half its count
   /// to the least used one, which becomes a row of the sample of its, as long as its centroid.
@@ -216,7 +217,7 @@ class OnlineKMeans {
   ///
   /// Shapes: centroids clusters x dim; counts clusters or empty. Requires: those (ShapeError); finite numbers, no negative
   /// count, `updates` at least 1 (ValueError).
-  /// Overwrites the whole state. With renormalise, the centroids are scaled to norm sqrt(dim).
+  /// Overwrites the whole state. With renormalise, the centroids are scaled to the length of normalised rows.
   /// `counts`: how many rows an update has brought to each cluster, which is what the given centroids weigh against rows to
   /// come. Empty: unknown; with Average::counts_and_sums the next update then moves a cluster to the mean of its rows, with
   /// batch_mean the given centroid counts as any other; clusters without rows stay, and are not dead yet.

@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "coterie/core/normalise.hpp"
 #include "coterie/core/ordered_sum.hpp"
 #include "coterie/core/random.hpp"
 
@@ -19,9 +20,9 @@ inline std::uint64_t router_stream(RouterStream use, Index update = 0) {
   return static_cast<std::uint64_t>(use) + (static_cast<std::uint64_t>(update) << 8);
 }
 
-/// Fills every row with a random direction of zero mean and norm sqrt(d), as normalised rows have.
+/// Fills every row with a random direction of the mean and length that normalised rows have.
 template <class T>
-void random_directions(View<T> centroids, std::uint64_t seed) {
+void random_directions(View<T> centroids, std::uint64_t seed, Normalisation normalisation = Normalisation::layer_norm) {
   const Index d = centroids.cols();
   const std::uint64_t stream = router_stream(RouterStream::directions);
   std::vector<double> row(static_cast<std::size_t>(d));
@@ -29,9 +30,9 @@ void random_directions(View<T> centroids, std::uint64_t seed) {
   for (Index c = 0; c < centroids.rows(); ++c) {
     double mean = 0, square = 0;
     for (double& value : row) mean += value = random_normal(seed, stream, counter++);
-    mean /= static_cast<double>(d);
+    mean = normalisation == Normalisation::layer_norm ? mean / static_cast<double>(d) : 0;
     for (double& value : row) value -= mean, square += value * value;
-    const double scale = square > 0 ? std::sqrt(static_cast<double>(d) / square) : 0;
+    const double scale = square > 0 ? normalised_length(normalisation, d) / std::sqrt(square) : 0;
     for (Index j = 0; j < d; ++j) centroids(c, j) = static_cast<T>(row[static_cast<std::size_t>(j)] * scale);
   }
 }
