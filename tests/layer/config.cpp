@@ -33,6 +33,9 @@ TEST_CASE("automatic settings are filled in") {
   REQUIRE(c.local_window == 16);
   REQUIRE(c.shared_qk == true);
   REQUIRE(c.self == Self::only_if_alone);
+  REQUIRE(c.kv_heads == 4);
+  REQUIRE(c.logits == Logits::normalised);
+  REQUIRE(c.learned_gain == true);
   REQUIRE(c.local_positions == LocalPositions::rotary);
   REQUIRE(detail::resolve(c) == c);
 
@@ -43,6 +46,12 @@ TEST_CASE("automatic settings are filled in") {
   REQUIRE(c.self == Self::visible);
   two_sided.shared_qk = true;
   REQUIRE(detail::resolve(two_sided).self == Self::only_if_alone);
+  REQUIRE(c.logits == Logits::raw);
+  REQUIRE(c.learned_gain == false);
+
+  RoutingAttentionConfig grouped = good;
+  grouped.kv_heads = 2;
+  REQUIRE(detail::resolve(grouped).shared_qk == false);
 
   RoutingAttentionConfig induction = good;
   induction.induction = true;
@@ -82,7 +91,13 @@ TEST_CASE("defaults are those of the documentation") {
   REQUIRE(!c.induction);
   REQUIRE(!c.local_induction);
   REQUIRE(c.key_taps == 0);
-  REQUIRE(c.gain == 3);
+  REQUIRE(!c.gain);
+  REQUIRE(!c.learned_gain);
+  REQUIRE(!c.logits);
+  REQUIRE(c.normalisation == Normalisation::layer_norm);
+  REQUIRE(c.query_share == 0);
+  REQUIRE(c.globals == 0);
+  REQUIRE(c.dense_up_to == 0);
   REQUIRE(!c.bias);
   REQUIRE(!c.local_positions);
   REQUIRE(c.routed_positions == RoutedPositions::none);
@@ -106,7 +121,25 @@ TEST_CASE("what makes no sense is refused, naming the setting") {
       {"model_dim", [](C& c) { c.model_dim = 63; }},
       {"heads", [](C& c) { c.heads = 0; }},
       {"heads", [](C& c) { c.heads = -2; }},
-      {"kv_heads", [](C& c) { c.kv_heads = 2; }},
+      {"kv_heads", [](C& c) { c.kv_heads = 3; }},
+      {"kv_heads", [](C& c) { c.kv_heads = -1; }},
+      {"kv_heads", [](C& c) { c.kv_heads = 2, c.shared_qk = true; }},
+      {"kv_heads", [](C& c) { c.kv_heads = 2, c.induction = true; }},
+      {"kv_heads", [](C& c) { c.kv_heads = 2, c.local_induction = true; }},
+      {"routed_heads", [](C& c) { c.kv_heads = 2, c.routed_heads = 1; }},
+      {"logits", [](C& c) { c.logits = static_cast<Logits>(3); }},
+      {"logits", [](C& c) { c.induction = true, c.logits = Logits::raw; }},
+      {"normalisation", [](C& c) { c.normalisation = static_cast<Normalisation>(2); }},
+      {"head_dim", [](C& c) { c.normalisation = Normalisation::unit_length, c.head_dim = 1; }},
+      {"query_share", [](C& c) { c.query_share = 1; }},
+      {"query_share", [](C& c) { c.membership = Membership::balanced, c.query_share = 1; }},
+      {"globals", [](C& c) { c.globals = -1; }},
+      {"globals", [](C& c) { c.globals = 1, c.routed_heads = 4, c.routing = Routing::dense; }},
+      {"globals", [](C& c) { c.globals = 1, c.membership = Membership::balanced; }},
+      {"globals", [](C& c) { c.globals = 1, c.probes = 2; }},
+      {"self", [](C& c) { c.globals = 1, c.causal = false, c.self = Self::never; }},
+      {"dense_up_to", [](C& c) { c.dense_up_to = -1; }},
+      {"dense_up_to", [](C& c) { c.dense_up_to = 9, c.routed_heads = 4, c.routing = Routing::dense; }},
       {"head_dim", [](C& c) { c.head_dim = -1; }},
       {"routed_heads", [](C& c) { c.routed_heads = 5; }},
       {"routed_heads", [](C& c) { c.routed_heads = -1; }},

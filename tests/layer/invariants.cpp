@@ -45,7 +45,7 @@ Results<T> run(RoutingAttention<T> layer, const Input<T>& input, ConstView<T> d_
   typename RoutingAttention<T>::Tape tape;
   layer.forward(input, r.y, tape, context);
   layer.backward(input, tape, d_y, r.d_x, r.gradients, context);
-  for (Index h = 0; h < layer.config().routed_heads; ++h)
+  for (Index h = 0; h < detail::routed_kv_heads(layer.config()); ++h)
     for (const auto labels : {tape.labels(h), tape.key_labels(h)})
       r.labels.insert(r.labels.end(), labels.begin(), labels.end());
   layer.update_router(tape, context);
@@ -79,7 +79,7 @@ TEMPLATE_TEST_CASE("causal layers: no later token, be it NaN, changes an earlier
           changed_input.offsets = input.offsets;
           layer.forward(changed_input, changed_y, changed_tape, context);
           REQUIRE(same_bits<TestType>(changed_y.topRows(cut), y.topRows(cut)));
-          for (Index h = 0; h < layer.config().routed_heads; ++h) {
+          for (Index h = 0; h < detail::routed_kv_heads(layer.config()); ++h) {
             const auto before = tape.labels(h), after = changed_tape.labels(h);
             if (before.empty()) continue;
             REQUIRE(std::equal(before.begin(), before.begin() + cut, after.begin()));

@@ -183,6 +183,107 @@ inline std::vector<Kind> kinds() {
     c.position_buckets = 12;
     c.max_distance = 10;
   });
+  add("causal: grouped queries, biases, rotary", [](auto& c) {
+    c.causal = c.bias = true;
+    c.heads = 6;
+    c.kv_heads = 3;
+    c.routed_heads = 4;
+    c.routed_positions = RoutedPositions::rotary;
+  });
+  add("two-sided: one key and value for all, memory, learned gain", [](auto& c) {
+    c.heads = 3;
+    c.kv_heads = 1;
+    c.routed_heads = 3;
+    c.memory = 2;
+    c.learned_gain = true;
+  });
+  add("causal: grouped queries, random, ALiBi", [](auto& c) {
+    c.causal = true;
+    c.heads = 4;
+    c.kv_heads = 2;
+    c.routed_heads = 2;
+    c.routing = Routing::random;
+    c.local_positions = LocalPositions::alibi;
+    c.routed_positions = RoutedPositions::alibi;
+  });
+  add("two-sided: grouped queries, normalised, dense", [](auto& c) {
+    c.heads = 4;
+    c.kv_heads = 2;
+    c.routed_heads = 2;
+    c.routing = Routing::dense;
+    c.logits = Logits::normalised;
+  });
+  add("causal: global tokens, shared", [](auto& c) {
+    c.causal = true;
+    c.globals = 2;
+  });
+  add("causal: global tokens, induction, memory, bias", [](auto& c) {
+    c.gain = 1;
+    c.causal = c.induction = true;
+    c.globals = 1;
+    c.memory = 2;
+    c.local_positions = LocalPositions::bias;
+    c.routed_positions = RoutedPositions::bias;
+    c.routed_distances = 5;
+  });
+  add("two-sided: global tokens with lookahead, ALiBi, grouped queries", [](auto& c) {
+    c.heads = 4;
+    c.kv_heads = 2;
+    c.routed_heads = 2;
+    c.globals = 3;
+    c.lookahead = 1;
+    c.local_positions = LocalPositions::alibi;
+    c.routed_positions = RoutedPositions::alibi;
+  });
+  add("causal: dense up to a position, rotary", [](auto& c) {
+    c.causal = true;
+    c.dense_up_to = 7;
+    c.routed_positions = RoutedPositions::rotary;
+  });
+  add("causal: dense up to a position, global tokens, memory, ALiBi", [](auto& c) {
+    c.gain = 1;
+    c.causal = true;
+    c.dense_up_to = 6;
+    c.globals = 1;
+    c.memory = 1;
+    c.local_positions = LocalPositions::alibi;
+  });
+  add("two-sided: dense up to a length, separate", [](auto& c) { c.dense_up_to = 9; });
+  add("causal: unit length, shared", [](auto& c) {
+    c.causal = true;
+    c.normalisation = Normalisation::unit_length;
+  });
+  add("causal: unit length, normalised keys, rotary", [](auto& c) {
+    c.causal = true;
+    c.normalisation = Normalisation::unit_length;
+    c.logits = Logits::normalised_keys;
+    c.routed_positions = RoutedPositions::rotary;
+  });
+  add("causal: raw logits, shared, fixed gain", [](auto& c) {
+    c.causal = true;
+    c.logits = Logits::raw;
+    c.gain = 0.6;
+    c.learned_gain = false;
+  });
+  add("two-sided: normalised logits, separate, grouped queries", [](auto& c) {
+    c.heads = 4;
+    c.kv_heads = 2;
+    c.routed_heads = 2;
+    c.bias = true;
+    c.logits = Logits::normalised;
+    c.learned_gain = true;
+    c.routed_positions = RoutedPositions::rotary;
+  });
+  add("two-sided: normalised keys, separate, unit length", [](auto& c) {
+    c.normalisation = Normalisation::unit_length;
+    c.logits = Logits::normalised_keys;
+    c.gain = -1.5;
+  });
+  add("causal: unit length, induction with taps", [](auto& c) {
+    c.causal = c.induction = c.local_induction = true;
+    c.key_taps = 3;
+    c.normalisation = Normalisation::unit_length;
+  });
   return all;
 }
 

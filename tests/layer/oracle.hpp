@@ -14,10 +14,18 @@ struct Oracle {
   const RoutingAttentionConfig& c;  // resolved
   const Parameters<double>& p;
   std::vector<Index> offsets;  // sequences + 1
-  // Of the queries and keys of the routed heads; unused where routing is dense.
+  // Of the queries and keys of the routed key/value heads; unused where routing is dense.
   std::vector<std::vector<std::int32_t>> query_labels = {}, key_labels = {};
   std::vector<Index> key_offsets = offsets;  // of the source, if there is one
   ConstView<double> source = {};
+  // Instead of labels: [head][row], all clusters of a row.
+  std::vector<std::vector<std::vector<Index>>> query_clusters = {}, key_clusters = {};
+
+  Index per_kv() const { return c.heads / c.kv_heads; }
+  // Among the routed key/value heads.
+  std::size_t routed(Index head) const {
+    return static_cast<std::size_t>((head - (c.heads - c.routed_heads)) / per_kv());
+  }
 
   bool local(Index head) const { return head < c.heads - c.routed_heads; }
   bool induction(Index head) const { return local(head) ? c.local_induction : c.induction; }
@@ -38,12 +46,19 @@ struct Oracle {
   }
   Index key_place(Index j) const { return j - at(key_offsets, sequence_of(key_offsets, j)); }
 
-  static std::vector<double> normalise(std::vector<double> x) {
+  static std::vector<double> layer_norm(std::vector<double> x) {
     double mean = 0, square = 0;
     for (const double v : x) mean += v / static_cast<double>(x.size());
     for (double& v : x) v -= mean;
     for (const double v : x) square += v * v / static_cast<double>(x.size());
     for (double& v : x) v /= std::sqrt(square + 1e-6);
+    return x;
+  }
+  std::vector<double> normalise(std::vector<double> x) const {
+    if (c.normalisation == Normalisation::layer_norm) return layer_norm(x);
+    double square = 0;
+    for (const double v : x) square += v * v;
+    for (double& v : x) v /= std::sqrt(square);
     return x;
   }
 
@@ -80,7 +95,8 @@ struct Oracle {
     const Index routed_first = c.heads - c.routed_heads, own = local(head) ? head : head - routed_first;
     switch (positions(head)) {
       case HeadPositions::bias: {
-        if (local(head)) return p.distance_bias(own, distance + c.lookahead);
+        if (local(head))
+          return p.distance_bias(own, std::clamp(distance, -c.lookahead, c.local_window - 1) + c.lookahead);
         const Index most = c.routed_distances - 1;
         return p.routed_distance_bias(own, std::clamp(distance, -most, most) + (c.causal ? 0 : most));
       }
@@ -103,95 +119,239 @@ struct Oracle {
     return count;
   }
 
-  // Queries and keys, before they are rotated: what routers see.
+  Logits logits(Index head) const {
+    return local(head) ? (c.local_induction ? Logits::normalised : Logits::raw) : *c.logits;
+  }
+
+  // The query as it is projected and, of induction heads, convolved.
+  std::vector<double> projected_query(ConstView<double> x, Index i, Index head) const {
+    if (!induction(head) || c.key_taps == 0) return project(x, i, p.w_q, p.b_q, head);
+    std::vector<double> sum(static_cast<std::size_t>(c.head_dim), 0.0);
+    const Index taps = before(head, [&](Index h) { return induction(h); }) * c.key_taps;
+    for (Index t = 0; t < c.key_taps && t <= query_place(i); ++t) {
+      const auto q = project(x, i - t, p.w_q, p.b_q, head);
+      for (Index j = 0; j < c.head_dim; ++j)
+        sum[static_cast<std::size_t>(j)] += p.taps(taps + t, j) * q[static_cast<std::size_t>(j)];
+    }
+    return sum;
+  }
+  std::vector<double> projected_key(ConstView<double> x, Index i, Index head) const {
+    if (shared(head)) return projected_query(x, i, head);
+    const Index first = head / per_kv() * per_kv();  // of its key/value head
+    return project(x, i, p.w_k, p.b_k, before(first, [&](Index h) { return !shared(h); }) / per_kv());
+  }
+
+  // Queries and keys, before they are rotated.
   std::vector<double> query(ConstView<double> x, Index i, Index head) const {
-    if (induction(head) && c.key_taps > 0) {
-      std::vector<double> sum(static_cast<std::size_t>(c.head_dim), 0.0);
-      const Index taps = before(head, [&](Index h) { return induction(h); }) * c.key_taps;
-      for (Index t = 0; t < c.key_taps && t <= query_place(i); ++t) {
-        const auto q = project(x, i - t, p.w_q, p.b_q, head);
-        for (Index j = 0; j < c.head_dim; ++j)
-          sum[static_cast<std::size_t>(j)] += p.taps(taps + t, j) * q[static_cast<std::size_t>(j)];
-      }
-      return normalise(sum);
-    }
-    std::vector<double> q = project(x, i, p.w_q, p.b_q, head);
-    return shared(head) ? normalise(q) : q;
+    const std::vector<double> q = projected_query(x, i, head);
+    return logits(head) == Logits::normalised ? normalise(q) : q;
   }
-
   std::vector<double> key(ConstView<double> x, Index i, Index head) const {
-    if (shared(head)) return query(x, i, head);
-    return project(x, i, p.w_k, p.b_k, before(head, [&](Index h) { return !shared(h); }));
+    const std::vector<double> k = projected_key(x, i, head);
+    return logits(head) == Logits::raw ? k : normalise(k);
   }
 
-  std::vector<Index> visible(Index i, Index head) const {
-    const Index s = sequence_of(offsets, i), place = query_place(i);
-    std::vector<Index> keys;
-    Self self = local(head) ? (c.local_induction ? Self::never : Self::visible) : *c.self;
-    std::vector<Index> members;
-    Index up_to = 0;
-    for (Index j = at(key_offsets, s); j < at(key_offsets, s + 1); ++j) {
-      bool member = true;
-      if (local(head)) {
-        member = key_place(j) > place - c.local_window && key_place(j) <= place + c.lookahead;
-      } else if (c.routing != Routing::dense) {
-        const auto r = static_cast<std::size_t>(head - (c.heads - c.routed_heads));
-        const auto label = query_labels[r][static_cast<std::size_t>(i)];
-        member = label >= 0 && label == key_labels[r][static_cast<std::size_t>(j)];
+  // What the router of a head sees.
+  std::vector<double> router_query(ConstView<double> x, Index i, Index head) const {
+    const Index first = head / per_kv() * per_kv();
+    std::vector<double> sum(static_cast<std::size_t>(c.head_dim), 0.0);
+    for (Index h = first; h < first + per_kv(); ++h) {
+      const auto q = normalise(projected_query(x, i, h));
+      for (std::size_t j = 0; j < q.size(); ++j) sum[j] += q[j];
+    }
+    return normalise(sum);
+  }
+  std::vector<double> router_key(ConstView<double> x, Index i, Index head) const {
+    return normalise(projected_key(x, i, head));
+  }
+
+  // The clusters of all rows, by centroids [head](cluster, column); for learned routing.
+  void route(ConstView<double> x, const std::vector<ConstView<double>>& centroids) {
+    for (std::size_t r = 0; r < centroids.size(); ++r) {
+      const Index head = c.heads - c.routed_heads + static_cast<Index>(r) * per_kv();
+      for (const bool keys : {false, true}) {
+        const ConstView<double> rows = keys && source.rows() > 0 ? source : x;
+        std::vector<std::vector<double>> scores;
+        for (Index i = 0; i < rows.rows(); ++i) {
+          const auto row = keys ? router_key(rows, i, head) : router_query(rows, i, head);
+          scores.emplace_back();
+          for (Index cluster = 0; cluster < c.clusters; ++cluster) {
+            double score = 0;
+            for (std::size_t j = 0; j < row.size(); ++j) score += row[j] * centroids[r](cluster, static_cast<Index>(j));
+            scores.back().push_back(score);
+          }
+        }
+        (keys ? key_clusters : query_clusters).push_back(memberships(scores, keys ? key_offsets : offsets, keys));
       }
-      if (!member) continue;
-      members.push_back(j);
-      up_to += key_place(j) <= place;
     }
-    for (Index rank = 0; rank < static_cast<Index>(members.size()); ++rank) {
-      bool in = true;
-      if (c.causal) in = rank < up_to;
-      if (!local(head) && c.routing != Routing::dense)
-        in = in &&
-             (c.causal ? rank >= up_to - c.window : rank >= up_to - (c.window + 1) / 2 && rank < up_to + c.window / 2);
-      if (in) keys.push_back(members[static_cast<std::size_t>(rank)]);
+  }
+  std::vector<std::vector<Index>> memberships(const std::vector<std::vector<double>>& scores,
+                                              const std::vector<Index>& bounds, bool keys) const {
+    std::vector<std::vector<Index>> clusters(scores.size());
+    const auto best = [](std::vector<Index> candidates, std::size_t count, auto score) {
+      std::stable_sort(candidates.begin(), candidates.end(), [&](Index a, Index b) { return score(a) > score(b); });
+      candidates.resize(std::min(count, candidates.size()));
+      return candidates;
+    };
+    std::vector<Index> all_clusters;
+    for (Index cluster = 0; cluster < c.clusters; ++cluster) all_clusters.push_back(cluster);
+    const auto nearest = [&](std::size_t i, Index count) {
+      auto found = best(all_clusters, static_cast<std::size_t>(count),
+                        [&](Index cluster) { return scores[i][static_cast<std::size_t>(cluster)]; });
+      std::sort(found.begin(), found.end());
+      return found;
+    };
+    if (c.membership == Membership::nearest) {
+      for (std::size_t i = 0; i < scores.size(); ++i) clusters[i] = nearest(i, keys ? 1 : c.probes);
+      return clusters;
     }
-    std::vector<Index> others;
-    for (const Index j : keys)
-      if (key_place(j) != place) others.push_back(j);
-    if (self == Self::never || (self == Self::only_if_alone && !others.empty())) return others;
-    return keys;
+    for (std::size_t s = 0; s + 1 < bounds.size(); ++s) {
+      std::vector<Index> rows;
+      for (Index i = bounds[s]; i < bounds[s + 1]; ++i) rows.push_back(i);
+      Index count = c.window;
+      if (!keys && c.query_share > 0)
+        count = std::max<Index>(1, static_cast<Index>(std::floor(c.query_share * static_cast<double>(rows.size()) /
+                                                                 static_cast<double>(c.clusters))));
+      for (const Index cluster : all_clusters)
+        for (const Index i : best(rows, static_cast<std::size_t>(count), [&](Index row) {
+               return scores[static_cast<std::size_t>(row)][static_cast<std::size_t>(cluster)];
+             }))
+          clusters[static_cast<std::size_t>(i)].push_back(cluster);
+    }
+    for (std::size_t i = 0; i < scores.size(); ++i)
+      if (clusters[i].empty() && c.unassigned == Unassigned::nearest) clusters[i] = nearest(i, 1);
+    return clusters;
+  }
+
+  std::vector<Index> clusters_of(Index head, Index row, bool keys) const {
+    const auto r = routed(head), i = static_cast<std::size_t>(row);
+    if (!query_clusters.empty()) return (keys ? key_clusters : query_clusters)[r][i];
+    const std::int32_t label = (keys ? key_labels : query_labels)[r][i];
+    return label < 0 ? std::vector<Index>{} : std::vector<Index>{label};
+  }
+
+  // The rule about oneself: keys of several entries of a row where the rule looks at all of them.
+  std::vector<std::vector<Index>> without_self(std::vector<std::vector<Index>> entries, Index place, Self self) const {
+    const bool together = entries.size() > 1 && (c.probes > 1 || c.combine == Combine::lse);
+    bool any_other = false;
+    for (const auto& keys : entries)
+      for (const Index j : keys) any_other |= key_place(j) != place;
+    for (auto& keys : entries) {
+      std::vector<Index> others;
+      for (const Index j : keys)
+        if (key_place(j) != place) others.push_back(j);
+      if (self == Self::never || (self == Self::only_if_alone && (together ? any_other : !others.empty())))
+        keys = others;
+    }
+    return entries;
+  }
+
+  // The keys that a query sees, of each entry that it has.
+  std::vector<std::vector<Index>> visible(Index i, Index head) const {
+    const Index s = sequence_of(offsets, i), place = query_place(i);
+    const Index first = at(key_offsets, s), end = at(key_offsets, s + 1);
+    const Self self = local(head) ? (c.local_induction ? Self::never : Self::visible) : *c.self;
+    const bool dense = !local(head) && c.routing == Routing::dense;
+    const bool global = !dense && place < c.globals;
+    const bool is_short = c.causal ? place < c.dense_up_to : end - first <= c.dense_up_to;
+    std::vector<Index> all;
+    for (Index j = first; j < end; ++j)
+      if (!c.causal || key_place(j) <= place) all.push_back(j);
+    const bool balanced = c.membership == Membership::balanced;
+    if (dense || is_short || global) return without_self({all}, place, self);
+
+    std::vector<std::vector<Index>> entries;
+    if (local(head)) {
+      entries.emplace_back();
+      for (Index j = first; j < end; ++j)
+        if (key_place(j) > place - c.local_window && key_place(j) <= place + c.lookahead) entries[0].push_back(j);
+    } else {
+      for (const Index cluster : clusters_of(head, i, false)) {
+        std::vector<Index> members;
+        Index up_to = 0;
+        for (Index j = first; j < end; ++j) {
+          const auto clusters = clusters_of(head, j, true);
+          if (std::find(clusters.begin(), clusters.end(), cluster) == clusters.end()) continue;
+          members.push_back(j);
+          up_to += key_place(j) <= place;
+        }
+        entries.emplace_back();
+        for (Index rank = 0; rank < static_cast<Index>(members.size()); ++rank) {
+          const bool in_window =
+              balanced ||
+              (c.causal ? rank >= up_to - c.window : rank >= up_to - (c.window + 1) / 2 && rank < up_to + c.window / 2);
+          if (in_window && (!c.causal || rank < up_to))
+            entries.back().push_back(members[static_cast<std::size_t>(rank)]);
+        }
+      }
+    }
+    entries = without_self(entries, place, self);
+    if (c.globals > 0 && !entries.empty())
+      for (Index j = first; j < std::min(end, first + c.globals); ++j)
+        if (std::find(entries[0].begin(), entries[0].end(), j) == entries[0].end()) entries[0].push_back(j);
+    return entries;
+  }
+
+  double scale(Index head) const {
+    const double usual = 1 / std::sqrt(static_cast<double>(c.head_dim));
+    const auto learned = [&](Index h) { return local(h) ? c.local_induction : *c.learned_gain; };
+    if (learned(head)) return usual * p.gain(0, before(head, learned));
+    if (local(head)) return usual;
+    return usual * c.gain.value_or(*c.logits == Logits::normalised ? 3.0 : 1.0);
   }
 
   /// y of row i.
   std::vector<double> row(ConstView<double> x, Index i) const {
     const ConstView<double> from = source.rows() > 0 ? source : x;
+    const auto d = static_cast<std::size_t>(c.head_dim);
     std::vector<double> y(static_cast<std::size_t>(c.model_dim), 0.0);
     for (Index head = 0; head < c.heads; ++head) {
+      const Index kv = head / per_kv();
       const std::vector<double> q = rotate(query(x, i, head), head, query_place(i));
-      double scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
-      if (shared(head)) scale *= p.gain(0, before(head, [&](Index h) { return shared(h); }));
-      std::vector<double> out(static_cast<std::size_t>(c.head_dim), 0.0);
-      double total = 0;
-      for (const Index j : visible(i, head)) {
-        const std::vector<double> k = rotate(key(from, j, head), head, key_place(j));
-        double logit = distance_bias(head, query_place(i) - key_place(j));
-        for (std::size_t l = 0; l < q.size(); ++l) logit += scale * q[l] * k[l];
-        const std::vector<double> v = project(from, induction(head) ? j + 1 : j, p.w_v, p.b_v, head);
-        for (std::size_t l = 0; l < v.size(); ++l) out[l] += std::exp(logit) * v[l];
+      // Sums of exp(logit) v and of exp(logit), of one entry or of all.
+      std::vector<double> sum(d, 0.0), out(d, 0.0);
+      double total = 0, seeing = 0;
+      const auto add = [&](double logit, const std::vector<double>& v) {
+        for (std::size_t l = 0; l < d; ++l) sum[l] += std::exp(logit) * v[l];
         total += std::exp(logit);
+      };
+      const auto dot = [&](const auto& k) {
+        double product = 0;
+        for (std::size_t l = 0; l < d; ++l) product += q[l] * k(l);
+        product *= scale(head);
+        return c.soft_cap > 0 ? c.soft_cap * std::tanh(product / c.soft_cap) : product;
+      };
+      const auto add_memory = [&] {
+        for (Index j = 0; j < c.memory; ++j) {
+          std::vector<double> v;
+          for (Index l = 0; l < c.head_dim; ++l) v.push_back(p.memory_values(j, kv * c.head_dim + l));
+          add(dot([&](std::size_t l) { return p.memory_keys(j, kv * c.head_dim + static_cast<Index>(l)); }), v);
+        }
+      };
+      const auto finish_entry = [&] {
+        if (total > 0) {
+          for (std::size_t l = 0; l < d; ++l) out[l] += sum[l] / total;
+          ++seeing;
+        }
+        std::fill(sum.begin(), sum.end(), 0.0);
+        total = 0;
+      };
+      const auto entries = visible(i, head);
+      const bool mean = !local(head) && c.membership == Membership::balanced && c.combine == Combine::mean;
+      for (std::size_t e = 0; e < entries.size(); ++e) {
+        for (const Index j : entries[e]) {
+          const std::vector<double> k = rotate(key(from, j, head), head, key_place(j));
+          add(dot([&](std::size_t l) { return k[l]; }) + distance_bias(head, query_place(i) - key_place(j)),
+              project(from, induction(head) ? j + 1 : j, p.w_v, p.b_v, kv));
+        }
+        if (mean || e == 0) add_memory();
+        if (mean) finish_entry();
       }
-      const bool in_plan =
-          local(head) || c.routing == Routing::dense ||
-          query_labels[static_cast<std::size_t>(head - (c.heads - c.routed_heads))][static_cast<std::size_t>(i)] >= 0;
-      for (Index j = 0; in_plan && j < c.memory; ++j) {
-        double logit = 0;
-        for (Index l = 0; l < c.head_dim; ++l)
-          logit += scale * q[static_cast<std::size_t>(l)] * p.memory_keys(j, head * c.head_dim + l);
-        for (Index l = 0; l < c.head_dim; ++l)
-          out[static_cast<std::size_t>(l)] += std::exp(logit) * p.memory_values(j, head * c.head_dim + l);
-        total += std::exp(logit);
-      }
-      if (total > 0)
-        for (Index l = 0; l < c.head_dim; ++l)
+      if (!mean) finish_entry();
+      if (seeing > 0)
+        for (std::size_t l = 0; l < d; ++l)
           for (Index m = 0; m < c.model_dim; ++m)
-            y[static_cast<std::size_t>(m)] +=
-                out[static_cast<std::size_t>(l)] / total * p.w_o(head * c.head_dim + l, m);
+            y[static_cast<std::size_t>(m)] += out[l] / seeing * p.w_o(head * c.head_dim + static_cast<Index>(l), m);
     }
     if (p.b_o.size() > 0)
       for (Index m = 0; m < c.model_dim; ++m) y[static_cast<std::size_t>(m)] += p.b_o(0, m);

@@ -96,6 +96,12 @@ TEST_CASE("rows of several entries have one where they are dense; globals and me
   plan_dense_up_to({.length = 4, .causal = true}, plan);
   for (std::size_t i = 0; i < 6; ++i)
     REQUIRE(plan.row_begin[i + 1] - plan.row_begin[i] == (i < 4 ? 1 : i == 5 ? 2 : 1));
+  const std::vector<Index> offsets = {0, 4, 4, 7, 12};
+  const auto labels = Random(2).labels(12, 3, -1);
+  plan_clustered(labels, labels, {3, 2, true, {}, Self::visible, offsets}, plan);
+  plan_dense_up_to({.length = 2, .causal = true, .offsets = offsets}, plan);
+  plan_add_globals({.globals = 1, .causal = true, .offsets = offsets}, plan);
+  REQUIRE(sorted(mask_of(plan))[5] == std::vector<Index>{4, 5});
   plan_local({.tokens = 12, .window = 2, .causal = true}, plan);
   plan_dense_up_to({.length = 5, .causal = true}, plan);
   plan_add_globals({.globals = 2, .causal = true}, plan);

@@ -29,6 +29,13 @@ enum class Membership {
   balanced,  ///< its `window` best in each sequence (the paper): evenly loaded, but NOT strictly causal, see balanced_members
 };
 
+/// What the logits of routed heads are made of. Routers always see normalised rows.
+enum class Logits {
+  raw,              ///< queries and keys as they are projected
+  normalised,       ///< both normalised
+  normalised_keys,  ///< queries as they are projected, keys normalised
+};
+
 /// How heads know where queries and keys are. Distances are those of places in the sequence, never of ranks in a cluster;
 /// those of induction heads are to the key that matches, not to the value that it carries.
 enum class HeadPositions {
@@ -44,11 +51,15 @@ using RoutedPositions = HeadPositions;
 
 /// Settings of a RoutingAttention; designated initialisers in this order.
 struct RoutingAttentionConfig {
-  Index model_dim = 0;     ///< columns of x and y; required
-  Index heads = 0;         ///< local and routed heads together; required
-  Index kv_heads = 0;      ///< key/value heads; 0: as heads. Others are not there yet
+  Index model_dim = 0;  ///< columns of x and y; required
+  Index heads = 0;      ///< local and routed heads together; required
+  Index kv_heads =
+      0;  ///< key/value heads, a divisor of heads; 0: as heads. Head h reads number h / (heads / kv_heads);
+          ///< the query heads of a routed one share its router, and go where the sum of their
+          ///< normalised queries is nearest
   Index head_dim = 0;      ///< columns of a head; 0: model_dim / heads
-  Index routed_heads = 0;  ///< the last so many heads go by content, the ones before are local
+  Index routed_heads = 0;  ///< the last so many heads go by content, the ones before are local; whole groups of a
+                           ///< key/value head
   Index clusters = 0;      ///< clusters of a routed head, for learned and random; 2 * tokens / window is a good number
   Index window = 0;        ///< keys that a query sees at most, itself included; required but for dense routing
   Index local_window = 0;  ///< the same for local heads; 0: as window
@@ -59,17 +70,27 @@ struct RoutingAttentionConfig {
   Index probes = 1;  ///< nearest membership: clusters that a query looks into, one softmax over all of their keys
   Unassigned unassigned = Unassigned::left_out;  ///< balanced: what becomes of tokens that no cluster takes
   Combine combine = Combine::mean;               ///< balanced: mean or lse over the clusters of a query
-  std::optional<bool> shared_qk = {};  ///< routed heads: keys are the normalised queries; automatic: when causal
+  double query_share = 0;  ///< balanced, not shared: a cluster takes query_share * tokens / clusters queries of a
+                           ///< sequence; 0: window of them, as of keys
+  std::optional<bool> shared_qk = {};  ///< routed heads: keys are the queries; automatic: when causal, with as many
+                                       ///< key/value heads as heads
   std::optional<Self> self = {};       ///< routed heads: whether a token sees itself; automatic: only_if_alone when
                                        ///< shared, never when induction, else visible
   bool induction = false;        ///< routed heads are induction heads: a key carries the value of the next position
   bool local_induction = false;  ///< so are the local ones, within their window: the fair control
   Index key_taps = 0;            ///< taps of the convolution of induction queries; 0: none, 8 is a good number
-  double gain = 3;               ///< start of the logit gain of heads that share normalised queries and keys
-  Index memory = 0;              ///< learned keys and values of each head, which every query sees
-  double soft_cap = 0;           ///< of the logits, see AttentionConfig; 0: none
-  double dropout = 0;            ///< of the probabilities, in forward with a tape only; by seed and Input::step
-  bool bias = false;             ///< biases of the four projections
+  Normalisation normalisation = Normalisation::layer_norm;  ///< of routed and local induction heads
+  std::optional<Logits> logits = {};      ///< routed heads; automatic: normalised when shared, else raw
+  std::optional<double> gain = {};        ///< of routed and local induction heads, whose logits are gain/sqrt(d) q.k;
+                                          ///< automatic: 3 where both are normalised, else 1
+  std::optional<bool> learned_gain = {};  ///< routed heads: the gain is a parameter per head; automatic: when shared
+  Index memory = 0;                       ///< learned keys and values of each head, which every query sees
+  double soft_cap = 0;                    ///< of the logits, see AttentionConfig; 0: none
+  double dropout = 0;     ///< of the probabilities, in forward with a tape only; by seed and Input::step
+  bool bias = false;      ///< biases of the four projections
+  Index globals = 0;      ///< first tokens of every sequence, which all of its tokens see and which see all of them
+  Index dense_up_to = 0;  ///< causal: the queries of the first so many positions see all before them; two-sided: those
+                          ///< of sequences of at most so many keys see all
   std::optional<LocalPositions> local_positions = {};  ///< automatic: rotary; none for induction heads, and for width 1
   RoutedPositions routed_positions = RoutedPositions::none;
   RotaryLayout rotary_layout = RotaryLayout::halves;
@@ -96,6 +117,9 @@ inline bool has_members(const RoutingAttentionConfig& c) {
   return c.routed_heads > 0 && (c.membership == Membership::balanced || c.probes > 1);
 }
 
+/// Key/value heads of the routed heads of a resolved config: each has a router and a plan.
+inline Index routed_kv_heads(const RoutingAttentionConfig& c) { return c.routed_heads / (c.heads / c.kv_heads); }
+
 /// The part of resolve that is about membership.
 inline void check_membership(const RoutingAttentionConfig& c, Faults& faults) {
   const bool learned = c.routed_heads > 0 && c.routing == Routing::learned;
@@ -115,6 +139,10 @@ inline void check_membership(const RoutingAttentionConfig& c, Faults& faults) {
   faults.require(c.combine == Combine::mean || (balanced && c.combine == Combine::lse), "combine",
                  "mean, or lse with balanced membership (several probes are one softmax anyway)",
                  static_cast<int>(c.combine));
+  faults.require(c.query_share == 0 || (balanced && c.query_share > 0 && std::isfinite(c.query_share)), "query_share",
+                 "0, or a positive number with balanced membership", c.query_share);
+  faults.require(c.query_share == 0 || !*c.shared_qk, "query_share",
+                 "0 with shared_qk (lists of keys are those of queries)", c.query_share);
 }
 
 /// The buckets of heads with t5_buckets.
@@ -163,7 +191,8 @@ inline KMeansConfig router_config(const RoutingAttentionConfig& c, std::uint64_t
           .renormalise = c.renormalise,
           .dead_share = c.dead_share,
           .split_share = c.split_share,
-          .seed = seed};
+          .seed = seed,
+          .normalisation = c.normalisation};
 }
 
 /// The part of resolve that is about routers.
@@ -184,14 +213,37 @@ inline void check_routers(const RoutingAttentionConfig& c, Faults& faults) {
   unused(c.commitment > 0, "commitment");
 }
 
+/// The part of resolve that is about what logits are made of.
+inline void resolve_logits(RoutingAttentionConfig& c, Faults& faults) {
+  const bool any_routed = c.routed_heads > 0, local_induction = c.routed_heads < c.heads && c.local_induction;
+  check_normalisation(faults, c.normalisation);
+  if (!c.logits) c.logits = *c.shared_qk ? Logits::normalised : Logits::raw;
+  const auto logits = static_cast<int>(*c.logits);
+  faults.require(logits >= 0 && logits <= static_cast<int>(Logits::normalised_keys), "logits",
+                 "raw, normalised or normalised_keys", logits);
+  faults.require(!c.induction || *c.logits == Logits::normalised, "logits",
+                 "normalised or automatic with induction (what came before is matched by its direction)", logits);
+  if (c.gain) faults.require(std::isfinite(*c.gain), "gain", "a finite number", *c.gain);
+  if (!c.learned_gain) c.learned_gain = *c.shared_qk;
+  const bool normalises =
+      (any_routed && (*c.shared_qk || c.routing == Routing::learned || *c.logits != Logits::raw)) || local_induction;
+  const Index least = least_width(c.normalisation);
+  faults.require(!normalises || c.head_dim >= least || c.head_dim <= 0, "head_dim",
+                 least == 3
+                     ? "at least 3 where queries and keys are normalised (a layer norm over fewer leaves only signs)"
+                     : "at least 2 where queries and keys are normalised (one column has no direction but a sign)",
+                 c.head_dim);
+}
+
 /// The config with every automatic value filled in.
 /// Requires: settings that make sense together; otherwise ValueError, which names all faults.
 inline RoutingAttentionConfig resolve(RoutingAttentionConfig c) {
   Faults faults("RoutingAttentionConfig");
   faults.require(c.model_dim >= 1, "model_dim", "at least 1", c.model_dim);
   faults.require(c.heads >= 1, "heads", "at least 1", c.heads);
-  faults.require(c.kv_heads == 0 || c.kv_heads == c.heads, "kv_heads",
-                 "0 or as many as heads (grouped-query heads are not there yet)", c.kv_heads);
+  if (c.kv_heads == 0) c.kv_heads = c.heads;
+  const bool grouped = c.heads >= 1 && c.kv_heads >= 1 && c.heads % c.kv_heads == 0;
+  faults.require(grouped || c.heads < 1, "kv_heads", join("a divisor of heads = ", c.heads), c.kv_heads);
   faults.require(c.head_dim >= 0, "head_dim", "at least 1, or 0 for model_dim / heads", c.head_dim);
   if (c.head_dim == 0 && c.model_dim >= 1 && c.heads >= 1) {
     faults.require(c.model_dim % c.heads == 0, "model_dim", join("a multiple of heads = ", c.heads, ", or a head_dim"),
@@ -200,6 +252,9 @@ inline RoutingAttentionConfig resolve(RoutingAttentionConfig c) {
   }
   faults.require(c.routed_heads >= 0 && c.routed_heads <= c.heads, "routed_heads", join("0 to heads = ", c.heads),
                  c.routed_heads);
+  if (grouped && c.routed_heads % (c.heads / c.kv_heads) != 0)
+    faults.require(false, "routed_heads", join("a multiple of heads / kv_heads = ", c.heads / c.kv_heads),
+                   c.routed_heads);
   const bool any_routed = c.routed_heads > 0, any_local = c.routed_heads < c.heads;
   const bool clustered = any_routed && c.routing != Routing::dense;
   constexpr Index most = std::numeric_limits<std::int32_t>::max();
@@ -226,25 +281,35 @@ inline RoutingAttentionConfig resolve(RoutingAttentionConfig c) {
   faults.require(!c.local_induction || c.causal, "local_induction",
                  "causal (a key carries the value of the next position)", "a two-sided layer");
   faults.require(!c.induction || c.shared_qk.value_or(true), "shared_qk", "true or automatic with induction", "false");
-  if (!c.shared_qk) c.shared_qk = c.causal || c.induction;
+  if (!c.shared_qk) c.shared_qk = (c.causal && c.kv_heads == c.heads) || c.induction;
+  faults.require(
+      c.kv_heads == c.heads || !((any_routed && *c.shared_qk) || (any_local && c.local_induction)), "kv_heads",
+      "as many as heads with shared_qk, induction or local_induction (a key is its head's query)", c.kv_heads);
   if (!c.self) c.self = c.induction ? Self::never : *c.shared_qk ? Self::only_if_alone : Self::visible;
   faults.require(!c.induction || !asked_self || *c.self == Self::never, "self",
                  "never or automatic with induction (a token's own key carries the next token)", "another");
   faults.require(c.key_taps >= 0, "key_taps", "at least 0", c.key_taps);
   faults.require(c.key_taps <= 0 || c.induction || c.local_induction, "key_taps",
                  "0 without induction or local_induction (only their queries are convolved)", c.key_taps);
-  const bool normalises =
-      (any_routed && (*c.shared_qk || c.routing == Routing::learned)) || (any_local && c.local_induction);
-  faults.require(!normalises || c.head_dim >= 3 || c.head_dim <= 0, "head_dim",
-                 "at least 3 where queries and keys are normalised (a layer norm over fewer leaves only signs)",
-                 c.head_dim);
+  resolve_logits(c, faults);
   check_membership(c, faults);
   faults.require(c.memory >= 0 && c.memory <= most, "memory", join("0 to ", most), c.memory);
   faults.require(c.memory <= 0 || !any_routed || c.causal || *c.self == Self::visible, "self",
                  "visible with memory in a two-sided layer (else a query had three intervals of keys)", "another");
   faults.require(c.soft_cap >= 0 && std::isfinite(c.soft_cap), "soft_cap", "0, or a positive number", c.soft_cap);
   faults.require(c.dropout >= 0 && c.dropout < 1, "dropout", "at least 0 and below 1", c.dropout);
-  faults.require(std::isfinite(c.gain), "gain", "a finite number", c.gain);
+  const bool all_dense = any_routed && !any_local && c.routing == Routing::dense;
+  faults.require(c.globals >= 0 && c.globals <= most, "globals", join("0 to ", most), c.globals);
+  if (c.globals > 0) {
+    faults.require(!all_dense, "globals", "0 where all heads are dense (every token is global)", c.globals);
+    faults.require(!has_members(c), "globals", "0 with balanced membership or several probes (one entry for a token)",
+                   c.globals);
+    faults.require(!any_routed || c.causal || *c.self == Self::visible, "self",
+                   "visible with globals in a two-sided layer (else a query had three intervals of keys)", "another");
+  }
+  faults.require(c.dense_up_to >= 0 && c.dense_up_to <= most, "dense_up_to", join("0 to ", most), c.dense_up_to);
+  faults.require(c.dense_up_to <= 0 || !all_dense, "dense_up_to", "0 where all heads are dense at any length",
+                 c.dense_up_to);
   check_routers(c, faults);
   faults.raise();
   return c;

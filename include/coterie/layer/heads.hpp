@@ -10,14 +10,16 @@
 #include "coterie/core/normalise.hpp"
 #include "coterie/kernel/positions.hpp"
 #include "coterie/kernel/product.hpp"
-#include "coterie/layer/commitment.hpp"
 #include "coterie/layer/input.hpp"
 #include "coterie/layer/memberships.hpp"
 #include "coterie/layer/positions.hpp"
+#include "coterie/layer/router_rows.hpp"
 #include "coterie/layer/rows.hpp"
 #include "coterie/layer/tape.hpp"
 #include "coterie/plan/clustered.hpp"
 #include "coterie/plan/dense.hpp"
+#include "coterie/plan/dense_up_to.hpp"
+#include "coterie/plan/globals.hpp"
 #include "coterie/plan/local.hpp"
 #include "coterie/plan/memory.hpp"
 #include "coterie/router/kmeans.hpp"
@@ -31,7 +33,7 @@ struct LayerParts {
   Heads heads;
   Parameters<T> parameters;
   Rotary rotary;
-  std::vector<OnlineKMeans<T>> routers;  ///< one per routed head, if learned
+  std::vector<OnlineKMeans<T>> routers;  ///< one per routed key/value head, if learned
 };
 
 /// The layer of a resolved config, with its first weights and centroids.
@@ -43,7 +45,7 @@ LayerParts<T> make_layer_parts(const RoutingAttentionConfig& c) {
       layer.rotary = Rotary(c.head_dim, c.rotary_base, c.rotary_layout);
   if (c.routing != Routing::learned) return layer;
   const auto stream = static_cast<std::uint64_t>(LayerStream::centroids);
-  for (Index h = 0; h < c.routed_heads; ++h) {
+  for (Index h = 0; h < routed_kv_heads(c); ++h) {
     const std::uint64_t seed = random_bits(c.seed, stream, static_cast<std::uint64_t>(h));
     layer.routers.emplace_back(router_config(c, seed));
   }
@@ -69,14 +71,16 @@ struct CheckedInput {
 
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
-/// Logit scales of a group of heads with a gain, in scratch: gain/sqrt(d); empty for the others, 1/sqrt(d).
+/// Logit scales of a group of heads, gain/sqrt(d), in scratch; empty where the gain is always 1.
 template <class T>
 std::span<const double> logit_scales(const LayerParts<T>& layer, const HeadGroup& group, Arena& arena) {
-  if (!group.shared) return {};
+  if (!group.learned_gain && group.gain == 1) return {};
   double* const scales = arena.take<double>(group.count);
-  for (Index h = 0; h < group.count; ++h)
-    scales[h] = static_cast<double>(layer.parameters.gain(0, group.gain_first + h)) /
-                std::sqrt(static_cast<double>(group.head_dim));
+  for (Index h = 0; h < group.count; ++h) {
+    const double gain =
+        group.learned_gain ? static_cast<double>(layer.parameters.gain(0, group.gain_first + h)) : group.gain;
+    scales[h] = gain / std::sqrt(static_cast<double>(group.head_dim));
+  }
   return {scales, static_cast<std::size_t>(group.count)};
 }
 
@@ -86,8 +90,8 @@ AttentionTerms<T> attention_terms(const LayerParts<T>& layer, const HeadGroup& g
                                   Arena& arena) {
   AttentionTerms<T> terms = position_terms(layer.config, layer.parameters, group, in.key_places, arena);
   if (layer.config.memory > 0) {
-    terms.memory_keys = view(layer.parameters.memory_keys).columns(group.first_col(), group.cols());
-    terms.memory_values = view(layer.parameters.memory_values).columns(group.first_col(), group.cols());
+    terms.memory_keys = view(layer.parameters.memory_keys).columns(group.kv_first_col(), group.kv_cols());
+    terms.memory_values = view(layer.parameters.memory_values).columns(group.kv_first_col(), group.kv_cols());
   }
   return terms;
 }
@@ -98,6 +102,7 @@ AttentionConfig attention_config(const LayerParts<T>& layer, const HeadGroup& gr
                                  bool training, Arena& arena) {
   AttentionConfig config;
   config.heads = group.count;
+  config.kv_heads = group.kv_count;
   config.scales = logit_scales(layer, group, arena);
   config.soft_cap = layer.config.soft_cap;
   if (training) {
@@ -120,20 +125,21 @@ template <class T>
 void project(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, const HeadsMatrices<T>& m,
              Context& context) {
   const Parameters<T>& p = layer.parameters;
-  const Index first = group.first_col(), cols = group.cols(), key_first = group.key_first * group.head_dim;
+  const Index first = group.first_col(), cols = group.cols(), kv_first = group.kv_first_col();
+  const Index key_first = group.key_first * group.head_dim, kv_cols = group.kv_cols();
   const bool bias = layer.config.bias;
   // q = x w_q + b_q
   product<T>(in.x, view(p.w_q).columns(first, cols), m.q, context);
   if (bias) add_bias(m.q, p.b_q.data() + first, context);
   if (!group.shared) {
     // k = x w_k + b_k
-    product<T>(in.keys, view(p.w_k).columns(key_first, cols), m.k, context);
+    product<T>(in.keys, view(p.w_k).columns(key_first, kv_cols), m.k, context);
     if (bias) add_bias(m.k, p.b_k.data() + key_first, context);
   }
   // v = x w_v + b_v
   const View<T> v = m.v.rows(0, in.keys.rows());
-  product<T>(in.keys, view(p.w_v).columns(first, cols), v, context);
-  if (bias) add_bias(v, p.b_v.data() + first, context);
+  product<T>(in.keys, view(p.w_v).columns(kv_first, kv_cols), v, context);
+  if (bias) add_bias(v, p.b_v.data() + kv_first, context);
   if (group.induction) m.v.rows(in.keys.rows(), 1).fill(0);  // the last row has no next value, and nobody sees it
 }
 
@@ -143,58 +149,53 @@ void project_backward(const LayerParts<T>& layer, const HeadGroup& group, const 
                       ConstView<T> d_k, ConstView<T> d_v, View<T> d_x, View<T> d_keys, Parameters<T>& gradients,
                       Context& context) {
   const Parameters<T>& p = layer.parameters;
-  const Index first = group.first_col(), cols = group.cols(), key_first = group.key_first * group.head_dim;
+  const Index first = group.first_col(), key_first = group.key_first * group.head_dim;
   const auto undo = [&](ConstView<T> x, const RowMatrix<T>& w, Index from, ConstView<T> d, View<T> d_input,
                         RowMatrix<T>& d_w, RowMatrix<T>& d_b) {
-    product_weight_gradient<T>(x, d, view(d_w).columns(from, cols), context);
-    product_input_gradient<T>(d, view(w).columns(from, cols), d_input, context, true);
+    product_weight_gradient<T>(x, d, view(d_w).columns(from, d.cols()), context);
+    product_input_gradient<T>(d, view(w).columns(from, d.cols()), d_input, context, true);
     if (layer.config.bias) add_bias_backward(d, d_b.data() + from, context);
   };
   undo(in.x, p.w_q, first, d_q, d_x, gradients.w_q, gradients.b_q);
   if (!group.shared) undo(in.keys, p.w_k, key_first, d_k, d_keys, gradients.w_k, gradients.b_k);
-  undo(in.keys, p.w_v, first, d_v, d_keys, gradients.w_v, gradients.b_v);
+  undo(in.keys, p.w_v, group.kv_first_col(), d_v, d_keys, gradients.w_v, gradients.b_v);
 }
 
 /// Labels of queries and keys of the routed heads: given, drawn, or by their routers.
 template <class T>
 void assign_labels(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
                    const HeadsMatrices<T>& m, HeadsPlans& plans, Context& context) {
-  const Index n = in.x.rows(), keys = in.keys.rows(), d = group.head_dim;
+  const Index n = in.x.rows(), keys = in.keys.rows(), heads = group.kv_count;
   const bool given = !in.input.routes.empty(), drawn = !given && layer.config.routing == Routing::random;
-  const bool normalises = !given && !drawn && !group.shared;
-  const bool own_keys = in.crosses || normalises;
-  const auto query_labels = HeadsPlans::grow(plans.query_labels, group.count * n);
-  const auto key_labels = HeadsPlans::grow(plans.key_labels, own_keys ? group.count * keys : 0);
+  const bool own_keys = in.crosses || (!given && !drawn && !group.shared);
+  const auto query_labels = HeadsPlans::grow(plans.query_labels, heads * n);
+  const auto key_labels = HeadsPlans::grow(plans.key_labels, own_keys ? heads * keys : 0);
   if (given) {
     std::copy(in.input.routes.begin(), in.input.routes.end(), query_labels.begin());
     return;
   }
   Arena& arena = context.workspace().shared();
   Arena::Scope scope(arena);
-  const View<T> normalised = normalises ? arena.matrix<T>(std::max(n, keys), d) : View<T>();
+  const View<T> normalised = drawn ? View<T>() : arena.matrix<T>(std::max(n, keys), group.head_dim);
   const auto stream = static_cast<std::uint64_t>(LayerStream::routes);
   const std::uint64_t step = random_bits(layer.config.seed, stream, in.input.step);
-  for (Index h = 0; h < group.count; ++h) {
-    const auto assign = [&](View<T> from, std::span<const std::int32_t> places, std::span<std::int32_t> labels) {
+  for (Index h = 0; h < heads; ++h) {
+    const auto assign = [&](const RouterRows<T>& rows, std::span<const std::int32_t> places,
+                            std::span<std::int32_t> labels) {
       if (drawn) {
         const std::uint64_t seed = random_bits(step, stream, static_cast<std::uint64_t>(h));
         for (std::size_t i = 0; i < labels.size(); ++i)
           labels[i] = random_label(seed, places[i], layer.config.clusters);
         return;
       }
-      ConstView<T> rows = from.columns(h * d, d);
-      if (normalises) {
-        normalise_rows<T>(rows, normalised.rows(0, rows.rows()), View<T>(), d, context);
-        rows = normalised.rows(0, rows.rows());
-      }
-      layer.routers[static_cast<std::size_t>(h)].assign(rows, labels, context);
+      layer.routers[static_cast<std::size_t>(h)].assign(rows.of(h, normalised, layer.config, context), labels, context);
     };
-    assign(m.u, in.places, labels_of(query_labels, h, n));
-    if (own_keys) assign(m.k, in.key_places, labels_of(key_labels, h, keys));
+    assign(router_queries(group, m), in.places, labels_of(query_labels, h, n));
+    if (own_keys) assign(router_keys(group, m), in.key_places, labels_of(key_labels, h, keys));
   }
 }
 
-/// The plans of a group, without memory.
+/// The plans of a group, without what comes on top of them.
 template <class T>
 void build_token_plans(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
                        const HeadsMatrices<T>& m, HeadsPlans& plans, Context& context) {
@@ -220,12 +221,13 @@ void build_token_plans(const LayerParts<T>& layer, const HeadGroup& group, const
                 .key_offsets = key_offsets},
                plans.use(1)[0]);
   } else if (has_members(c)) {
-    const RoutedRows<T> queries{m.u, offsets}, key_rows{group.shared ? m.u : m.k, in.crosses ? key_offsets : offsets};
+    const ScoredRows<T> queries{router_queries(group, m), offsets},
+        key_rows{router_keys(group, m), in.crosses ? key_offsets : offsets};
     build_member_plans<T>(c, layer.routers, queries, key_rows, group.shared, plans, context);
   } else {
     assign_labels(layer, group, in, m, plans, context);
-    const std::span<AttentionPlan> built = plans.use(static_cast<std::size_t>(group.count));
-    context.for_each(group.count, [&](Index h, Index) {
+    const std::span<AttentionPlan> built = plans.use(static_cast<std::size_t>(group.kv_count));
+    context.for_each(group.kv_count, [&](Index h, Index) {
       const std::span<const std::int32_t> queries = plans.query_labels, own = plans.key_labels;
       const auto query_labels = labels_of(queries, h, n);
       plan_clustered(query_labels, own.empty() ? query_labels : labels_of(own, h, keys),
@@ -245,9 +247,26 @@ template <class T>
 void build_plans(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
                  const HeadsMatrices<T>& m, HeadsPlans& plans, Context& context) {
   build_token_plans(layer, group, in, m, plans, context);
-  if (layer.config.memory == 0) return;
+  const RoutingAttentionConfig& c = layer.config;
+  const bool dense = group.routed && c.routing == Routing::dense;
+  const Index dense_up_to = dense ? 0 : c.dense_up_to, globals = dense ? 0 : c.globals;
+  if (dense_up_to + globals + c.memory == 0) return;
+  const Self self = group.routed ? *c.self : group.induction ? Self::never : Self::visible;
+  const std::span<const Index> offsets = in.input.offsets;
   context.for_each(static_cast<Index>(plans.count), [&](Index i, Index) {
-    plan_add_memory(layer.config.memory, plans.plans[static_cast<std::size_t>(i)]);
+    const auto number = static_cast<std::size_t>(i);
+    AttentionPlan& plan = plans.plans[number];
+    if (dense_up_to > 0)
+      plan_dense_up_to({.length = dense_up_to,
+                        .causal = c.causal,
+                        .self = self,
+                        .offsets = offsets,
+                        .key_offsets = in.input.source_offsets},
+                       plan, plans.made[number]);
+    if (globals > 0)
+      plan_add_globals({.globals = globals, .causal = c.causal, .self = self, .offsets = offsets}, plan,
+                       plans.made[number]);
+    if (c.memory > 0) plan_add_memory(c.memory, plan);
   });
 }
 
@@ -255,7 +274,9 @@ void build_plans(const LayerParts<T>& layer, const HeadGroup& group, const Check
 template <class T>
 void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, View<T> y, bool add,
                    HeadsTape<T>* tape, HeadsPlans& plans, Context& context) {
-  const Index n = in.x.rows(), keys = in.keys.rows(), d = group.head_dim, cols = group.cols();
+  const Index n = in.x.rows(), keys = in.keys.rows(), d = group.head_dim, cols = group.cols(),
+              kv_cols = group.kv_cols();
+  const Normalisation normalisation = layer.config.normalisation;
   Arena& arena = context.workspace().shared();
   Arena::Scope scope(arena);
   HeadsMatrices<T> m;
@@ -263,34 +284,48 @@ void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const Che
     return tape ? (tape->*buffer).matrix(rows, columns) : arena.matrix<T>(rows, columns);
   };
   m.q = take(&HeadsTape<T>::q, n, cols);
-  if (!group.shared) m.k = take(&HeadsTape<T>::k, keys, cols);
-  m.v = take(&HeadsTape<T>::v, keys + (group.induction ? 1 : 0), cols);
+  if (!group.shared) m.k = take(&HeadsTape<T>::k, keys, kv_cols);
+  m.v = take(&HeadsTape<T>::v, keys + (group.induction ? 1 : 0), kv_cols);
   m.out = take(&HeadsTape<T>::out, n, cols);
-  m.u = group.taps > 0 ? take(&HeadsTape<T>::u, n, cols) : m.q;
-  if (group.shared) m.inverse = take(&HeadsTape<T>::inverse, n, group.count);
+  // Projected queries are needed beside normalised ones by the convolution's gradient, and by attention that reads them.
+  const bool apart = group.taps > 0 || (group.shared && group.logits != Logits::normalised);
+  m.u = apart ? take(&HeadsTape<T>::u, n, cols) : m.q;
 
   project(layer, group, in, m, context);
-  if (group.shared) {
+  if (group.normalises_queries()) {
+    m.inverse = take(&HeadsTape<T>::inverse, n, group.count);
     // u = normalise(convolve(q))
     if (group.taps > 0)
       convolve<T>(m.q, view(layer.parameters.taps).rows(group.taps_first, group.count * group.taps), group.taps,
                   in.places, m.u, context);
-    normalise_rows<T>(m.u, m.u, m.inverse, d, context);
+    normalise_rows<T>(group.taps > 0 ? m.u : m.q, m.u, m.inverse, d, context, normalisation);
+  }
+  if (group.normalises_keys()) {
+    m.key_inverse = take(&HeadsTape<T>::key_inverse, keys, group.kv_count);
+    normalise_rows<T>(m.k, m.k, m.key_inverse, d, context, normalisation);
+  }
+  m.route = m.u;
+  if (group.routed && group.heads_per_kv() > 1 && !layer.routers.empty()) {
+    m.route = take(&HeadsTape<T>::route, n, kv_cols);
+    sum_queries<T>(layer.config, group, m.u, m.route, context);
   }
   build_plans(layer, group, in, m, plans, context);
-  m.read_q = m.u;
-  m.read_k = group.shared ? m.u : m.k;
+
+  m.read_q = group.logits == Logits::normalised ? m.u : m.q;
+  m.read_k = !group.shared ? m.k : group.logits == Logits::raw ? m.q : m.u;
   if (group.positions == HeadPositions::rotary) {
-    // After routing, and apart from what routers and normalise_rows_backward read. Shared rows turn once: i is a query's
-    // place and its key's.
-    const auto turned = [&](Buffer<T> HeadsTape<T>::*buffer, View<T> from, std::span<const std::int32_t> places) {
-      const View<T> to = group.routed || group.shared ? take(buffer, from.rows(), cols) : from;
+    // After routing, and apart from what routers and normalise_rows_backward read. Rows that are both turn once: i is a
+    // query's place and its key's.
+    const auto turned = [&](Buffer<T> HeadsTape<T>::*buffer, View<T> from, Index heads,
+                            std::span<const std::int32_t> places) {
+      const View<T> to = group.routed || group.shared ? take(buffer, from.rows(), from.cols()) : from;
       if (to.data() != from.data()) copy_rows<T>(to, from, context);
-      layer.rotary.forward(to, group.count, places, context);
+      layer.rotary.forward(to, heads, places, context);
       return to;
     };
-    m.read_q = turned(&HeadsTape<T>::read_q, m.u, in.places);
-    m.read_k = group.shared ? m.read_q : turned(&HeadsTape<T>::read_k, m.k, in.key_places);
+    const bool same = m.read_k.data() == m.read_q.data();
+    m.read_q = turned(&HeadsTape<T>::read_q, m.read_q, group.count, in.places);
+    m.read_k = same ? m.read_q : turned(&HeadsTape<T>::read_k, m.read_k, group.kv_count, in.key_places);
   }
 
   const AttentionConfig config = attention_config(layer, group, in, tape != nullptr, arena);
@@ -305,12 +340,77 @@ void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const Che
   if (tape) tape->matrices = m;
 }
 
+/// From the gradients of what attention read of heads with shared queries and keys, those of the projected queries; both
+/// are overwritten.
+template <class T>
+View<T> shared_rows_backward(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
+                             const HeadsTape<T>& tape, View<T> d_q, View<T> d_k, Parameters<T>& gradients,
+                             Context& context) {
+  const RoutingAttentionConfig& c = layer.config;
+  const HeadsMatrices<T>& m = tape.matrices;
+  const bool commits = group.routed && c.commitment > 0;
+  const auto commit = [&](View<T> d_u) {
+    if (commits) rows_commitment<T>(c, layer.routers, router_queries(group, m), tape.plans.query_labels, d_u, context);
+  };
+  const auto through = [&](View<T> d_u, View<T> d_projected) {
+    normalise_rows_backward<T>(m.u, m.inverse, d_u, d_projected, group.head_dim, context, c.normalisation);
+  };
+  if (group.logits == Logits::normalised_keys) {
+    // q = projected, k = u = normalise(projected)
+    commit(d_k);
+    through(d_k, d_q);
+    return d_q;
+  }
+  add_rows<T>(d_q, d_k, context);
+  if (group.logits == Logits::raw && !commits) return d_q;
+  fill_rows(d_k, T(0), context);
+  if (group.logits == Logits::raw) {
+    // q = k = projected, and routers see u = normalise(projected)
+    commit(d_k);
+    through(d_k, d_q);
+    return d_q;
+  }
+  // q = k = u = normalise(convolve(projected)): d_k takes the gradient of the convolved, then d_q of the projected
+  commit(d_q);
+  through(d_q, d_k);
+  if (group.taps == 0) return d_k;
+  const Index rows = group.count * group.taps;
+  convolve_backward<T>(m.q, view(layer.parameters.taps).rows(group.taps_first, rows), group.taps, in.places, d_k, d_q,
+                       view(gradients.taps).rows(group.taps_first, rows), context);
+  return d_q;
+}
+
+/// From the gradients of what attention read of heads with keys of their own, those of the projected queries and keys: the
+/// same views, or others in scratch. All may be overwritten.
+template <class T>
+void own_rows_backward(const LayerParts<T>& layer, const HeadGroup& group, const HeadsTape<T>& tape, View<T>& d_q,
+                       View<T>& d_k, Arena& arena, Context& context) {
+  const RoutingAttentionConfig& c = layer.config;
+  const HeadsMatrices<T>& m = tape.matrices;
+  if (group.routed && c.commitment > 0) {
+    const bool sums = group.heads_per_kv() > 1;
+    const View<T> d_route = sums ? arena.matrix<T>(m.route.rows(), m.route.cols()) : d_q;
+    if (sums) fill_rows(d_route, T(0), context);
+    rows_commitment<T>(c, layer.routers, router_queries(group, m), tape.plans.query_labels, d_route, context);
+    if (sums) sum_queries_backward<T>(c, group, m.u, d_route, d_q, context);
+    rows_commitment<T>(c, layer.routers, router_keys(group, m), key_labels(tape.plans), d_k, context);
+  }
+  const auto through = [&](View<T> normalised, View<T> inverse, View<T>& d) {
+    const View<T> d_projected = arena.matrix<T>(d.rows(), d.cols());
+    fill_rows(d_projected, T(0), context);
+    normalise_rows_backward<T>(normalised, inverse, d, d_projected, group.head_dim, context, c.normalisation);
+    d = d_projected;
+  };
+  if (group.normalises_queries()) through(m.u, m.inverse, d_q);
+  if (group.normalises_keys()) through(m.k, m.key_inverse, d_k);
+}
+
 /// Undoes heads_forward: adds into d_x, d_keys (the source's, or d_x itself) and the gradients.
 template <class T>
 void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
                     const HeadsTape<T>& tape, ConstView<T> d_y, View<T> d_x, View<T> d_keys, Parameters<T>& gradients,
                     Context& context) {
-  const Index n = in.x.rows(), keys = in.keys.rows(), d = group.head_dim, cols = group.cols();
+  const Index n = in.x.rows(), keys = in.keys.rows(), cols = group.cols(), kv_cols = group.kv_cols();
   const Parameters<T>& p = layer.parameters;
   const HeadsMatrices<T>& m = tape.matrices;
   Arena& arena = context.workspace().shared();
@@ -322,12 +422,12 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
   product_input_gradient<T>(d_y, view(p.w_o).rows(group.first_col(), cols), d_out, context);
 
   // out = attention(q, k, v)
-  const View<T> d_q = arena.matrix<T>(n, cols), d_k = arena.matrix<T>(keys, cols);
-  const View<T> d_v = arena.matrix<T>(m.v.rows(), cols);
+  View<T> d_q = arena.matrix<T>(n, cols), d_k = arena.matrix<T>(keys, kv_cols);
+  const View<T> d_v = arena.matrix<T>(m.v.rows(), kv_cols);
   for (const View<T>& zeroed : {d_q, d_k, d_v}) fill_rows(zeroed, T(0), context);
   const AttentionConfig config = attention_config(layer, group, in, true, arena);
   AttentionTermGradients<T> d_terms;
-  if (group.shared) {
+  if (group.learned_gain) {
     double* const d_scales = arena.take<double>(group.count);
     std::fill(d_scales, d_scales + group.count, 0.0);
     d_terms.d_scales = {d_scales, static_cast<std::size_t>(group.count)};
@@ -335,8 +435,8 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
   const AttentionTerms<T> terms = attention_terms(layer, group, in, arena);
   d_terms.d_bias = position_term_gradient(terms, gradients, group, arena);
   if (layer.config.memory > 0) {
-    d_terms.d_memory_keys = view(gradients.memory_keys).columns(group.first_col(), cols);
-    d_terms.d_memory_values = view(gradients.memory_values).columns(group.first_col(), cols);
+    d_terms.d_memory_keys = view(gradients.memory_keys).columns(group.kv_first_col(), kv_cols);
+    d_terms.d_memory_values = view(gradients.memory_values).columns(group.kv_first_col(), kv_cols);
   }
   const ConstView<T> q = m.read_q, k = m.read_k, v = carried_values(group, m.v, keys);
   attention_backward(Plans(tape.plans.used()), q, k, v, ConstView<T>(m.out), tape.attention, ConstView<T>(d_out), d_q,
@@ -344,32 +444,17 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
   position_terms_backward(layer.config, terms, d_terms.d_bias, gradients, group);
   if (group.positions == HeadPositions::rotary) {
     layer.rotary.backward(d_q, group.count, in.places, context);
-    layer.rotary.backward(d_k, group.count, in.key_places, context);
+    layer.rotary.backward(d_k, group.kv_count, in.key_places, context);
   }
-
-  const bool commits = group.routed && layer.config.commitment > 0;
-  if (commits && !group.shared)
-    layer_commitment<T>(layer.config, layer.routers, m, tape.plans, false, d_q, d_k, context);
-  ConstView<T> d_projected = d_q;
-  if (group.shared) {
-    // scale = gain / sqrt(d)
-    for (Index h = 0; h < group.count; ++h)
-      gradients.gain(0, group.gain_first + h) +=
-          static_cast<T>(d_terms.d_scales[static_cast<std::size_t>(h)] / std::sqrt(static_cast<double>(d)));
-    // q = k = u = normalise(convolve(projected)): d_k takes the gradient of the convolved, then d_q of the projected
-    add_rows<T>(d_q, d_k, context);
-    if (commits) layer_commitment<T>(layer.config, layer.routers, m, tape.plans, true, d_q, {}, context);
-    fill_rows(d_k, T(0), context);
-    normalise_rows_backward<T>(m.u, m.inverse, d_q, d_k, d, context);
-    d_projected = d_k;
-    if (group.taps > 0) {
-      const Index rows = group.count * group.taps;
-      convolve_backward<T>(m.q, view(p.taps).rows(group.taps_first, rows), group.taps, in.places, d_k, d_q,
-                           view(gradients.taps).rows(group.taps_first, rows), context);
-      d_projected = d_q;
-    }
-  }
-  project_backward<T>(layer, group, in, d_projected, d_k, d_v.rows(0, keys), d_x, d_keys, gradients, context);
+  // scale = gain / sqrt(d)
+  for (Index h = 0; h < group.count && group.learned_gain; ++h)
+    gradients.gain(0, group.gain_first + h) +=
+        static_cast<T>(d_terms.d_scales[static_cast<std::size_t>(h)] / std::sqrt(static_cast<double>(group.head_dim)));
+  if (group.shared)
+    d_q = shared_rows_backward<T>(layer, group, in, tape, d_q, d_k, gradients, context);
+  else
+    own_rows_backward<T>(layer, group, tape, d_q, d_k, arena, context);
+  project_backward<T>(layer, group, in, d_q, d_k, d_v.rows(0, keys), d_x, d_keys, gradients, context);
 }
 
 }  // namespace COTERIE_FLAGS_NAMESPACE

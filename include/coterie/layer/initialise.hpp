@@ -12,19 +12,30 @@ namespace coterie::detail {
 
 /// Consecutive heads of one kind: all the local ones, or all the routed ones.
 struct HeadGroup {
-  Index first = 0, count = 0;  ///< heads
+  Index first = 0, count = 0;        ///< query heads
+  Index kv_first = 0, kv_count = 0;  ///< key/value heads
   Index head_dim = 0;
   bool routed = false;
-  bool shared = false;  ///< keys are the normalised queries, with a logit gain
+  bool shared = false;  ///< keys are the queries
+  Logits logits = Logits::raw;
+  double gain = 1;            ///< of the logits, beside 1/sqrt(d); where it is learned, its start
+  bool learned_gain = false;  ///< it is a parameter
   HeadPositions positions = HeadPositions::none;
   bool induction = false;  ///< shared, convolved, and a key carries the next position's value
-  Index key_first = 0;     ///< first of these heads in w_k, unless shared
-  Index gain_first = 0;    ///< first of these heads in gain, if shared
+  Index key_first = 0;     ///< first of these key/value heads in w_k, unless shared
+  Index gain_first = 0;    ///< first of these heads in gain, if learned
   Index taps_first = 0;    ///< first row of these heads in taps, if induction
   Index taps = 0;          ///< per head
 
   Index cols() const { return count * head_dim; }
   Index first_col() const { return first * head_dim; }
+  Index kv_cols() const { return kv_count * head_dim; }
+  Index kv_first_col() const { return kv_first * head_dim; }
+  /// Query heads of a key/value head.
+  Index heads_per_kv() const { return count / kv_count; }
+  /// Whether normalised queries are kept; and normalised keys other than those.
+  bool normalises_queries() const { return shared || logits == Logits::normalised; }
+  bool normalises_keys() const { return !shared && logits != Logits::raw; }
 };
 
 /// The heads of a layer.
@@ -41,16 +52,24 @@ struct Heads {
     routed.routed = true;
     routed.shared = *c.shared_qk;
     routed.induction = c.induction;
+    local.logits = c.local_induction ? Logits::normalised : Logits::raw;
+    routed.logits = *c.logits;
+    local.learned_gain = c.local_induction;
+    routed.learned_gain = *c.learned_gain;
     local.positions = *c.local_positions;
     routed.positions = c.routed_positions;
     for (HeadGroup* group : {&local, &routed}) {
       group->head_dim = c.head_dim;
+      group->kv_first = group->first / (c.heads / c.kv_heads);
+      group->kv_count = group->count / (c.heads / c.kv_heads);
+      if (group->routed || group->induction)
+        group->gain = c.gain.value_or(group->logits == Logits::normalised ? 3.0 : 1.0);
       group->taps = group->induction ? c.key_taps : 0;
       group->key_first = key_heads;
       group->gain_first = gains;
       group->taps_first = taps_rows;
-      if (!group->shared) key_heads += group->count;
-      if (group->shared) gains += group->count;
+      if (!group->shared) key_heads += group->kv_count;
+      if (group->learned_gain) gains += group->count;
       taps_rows += group->count * group->taps;
     }
   }
@@ -69,8 +88,9 @@ inline DistanceRange table_distances(const RoutingAttentionConfig& c, const Head
     back = group.routed ? c.routed_distances - 1 : c.local_window - 1;
     ahead = !group.routed ? c.lookahead : c.causal ? 0 : back;
   } else if (group.positions == HeadPositions::alibi) {
-    back = group.routed ? longest - 1 : std::min(longest, c.local_window) - 1;
-    ahead = c.causal ? 0 : group.routed ? back : std::min(longest - 1, c.lookahead);
+    const bool far = group.routed || c.globals > 0 || c.dense_up_to > 0;
+    back = far ? longest - 1 : std::min(longest, c.local_window) - 1;
+    ahead = c.causal ? 0 : far ? back : std::min(longest - 1, c.lookahead);
   }
   return {-ahead, ahead + 1 + back};
 }
@@ -93,21 +113,21 @@ enum class LayerStream : std::uint64_t {
 template <class T>
 Parameters<T> zero_parameters(const RoutingAttentionConfig& c) {
   const Heads heads(c);
-  const Index cols = c.heads * c.head_dim, key_cols = heads.key_heads * c.head_dim;
+  const Index cols = c.heads * c.head_dim, kv_cols = c.kv_heads * c.head_dim, key_cols = heads.key_heads * c.head_dim;
   Parameters<T> p;
   p.w_q.setZero(c.model_dim, cols);
   p.w_k.setZero(key_cols > 0 ? c.model_dim : 0, key_cols);
-  p.w_v.setZero(c.model_dim, cols);
+  p.w_v.setZero(c.model_dim, kv_cols);
   p.w_o.setZero(cols, c.model_dim);
   if (c.bias) {
     p.b_q.setZero(1, cols);
     p.b_k.setZero(key_cols > 0 ? 1 : 0, key_cols);
-    p.b_v.setZero(1, cols);
+    p.b_v.setZero(1, kv_cols);
     p.b_o.setZero(1, c.model_dim);
   }
   if (c.memory > 0) {
-    p.memory_keys.setZero(c.memory, cols);
-    p.memory_values.setZero(c.memory, cols);
+    p.memory_keys.setZero(c.memory, kv_cols);
+    p.memory_values.setZero(c.memory, kv_cols);
   }
   if (heads.gains > 0) p.gain.setZero(1, heads.gains);
   if (heads.taps_rows > 0) p.taps.setZero(heads.taps_rows, c.head_dim);
@@ -123,7 +143,7 @@ Parameters<T> zero_parameters(const RoutingAttentionConfig& c) {
   return p;
 }
 
-/// First values: weights uniform in +-1/sqrt(rows), taps N(0, 1) * 0.9^t, memory N(0, 1), gains config.gain, biases 0. The number at
+/// First values: weights uniform in +-1/sqrt(rows), taps N(0, 1) * 0.9^t, memory N(0, 1), gains as HeadGroup has them, biases 0. The number at
 /// (i, j) is drawn by the counter i * cols + j, in double: float and double layers of a seed agree up to rounding.
 template <class T>
 Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
@@ -145,7 +165,10 @@ Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
   };
   normal(p.memory_keys, LayerStream::memory_keys);
   normal(p.memory_values, LayerStream::memory_values);
-  p.gain.setConstant(static_cast<T>(c.gain));
+  const Heads heads(c);
+  for (const HeadGroup* group : {&heads.local, &heads.routed})
+    for (Index h = 0; h < group->count && group->learned_gain; ++h)
+      p.gain(0, group->gain_first + h) = static_cast<T>(group->gain);
   for (Index row = 0; row < p.taps.rows(); ++row) {
     const double factor = std::pow(0.9, static_cast<double>(row % c.key_taps));
     for (Index j = 0; j < p.taps.cols(); ++j)

@@ -19,7 +19,8 @@ struct Input {
   ConstView<T> source;                    ///< rows x model_dim: where keys and values come from, if given
   std::span<const Index> source_offsets;  ///< as offsets, of source; as many sequences
   std::uint64_t step;                     ///< random routing draws anew for every step
-  std::span<const std::int32_t> routes;   ///< routed_heads x tokens labels, head by head, instead of the routers'
+  std::span<const std::int32_t>
+      routes;  ///< routed key/value heads x tokens labels, head by head, instead of the routers'
 
   template <std::convertible_to<ConstView<T>> M>
   Input(const M& x_, std::span<const Index> offsets_ = {}, ConstView<T> source_ = {},  // NOLINT: converts on purpose

@@ -4,8 +4,7 @@
 #include <algorithm>
 #include <span>
 
-#include "coterie/core/normalise.hpp"
-#include "coterie/layer/tape.hpp"
+#include "coterie/layer/router_rows.hpp"
 #include "coterie/plan/members.hpp"
 #include "coterie/router/kmeans.hpp"
 #include "coterie/router/members.hpp"
@@ -13,18 +12,17 @@
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
-/// What a routed head's router scores: the rows of queries or keys of a sequence batch.
+/// The rows of queries or keys of a sequence batch, to be scored.
 template <class T>
-struct RoutedRows {
-  ConstView<T> rows;               ///< of all heads, side by side
+struct ScoredRows {
+  RouterRows<T> rows;
   std::span<const Index> offsets;  ///< of the sequences
 };
 
-/// Labels and plans of the routed heads, both from the scores of their routers. `shared`: keys are the queries, normalised
-/// already.
+/// Labels and plans of the routed heads, both from the scores of their routers. `shared`: keys are the queries.
 template <class T>
 void build_member_plans(const RoutingAttentionConfig& c, std::span<const OnlineKMeans<T>> routers,
-                        const RoutedRows<T>& queries, const RoutedRows<T>& keys, bool shared, HeadsPlans& plans,
+                        const ScoredRows<T>& queries, const ScoredRows<T>& keys, bool shared, HeadsPlans& plans,
                         Context& context) {
   const Index d = c.head_dim, heads = static_cast<Index>(routers.size());
   const bool balanced = c.membership == Membership::balanced;
@@ -33,31 +31,31 @@ void build_member_plans(const RoutingAttentionConfig& c, std::span<const OnlineK
   const auto members_of = [&](Index head, std::size_t side) -> ClusterMembers& {
     return plans.members[static_cast<std::size_t>(head) * sides + side];
   };
-  HeadsPlans::grow(plans.query_labels, heads * queries.rows.rows());
-  HeadsPlans::grow(plans.key_labels, shared ? 0 : heads * keys.rows.rows());
+  HeadsPlans::grow(plans.query_labels, heads * queries.rows.all.rows());
+  HeadsPlans::grow(plans.key_labels, shared ? 0 : heads * keys.rows.all.rows());
 
   {
     Arena& arena = context.workspace().shared();
     Arena::Scope scope(arena);
-    const Index most = std::max(queries.rows.rows(), keys.rows.rows());
-    const View<T> normalised = arena.matrix<T>(shared ? 0 : most, d), all_scores = arena.matrix<T>(most, c.clusters);
+    const Index most = std::max(queries.rows.all.rows(), keys.rows.all.rows());
+    const View<T> normalised = arena.matrix<T>(most, d), all_scores = arena.matrix<T>(most, c.clusters);
     for (Index h = 0; h < heads; ++h)
       for (std::size_t side = 0; side < sides; ++side) {
-        const RoutedRows<T>& from = side == 0 ? queries : keys;
-        const Index n = from.rows.rows();
+        const ScoredRows<T>& from = side == 0 ? queries : keys;
+        const Index n = from.rows.all.rows();
         const View<T> scores = all_scores.rows(0, n);
         if (side == 0 || !shared) {  // shared keys have the queries' scores
-          ConstView<T> rows = from.rows.columns(h * d, d);
-          if (!shared) {
-            normalise_rows<T>(rows, normalised.rows(0, n), View<T>(), d, context);
-            rows = normalised.rows(0, n);
-          }
-          routers[static_cast<std::size_t>(h)].scores(rows, scores, context);
+          routers[static_cast<std::size_t>(h)].scores(from.rows.of(h, normalised, c, context), scores, context);
           const std::span<std::int32_t> labels = side == 0 ? plans.query_labels : plans.key_labels;
           best_columns<T>(scores, labels_of(labels, h, n), context);
         }
+        const double share = side == 0 ? c.query_share : 0;
         if (balanced)
-          coterie::balanced_members(scores, {.members = c.window, .unassigned = c.unassigned, .offsets = from.offsets},
+          coterie::balanced_members(scores,
+                                    {.members = share > 0 ? 0 : c.window,
+                                     .share = share,
+                                     .unassigned = c.unassigned,
+                                     .offsets = from.offsets},
                                     members_of(h, side), context);
         else
           coterie::nearest_members(scores, {.probes = side == 0 ? c.probes : 1, .offsets = from.offsets},

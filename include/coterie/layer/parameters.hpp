@@ -10,27 +10,28 @@ namespace coterie {
 
 /// Weights or gradients of one layer; a tensor that the layer does not have is empty and not visited.
 ///
-/// Shapes, in the order of visit(), with D = model_dim, H = heads, d = head_dim, L local and R routed heads, K heads that have keys
-/// of their own (all but those that share normalised queries and keys), G = H - K, I induction heads; a product is
-/// y = x w, head h owns the columns [h*d, (h+1)*d), and lists of heads keep the order local, routed:
+/// Shapes, in the order of visit(), with D = model_dim, H = heads, V = kv_heads, d = head_dim, L local and R routed heads, K key/value
+/// heads that have keys of their own (all but those that share them with queries), G heads with a learned gain (local induction
+/// heads, and routed ones as config.learned_gain says), I induction heads; a product is y = x w, head h owns the columns
+/// [h*d, (h+1)*d), and lists of heads keep the order local, routed:
 ///
 ///     w_q     D x H*d      queries
 ///     w_k     D x K*d      keys of the heads that have their own
-///     w_v     D x H*d      values
+///     w_v     D x V*d      values
 ///     w_o     H*d x D      output
 ///     b_q     1 x H*d      with config.bias
 ///     b_k     1 x K*d      with config.bias
-///     b_v     1 x H*d      with config.bias
+///     b_v     1 x V*d      with config.bias
 ///     b_o     1 x D        with config.bias
-///     gain    1 x G        logits of heads with shared queries and keys are gain/sqrt(d) * q.k
+///     gain    1 x G        logits are gain/sqrt(d) * q.k
 ///     taps    I*key_taps x d   row i*key_taps + t: factors of the query t positions back, of the i-th induction head
 ///     distance_bias         L x (local_window + lookahead)   column c: distance c - lookahead; LocalPositions::bias
 ///     bucket_bias           L x position_buckets   LocalPositions::t5_buckets
 ///     routed_distance_bias  R x routed_distances   column c: distance c; two-sided R x (2 * routed_distances - 1),
 ///                           distance c + 1 - routed_distances; RoutedPositions::bias
 ///     routed_bucket_bias    R x position_buckets   RoutedPositions::t5_buckets
-///     memory_keys    memory x H*d   keys as attention reads them: of heads with shared queries and keys, beside normalised ones
-///     memory_values  memory x H*d
+///     memory_keys    memory x V*d   keys as attention reads them: beside normalised ones where those are normalised
+///     memory_values  memory x V*d
 template <class T>
 struct Parameters {
   RowMatrix<T> w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, gain, taps, distance_bias, bucket_bias, routed_distance_bias,

@@ -23,6 +23,7 @@ namespace coterie {
 /// positions as HeadPositions has it. Routed heads see the members of their query's cluster, or everything:
 ///   shared (causal default): q = k = normalise(x w_q), logits gain/sqrt(d) q.k;
 ///   otherwise q = x w_q, k = x w_k, logits q.k/sqrt(d), routed by their normalised rows;
+///   both kinds with other Logits, gains and Normalisation where the config says so;
 ///   induction: q = k = normalise(convolve(x w_q)), and key j carries the value of position j + 1 (zero keys: zero).
 /// With a source, keys and values are those of its rows: cross-attention, of heads that do not share. The last causal
 /// query then meets the last row of its sequence of the source, two-sided ones meet in proportion (Alignment).
@@ -52,7 +53,7 @@ class RoutingAttention {
   /// Zeros of the parameters' shapes, for backward to add into.
   Parameters<T> zero_gradients() const { return detail::zero_parameters<T>(parts_.config); }
 
-  /// The routers of the routed heads; empty unless routing is learned. Their centroids are state, not parameters.
+  /// The routers of the routed heads, one per key/value head; empty unless routing is learned. Their centroids are state, not parameters.
   std::span<const OnlineKMeans<T>> routers() const { return parts_.routers; }
   std::span<OnlineKMeans<T>> routers() { return parts_.routers; }
 
@@ -138,8 +139,14 @@ class RoutingAttention {
   double commitment_loss(const Tape& tape, Context& context) const {
     check_tape("RoutingAttention::commitment_loss", tape);
     if (parts_.routers.empty() || !(config().commitment > 0)) return 0;
-    return detail::layer_commitment<T>(config(), parts_.routers, tape.routed_.matrices, tape.routed_.plans,
-                                       parts_.heads.routed.shared, {}, {}, context);
+    const detail::HeadGroup& group = parts_.heads.routed;
+    const detail::HeadsMatrices<T>& m = tape.routed_.matrices;
+    const detail::HeadsPlans& plans = tape.routed_.plans;
+    const auto loss = [&](const detail::RouterRows<T>& rows, std::span<const std::int32_t> labels) {
+      return detail::rows_commitment<T>(config(), parts_.routers, rows, labels, {}, context);
+    };
+    const double queries = loss(detail::router_queries(group, m), plans.query_labels);
+    return group.shared ? queries : queries + loss(detail::router_keys(group, m), detail::key_labels(plans));
   }
 
   /// Moves the centroids by the rows and labels of a forward pass; the only kind of call that does. Without learned
@@ -151,14 +158,15 @@ class RoutingAttention {
     statistics_.clear();
     observe(tape, statistics_, context);
     // All heads before any of them: an update that fails leaves every centroid where it was.
-    context.for_each(config().routed_heads, [&](Index h, Index) { router(h).check_update(statistics_, h); });
-    context.for_each(config().routed_heads, [&](Index h, Index) { router(h).update_checked(statistics_, h); });
+    const auto heads = static_cast<Index>(parts_.routers.size());
+    context.for_each(heads, [&](Index h, Index) { router(h).check_update(statistics_, h); });
+    context.for_each(heads, [&](Index h, Index) { router(h).update_checked(statistics_, h); });
   }
 
   /// Empty statistics of the routers' shapes (no heads unless routing is learned).
   RouterStatistics<T> zero_statistics() const {
     if (parts_.routers.empty()) return {};
-    return RouterStatistics<T>(config().routed_heads, config().clusters, config().head_dim);
+    return RouterStatistics<T>(detail::routed_kv_heads(config()), config().clusters, config().head_dim);
   }
 
   /// Adds the normalised rows of a forward pass, by their labels, to the statistics: queries, and keys unless shared.
@@ -168,24 +176,16 @@ class RoutingAttention {
     check_tape(function, tape);
     check_statistics(function, statistics);
     if (parts_.routers.empty()) return;
-    const Index d = config().head_dim;
+    const detail::HeadGroup& group = parts_.heads.routed;
     const detail::HeadsMatrices<T>& m = tape.routed_.matrices;
-    context.for_each(config().routed_heads, [&](Index h, Index worker) {
+    context.for_each(static_cast<Index>(parts_.routers.size()), [&](Index h, Index worker) {
       const OnlineKMeans<T>& router = parts_.routers[static_cast<std::size_t>(h)];
-      if (parts_.heads.routed.shared) {
-        router.observe(m.u.columns(h * d, d), tape.labels(h), statistics, h);
-        return;
-      }
       Arena& arena = context.workspace().worker(worker);
       Arena::Scope scope(arena);
-      const View<T> scratch = arena.matrix<T>(std::max(tape.tokens_, tape.key_tokens_), d);
-      const auto observe_rows = [&](View<T> from, std::span<const std::int32_t> labels) {
-        const View<T> rows = scratch.rows(0, from.rows());
-        for (Index i = 0; i < rows.rows(); ++i) detail::normalise_row(from.row(i) + h * d, rows.row(i), d);
-        router.observe(rows, labels, statistics, h);
-      };
-      observe_rows(m.q, tape.labels(h));
-      observe_rows(m.k, tape.key_labels(h));
+      const View<T> scratch = arena.matrix<T>(std::max(tape.tokens_, tape.key_tokens_), config().head_dim);
+      router.observe(detail::router_queries(group, m).of(h, scratch, config()), tape.labels(h), statistics, h);
+      if (!group.shared)
+        router.observe(detail::router_keys(group, m).of(h, scratch, config()), tape.key_labels(h), statistics, h);
     });
   }
 
@@ -220,7 +220,7 @@ class RoutingAttention {
     if (input.crosses()) check_source(function, faults, input);
     faults.require(input.crosses() || input.source_offsets.empty(), "source_offsets", "none without a source", "some");
     // Phrases are put together where something is wrong only: a good call allocates nothing.
-    const Index labels = static_cast<Index>(input.routes.size()), expected = config().routed_heads * n;
+    const Index labels = static_cast<Index>(input.routes.size()), expected = detail::routed_kv_heads(config()) * n;
     if (labels > 0 && input.crosses())
       faults.require(false, "routes", "none with a source (they would label its keys as well)", labels);
     else if (labels > 0 && (config().routed_heads == 0 || config().routing == Routing::dense))
@@ -229,7 +229,7 @@ class RoutingAttention {
       faults.require(false, "routes", "none with balanced membership or several probes (a label is one cluster)",
                      labels);
     else if (labels > 0 && labels != expected)
-      faults.require(false, "routes", detail::join("routed_heads * tokens = ", expected, " labels"), labels);
+      faults.require(false, "routes", detail::join("routed key/value heads * tokens = ", expected, " labels"), labels);
     else
       for (std::size_t i = 0; i < input.routes.size(); ++i)
         if (input.routes[i] < -1 || input.routes[i] >= config().clusters) {
@@ -245,8 +245,12 @@ class RoutingAttention {
     detail::check_shape<T>(function, "source", input.source, rows, config().model_dim);
     detail::check_count(function, "source", rows);
     faults.require(rows > 0, "source", "at least one row", rows);
-    faults.require(parts_.heads.gains == 0, "source", "a layer whose heads have keys of their own (shared_qk = false)",
+    const bool share = (parts_.heads.local.count > 0 && parts_.heads.local.shared) ||
+                       (parts_.heads.routed.count > 0 && parts_.heads.routed.shared);
+    faults.require(!share, "source", "a layer whose heads have keys of their own (shared_qk = false)",
                    "one whose heads share them with queries");
+    faults.require(config().globals == 0, "source", "a layer without global tokens, for they are queries and keys",
+                   "one with some");
     faults.require(config().routed_heads == 0 || *config().self == Self::visible, "source",
                    "a layer with Self::visible, for queries of x have no self there", "another");
     faults.require(input.source_offsets.size() == input.offsets.size(), "source_offsets", "as many as offsets",
@@ -282,9 +286,9 @@ class RoutingAttention {
   void check_statistics(const char* function, const RouterStatistics<T>& s) const {
     if (parts_.routers.empty()) return;
     const RoutingAttentionConfig& c = config();
-    if (s.heads() != c.routed_heads || s.clusters() != c.clusters || s.dim() != c.head_dim)
-      detail::fail<ShapeError>(function, "statistics",
-                               detail::join(c.routed_heads, " x ", c.clusters, " x ", c.head_dim),
+    const Index heads = detail::routed_kv_heads(c);
+    if (s.heads() != heads || s.clusters() != c.clusters || s.dim() != c.head_dim)
+      detail::fail<ShapeError>(function, "statistics", detail::join(heads, " x ", c.clusters, " x ", c.head_dim),
                                detail::join(s.heads(), " x ", s.clusters(), " x ", s.dim()));
   }
 

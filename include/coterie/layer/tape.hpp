@@ -52,12 +52,13 @@ struct HeadsPlans {
   std::vector<std::int32_t> query_labels, key_labels;  ///< heads x rows; key_labels empty: as query_labels
   std::vector<ClusterMembers> members;  ///< per head lists of the queries, and of the keys; empty where labels do
   std::vector<AttentionPlan> plans;
-  std::size_t count = 0;  ///< plans in use: 1 for all heads, or one per head
+  std::vector<AttentionPlan> made;  ///< memory for what is put on top of each plan
+  std::size_t count = 0;            ///< plans in use: 1 for all heads, or one per key/value head
 
   std::span<const AttentionPlan> used() const { return {plans.data(), count}; }
   /// The first `number` plans, to be built.
   std::span<AttentionPlan> use(std::size_t number) {
-    if (plans.size() < number) plans.resize(number);
+    if (plans.size() < number) plans.resize(number), made.resize(number);
     count = number;
     return {plans.data(), number};
   }
@@ -73,17 +74,19 @@ std::span<L> labels_of(std::span<L> all, Index head, Index rows) {
   return all.subspan(static_cast<std::size_t>(head * rows), static_cast<std::size_t>(rows));
 }
 
-/// The matrices of a group of heads in a forward pass; d head width, c = heads * d.
+/// The matrices of a group of heads in a forward pass; d head width, c = heads * d, e = key/value heads * d.
 template <class T>
 struct HeadsMatrices {
-  View<T> q;        ///< tokens x c: projected queries; normalised where shared without taps
-  View<T> u;        ///< tokens x c: normalised queries and keys of shared heads; q itself unless convolved
-  View<T> k;        ///< key rows x c: keys, if not shared
-  View<T> v;        ///< key rows x c: values; one row of zeros more for induction
-  View<T> read_q;   ///< tokens x c: queries as attention reads them: u, or rotated
-  View<T> read_k;   ///< key rows x c: keys likewise; read_q where shared
+  View<T> q;        ///< tokens x c: projected queries; normalised where nobody needs them otherwise
+  View<T> u;        ///< tokens x c: normalised queries, where kept; else, and where normalised in place, q itself
+  View<T> k;        ///< key rows x e: keys, if not shared; normalised where attention reads them so
+  View<T> v;        ///< key rows x e: values; one row of zeros more for induction
+  View<T> route;    ///< tokens x e: what routers see of queries: u, or sums over the query heads of a key/value head
+  View<T> read_q;   ///< tokens x c: queries as attention reads them: u or q, or rotated
+  View<T> read_k;   ///< key rows x e: keys likewise: k, u or q
   View<T> out;      ///< tokens x c: what attention gave
-  View<T> inverse;  ///< tokens x heads: 1 / deviation of the rows of u, if shared
+  View<T> inverse;  ///< tokens x heads: what normalise_rows says of u, where kept
+  View<T> key_inverse;  ///< key rows x key/value heads: the same of k
 };
 
 /// A group of heads on a tape.
@@ -92,7 +95,7 @@ struct HeadsTape {
   HeadsMatrices<T> matrices;
   HeadsPlans plans;
   AttentionTape<T> attention;
-  Buffer<T> q, u, k, v, read_q, read_k, out, inverse;
+  Buffer<T> q, u, k, v, route, read_q, read_k, out, inverse, key_inverse;
 };
 
 }  // namespace detail
@@ -123,7 +126,7 @@ class RoutingAttentionTape {
   Index tokens() const { return tokens_; }
 
   /// Clusters of the queries of a routed head, one per token (-1: none); empty for dense routing. Heads are counted
-  /// among the routed ones.
+  /// among the routed ones, here and below; query heads that share a key/value head count as one.
   std::span<const std::int32_t> labels(Index routed_head) const {
     return slice("Tape::labels", routed_.plans.query_labels, routed_head, tokens_);
   }
@@ -150,8 +153,9 @@ class RoutingAttentionTape {
 
   std::span<const std::int32_t> slice(const char* function, std::span<const std::int32_t> all, Index head,
                                       Index rows) const {
-    if (head < 0 || head >= config_.routed_heads || tokens_ < 0)
-      detail::fail<ValueError>(function, "routed_head", detail::join("0 to ", config_.routed_heads, " - 1"), head);
+    const Index heads = tokens_ < 0 ? 0 : detail::routed_kv_heads(config_);
+    if (head < 0 || head >= heads)
+      detail::fail<ValueError>(function, "routed_head", detail::join("0 to ", heads, " - 1"), head);
     if (all.empty()) return {};
     return detail::labels_of(all, head, rows);
   }

@@ -50,24 +50,36 @@ inline void plan_dense_up_to(const DenseUpToConfig& config, AttentionPlan& plan,
   constexpr Index most = std::numeric_limits<std::int32_t>::max();
   if (listed > most) fail<ValueError>(function, "length", join("key lists of at most ", most), listed);
 
-  PlanRewriter rewriter(plan, made);
   std::vector<std::int32_t>& is_dense = made.scratch;  // by query row
   is_dense.assign(static_cast<std::size_t>(plan.tokens), 0);
   for (Index s = 0; s < pattern.sequences(); ++s) {
-    const Sequence sequence = pattern.sequence(s);
+    const Index first = pattern.sequence(s).query_begin, count = dense_of(pattern.sequence(s)).queries;
+    std::fill_n(is_dense.begin() + first, count, 1);
+  }
+  PlanRewriter rewriter(plan, made);
+  // The group of a sequence's dense queries; it stands before the sequence's other groups.
+  Index s = 0;
+  const auto add_sequence = [&] {
+    const Sequence sequence = pattern.sequence(s++);
     const Dense dense = dense_of(sequence);
-    if (dense.queries == 0) continue;
+    if (dense.queries == 0) return;
     rewriter.open_group();
     for (Index j = 0; j < dense.keys; ++j) rewriter.add_key(static_cast<std::int32_t>(sequence.key_begin + j));
     for (Index i = 0; i < dense.queries; ++i) {
       const Index row = sequence.query_begin + i, position = sequence.position(row);
-      is_dense[static_cast<std::size_t>(row)] = 1;
       const Index until = config.causal ? std::max<Index>(position + 1, 0) : dense.keys;
       rewriter.add_entry_of_all(static_cast<std::int32_t>(row), static_cast<std::int32_t>(position),
                                 static_cast<std::int32_t>(until), config.self);
     }
-  }
+  };
+  const auto begins_by = [&](const AttentionPlan::Group& group, const Sequence& sequence) {
+    return (group.key_begin < group.key_end &&
+            plan.keys[static_cast<std::size_t>(group.key_begin)] >= sequence.key_begin) ||
+           (group.entry_begin < group.entry_end &&
+            plan.entries[static_cast<std::size_t>(group.entry_begin)] >= sequence.query_begin);
+  };
   for (const AttentionPlan::Group& group : plan.groups) {
+    while (s < pattern.sequences() && begins_by(group, pattern.sequence(s))) add_sequence();
     rewriter.open_group();
     for (auto j = static_cast<std::size_t>(group.key_begin); j < static_cast<std::size_t>(group.key_end); ++j)
       rewriter.add_key(plan.keys[j]);
@@ -75,6 +87,7 @@ inline void plan_dense_up_to(const DenseUpToConfig& config, AttentionPlan& plan,
       if (is_dense[static_cast<std::size_t>(plan.entries[e])] == 0)
         rewriter.add_entry(plan.entries[e], plan.visible[e], second_interval(plan, e));
   }
+  while (s < pattern.sequences()) add_sequence();
   rewriter.finish();
 }
 

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <span>
@@ -30,6 +31,7 @@ enum class Unassigned {
 /// Settings of balanced_members.
 struct BalancedConfig {
   Index members = 0;  ///< rows that a cluster takes in each sequence, as far as there are so many; at least 1
+  double share = 0;  ///< above 0, instead of members: share * rows of the sequence / clusters, rounded down, at least 1
   Unassigned unassigned = Unassigned::left_out;
   std::span<const Index> offsets = {};  ///< sequences + 1 ascending row numbers; empty: one sequence
 };
@@ -108,13 +110,20 @@ void balanced_members(ConstView<T> scores, const BalancedConfig& config, Cluster
   const char* const function = "balanced_members";
   Faults faults(function);
   check_scores<T>(function, faults, scores, config.offsets);
-  faults.require(config.members >= 1, "members", "at least 1", config.members);
+  faults.require(config.share >= 0 && std::isfinite(config.share), "share", "0, or a positive number", config.share);
+  faults.require(config.share > 0 ? config.members == 0 : config.members >= 1, "members",
+                 config.share > 0 ? "0 with a share" : "at least 1", config.members);
   faults.require(config.unassigned == Unassigned::left_out || config.unassigned == Unassigned::nearest, "unassigned",
                  "left_out or nearest", static_cast<int>(config.unassigned));
   faults.raise();
   const Index k = scores.cols(), n = scores.rows(), sequences = sequence_count(config.offsets), lists = sequences * k;
   const auto rows_of = [&](Index s) { return sequence_rows(config.offsets, n, s); };
-  const auto taken = [&](Index s) { return std::min(config.members, rows_of(s).count()); };
+  const auto taken = [&](Index s) {
+    const Index all = rows_of(s).count();
+    if (config.share == 0) return std::min(config.members, all);
+    const double rows = config.share * static_cast<double>(all) / static_cast<double>(k);
+    return std::min(all, rows < static_cast<double>(all) ? std::max<Index>(1, static_cast<Index>(rows)) : all);
+  };
   Index memberships = config.unassigned == Unassigned::nearest ? n : 0;
   for (Index s = 0; s < sequences; ++s) memberships += k * taken(s);
   check_memberships(function, sequences, k, memberships);
