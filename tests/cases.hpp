@@ -27,6 +27,8 @@ struct CaseSizes {
   Index d = 5;
 };
 
+enum class RelativeTables { both, keys, values };
+
 struct AttentionCase {
   std::string name;
   std::function<void(AttentionPlan&)> fill;  ///< writes and completes the plan; sizes of the matrices follow from it
@@ -40,6 +42,10 @@ struct AttentionCase {
   bool has_lse = true;
   double soft_cap = 0;
   double dropout = 0;
+  Index relative_distances = 0;  ///< rows of the tables of relative keys and values; 0: none
+  Index relative_first = 0;
+  RelativeTables relative = RelativeTables::both;
+  bool relative_by_head = false;  ///< a table for every head instead of one for all
 };
 
 /// A plan by hand: the rows of each cluster, given as lists. Causal rows see their cluster up to themselves.
@@ -325,6 +331,101 @@ inline std::vector<AttentionCase> attention_cases(const CaseSizes& sizes = {}) {
        .d = same,
        .dv = same,
        .causal = true});
+  add({.name = "dense, relative keys and values",
+       .fill = [=](AttentionPlan& p) { plan_dense({.tokens = n}, p); },
+       .heads = 2,
+       .kv_heads = 2,
+       .d = same,
+       .dv = d + 2,
+       .relative_distances = n,
+       .relative_first = -n / 2});
+  add({.name = "local causal, relative keys and values",
+       .fill = [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .causal = true}, p); },
+       .heads = 2,
+       .kv_heads = 1,
+       .d = same,
+       .dv = same,
+       .causal = true,
+       .relative_distances = w});
+  add({.name = "local two-sided, a few relative keys and values by head, and a bias",
+       .fill = [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .lookahead = w / 2}, p); },
+       .heads = 2,
+       .kv_heads = 2,
+       .d = same,
+       .dv = same,
+       .bias_distances = 3,
+       .bias_first = -1,
+       .relative_distances = 3,
+       .relative_first = -1,
+       .relative_by_head = true});
+  add({.name = "clustered causal, relative keys and values",
+       .fill =
+           [=, l = labels(-1)](AttentionPlan& p) {
+             plan_clustered(l, l, {.clusters = k, .window = w, .causal = true, .self = Self::only_if_alone}, p);
+           },
+       .heads = 2,
+       .kv_heads = 2,
+       .d = same,
+       .dv = same,
+       .causal = true,
+       .relative_distances = n / 3});
+  add({.name = "clustered two-sided, ragged, one relative key",
+       .fill = [=, l = labels(0)](AttentionPlan& p) { plan_clustered(l, l, {.clusters = k, .offsets = offsets}, p); },
+       .d = same,
+       .dv = same,
+       .relative_distances = 1,
+       .relative_first = 2,
+       .relative = RelativeTables::keys});
+  add({.name = "unequal lengths, causal, relative values",
+       .fill = [=](AttentionPlan& p) { plan_dense({.tokens = n, .keys = n + 5, .causal = true}, p); },
+       .heads = 2,
+       .kv_heads = 2,
+       .d = same,
+       .dv = same,
+       .relative_distances = 7,
+       .relative_first = 2,
+       .relative = RelativeTables::values,
+       .relative_by_head = true});
+  add({.name = "strided, capped, with dropout, relative keys and values",
+       .fill = [=](AttentionPlan& p) { plan_strided({.tokens = n, .stride = k, .window = w, .causal = true}, p); },
+       .heads = 2,
+       .kv_heads = 2,
+       .d = same,
+       .dv = same,
+       .causal = true,
+       .soft_cap = 1.5,
+       .dropout = 0.25,
+       .relative_distances = k * w / 2,
+       .relative_first = 1});
+  add({.name = "overlapping clusters, mean, relative keys and values",
+       .fill = [=](AttentionPlan& p) { fill_members(overlapping_members(n, k, 7), n, Combine::mean, true, p); },
+       .heads = 2,
+       .kv_heads = 1,
+       .d = same,
+       .dv = same,
+       .causal = true,
+       .has_lse = false,
+       .relative_distances = n / 2});
+  add({.name = "overlapping clusters, lse, with dropout, relative keys and values",
+       .fill = [=](AttentionPlan& p) { fill_members(overlapping_members(n, k, 8), n, Combine::lse, false, p); },
+       .d = same,
+       .dv = d + 1,
+       .dropout = 0.25,
+       .relative_distances = 9,
+       .relative_first = -4});
+  add({.name = "global tokens, window and memory, relative keys and values",
+       .fill =
+           [=](AttentionPlan& p) {
+             plan_local({.tokens = n, .window = w, .causal = true}, p);
+             plan_add_globals({.globals = 3, .causal = true}, p);
+             plan_add_memory(2, p);
+           },
+       .heads = 2,
+       .kv_heads = 2,
+       .d = same,
+       .dv = same,
+       .causal = true,
+       .relative_distances = 2 * w});
   return cases;
 }
 

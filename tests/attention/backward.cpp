@@ -27,6 +27,8 @@ TEMPLATE_TEST_CASE("attention_backward: every case, on every instruction set, as
         CHECK(close(got.d_v, expected.d_v, tokens));
         CHECK(close(got.d_bias, expected.d_bias, pairs));
         CHECK(close(got.d_memory_keys, expected.d_memory_keys, tokens));
+        CHECK(close(got.d_relative_keys, expected.d_relative_keys, pairs));
+        CHECK(close(got.d_relative_values, expected.d_relative_values, pairs));
         CHECK(close(got.d_memory_values, expected.d_memory_values, tokens));
         for (std::size_t h = 0; h < got.d_scales.size(); ++h)
           CHECK(std::abs(got.d_scales[h] - expected.d_scales[h]) <=

@@ -29,23 +29,31 @@ double plain_error(const Inputs<T>& in, const Outputs<double>& expected) {
         if (keys.empty()) continue;
         std::vector<T> p;
         T best = std::numeric_limits<T>::lowest(), sum = 0;
+        const auto distance = [&](Index key) {
+          const Index from = plan.query_positions.empty() ? row : plan.query_positions[std::size_t(row)];
+          return from - (plan.key_positions.empty() ? key : plan.key_positions[std::size_t(key)]);
+        };
+        const auto relative = [&](const RowMatrix<T>& table, Index key, Index width, Index c) {
+          if (table.rows() == 0) return T(0);
+          const Index at = std::clamp<Index>(distance(key) - in.relative_first, 0, table.rows() - 1);
+          return table(at, table.cols() == width ? c : h * width + c);
+        };
         for (Index key : keys) {
           T s = 0;
-          for (Index c = 0; c < d; ++c) s += in.q(row, h * d + c) * in.k(key, kv * d + c);
+          for (Index c = 0; c < d; ++c)
+            s += in.q(row, h * d + c) * (in.k(key, kv * d + c) + relative(in.relative_keys, key, d, c));
           s *= T(1) / std::sqrt(T(d));
           if (in.config.soft_cap != 0) s = T(in.config.soft_cap) * std::tanh(s / T(in.config.soft_cap));
-          if (in.bias.cols() > 0) {
-            const Index from = plan.query_positions.empty() ? row : plan.query_positions[std::size_t(row)];
-            const Index to = plan.key_positions.empty() ? key : plan.key_positions[std::size_t(key)];
-            s += in.bias(h, std::clamp<Index>(from - to - in.bias_first, 0, in.bias.cols() - 1));
-          }
+          if (in.bias.cols() > 0)
+            s += in.bias(h, std::clamp<Index>(distance(key) - in.bias_first, 0, in.bias.cols() - 1));
           p.push_back(s);
           best = std::max(best, s);
         }
         for (T& x : p) sum += x = std::exp(x - best);
         for (Index c = 0; c < dv; ++c) {
           T out = 0;
-          for (std::size_t j = 0; j < keys.size(); ++j) out += p[j] / sum * in.v(keys[j], kv * dv + c);
+          for (std::size_t j = 0; j < keys.size(); ++j)
+            out += p[j] / sum * (in.v(keys[j], kv * dv + c) + relative(in.relative_values, keys[j], dv, c));
           most = std::max(most, std::abs(double(out) - expected.out(row, h * dv + c)));
         }
       }

@@ -20,7 +20,8 @@ template <class T>
 bool same_bits(const Outputs<T>& a, const Outputs<T>& b) {
   return same_bits(a.out, b.out) && same_bits(a.lse, b.lse) && same_bits(a.d_q, b.d_q) && same_bits(a.d_k, b.d_k) &&
          same_bits(a.d_v, b.d_v) && same_bits(a.d_bias, b.d_bias) && same_bits(a.d_memory_keys, b.d_memory_keys) &&
-         same_bits(a.d_memory_values, b.d_memory_values) && a.d_scales == b.d_scales;
+         same_bits(a.d_memory_values, b.d_memory_values) && same_bits(a.d_relative_keys, b.d_relative_keys) &&
+         same_bits(a.d_relative_values, b.d_relative_values) && a.d_scales == b.d_scales;
 }
 
 constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN();

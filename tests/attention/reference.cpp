@@ -39,7 +39,7 @@ AttentionPlan plan_of(const std::vector<std::vector<std::int32_t>>& key_lists, I
 struct Problem {
   AttentionPlan plan;
   AttentionConfig config;
-  Matrix q, k, v, bias, memory_keys, memory_values, scales, g_out, g_lse;
+  Matrix q, k, v, bias, memory_keys, memory_values, relative_keys, relative_values, scales, g_out, g_lse;
   AttentionTerms<double> terms;
 
   Problem(const AttentionCase& c, std::uint64_t seed) {
@@ -52,6 +52,9 @@ struct Problem {
     bias = random.matrix<double>(c.bias_distances > 0 ? c.heads : 0, c.bias_distances);
     memory_keys = random.matrix<double>(plan.memory_tokens, kv * c.d);
     memory_values = random.matrix<double>(plan.memory_tokens, kv * c.dv);
+    const Index tables = c.relative_by_head ? c.heads : 1, distances = c.relative_distances;
+    relative_keys = random.matrix<double>(c.relative == RelativeTables::values ? 0 : distances, tables * c.d);
+    relative_values = random.matrix<double>(c.relative == RelativeTables::keys ? 0 : distances, tables * c.dv);
     scales = random.matrix<double>(1, c.heads);
     g_out = random.matrix<double>(n, c.heads * c.dv);
     g_lse = random.matrix<double>(c.has_lse ? n : 0, c.has_lse ? c.heads : 0);
@@ -61,7 +64,13 @@ struct Problem {
               .soft_cap = c.soft_cap,
               .dropout = c.dropout,
               .dropout_seed = 5};
-    terms = {.bias = bias, .bias_first = c.bias_first, .memory_keys = memory_keys, .memory_values = memory_values};
+    terms = {.bias = bias,
+             .bias_first = c.bias_first,
+             .memory_keys = memory_keys,
+             .memory_values = memory_values,
+             .relative_keys = relative_keys,
+             .relative_values = relative_values,
+             .relative_first = c.relative_first};
   }
 
   double loss() const {
@@ -210,13 +219,16 @@ TEST_CASE("reference: every gradient by central differences, added to what is th
     const auto ones_like = [](const Matrix& m) { return Matrix(Matrix::Ones(m.rows(), m.cols())); };
     Matrix d_q = ones_like(p.q), d_k = ones_like(p.k), d_v = ones_like(p.v), d_bias = ones_like(p.bias),
            d_memory_keys = ones_like(p.memory_keys), d_memory_values = ones_like(p.memory_values),
+           d_relative_keys = ones_like(p.relative_keys), d_relative_values = ones_like(p.relative_values),
            d_scales = ones_like(p.scales);
     reference_backward(p.plan, p.q, p.k, p.v, p.g_out, d_q, d_k, d_v, p.config, p.terms,
                        {.d_bias = d_bias,
                         .d_memory_keys = d_memory_keys,
                         .d_memory_values = d_memory_values,
                         .d_scales = {d_scales.data(), static_cast<std::size_t>(d_scales.size())},
-                        .d_lse = p.g_lse});
+                        .d_lse = p.g_lse,
+                        .d_relative_keys = d_relative_keys,
+                        .d_relative_values = d_relative_values});
     const auto require = [&](Matrix& x, Matrix& gradient) {
       gradient.array() -= 1;
       require_gradient(x, gradient, [&] { return p.loss(); });
@@ -227,6 +239,8 @@ TEST_CASE("reference: every gradient by central differences, added to what is th
     require(p.bias, d_bias);
     require(p.memory_keys, d_memory_keys);
     require(p.memory_values, d_memory_values);
+    require(p.relative_keys, d_relative_keys);
+    require(p.relative_values, d_relative_values);
     require(p.scales, d_scales);
   }
 }

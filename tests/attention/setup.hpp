@@ -25,8 +25,8 @@ template <class T>
 struct Inputs {
   AttentionPlan plan;
   AttentionConfig config;
-  RowMatrix<T> q, k, v, bias, memory_keys, memory_values, d_out, d_lse;
-  Index bias_first = 0;
+  RowMatrix<T> q, k, v, bias, memory_keys, memory_values, relative_keys, relative_values, d_out, d_lse;
+  Index bias_first = 0, relative_first = 0;
 
   Inputs() = default;
   Inputs(const AttentionCase& c, std::uint64_t seed, double size = 1) {
@@ -45,6 +45,12 @@ struct Inputs {
     memory_keys = random.matrix<T>(plan.memory_tokens, c.kv_heads * c.d) * T(size);
     memory_values = random.matrix<T>(plan.memory_tokens, c.kv_heads * c.dv);
     d_out = random.matrix<T>(plan.tokens, c.heads * c.dv);
+    const Index tables = c.relative_by_head ? c.heads : 1;
+    if (c.relative_distances > 0 && c.relative != RelativeTables::values)
+      relative_keys = random.matrix<T>(c.relative_distances, tables * c.d) * T(size);
+    if (c.relative_distances > 0 && c.relative != RelativeTables::keys)
+      relative_values = random.matrix<T>(c.relative_distances, tables * c.dv);
+    relative_first = c.relative_first;
     if (c.has_lse) d_lse = random.matrix<T>(plan.tokens, c.heads);
     bias_first = c.bias_first;
   }
@@ -60,19 +66,24 @@ struct Inputs {
     to.bias = bias.template cast<U>();
     to.memory_keys = memory_keys.template cast<U>();
     to.memory_values = memory_values.template cast<U>();
+    to.relative_keys = relative_keys.template cast<U>();
+    to.relative_values = relative_values.template cast<U>();
     to.d_out = d_out.template cast<U>();
     to.d_lse = d_lse.template cast<U>();
     to.bias_first = bias_first;
+    to.relative_first = relative_first;
     return to;
   }
 
-  AttentionTerms<T> terms() const { return {bias, bias_first, memory_keys, memory_values}; }
+  AttentionTerms<T> terms() const {
+    return {bias, bias_first, memory_keys, memory_values, relative_keys, relative_values, relative_first};
+  }
 };
 
 /// Everything it writes. Gradients start from 0.5, so that writing instead of adding shows.
 template <class T>
 struct Outputs {
-  RowMatrix<T> out, lse, d_q, d_k, d_v, d_bias, d_memory_keys, d_memory_values;
+  RowMatrix<T> out, lse, d_q, d_k, d_v, d_bias, d_memory_keys, d_memory_values, d_relative_keys, d_relative_values;
   std::vector<double> d_scales;
 
   explicit Outputs(const Inputs<T>& in) {
@@ -85,11 +96,13 @@ struct Outputs {
     d_bias = like(in.bias);
     d_memory_keys = like(in.memory_keys);
     d_memory_values = like(in.memory_values);
+    d_relative_keys = like(in.relative_keys);
+    d_relative_values = like(in.relative_values);
     d_scales.assign(static_cast<std::size_t>(in.config.heads), 0.5);
   }
 
   AttentionTermGradients<T> terms(const Inputs<T>& in) {
-    return {d_bias, d_memory_keys, d_memory_values, d_scales, in.d_lse};
+    return {d_bias, d_memory_keys, d_memory_values, d_scales, in.d_lse, d_relative_keys, d_relative_values};
   }
 };
 

@@ -47,7 +47,7 @@ inline AttentionPlan regrouped(const AttentionPlan& whole, Index size, Index fir
 struct RowBitsCase {
   Index d, keys;
   int sight;  // 0: everything, 1: causal, 2: some interval, 3: two of them
-  bool bias, poison, gradients;
+  bool bias, poison, gradients, relative;
 };
 
 /// 70 queries, some of adjacent rows and some not, of which a few see nothing.
@@ -87,6 +87,9 @@ Inputs<T> row_bits_inputs(const RowBitsCase& c, Random& random) {
   in.v = random.matrix<T>(plan.key_tokens, dv);
   in.bias = random.matrix<T>(c.bias ? 1 : 0, 9);
   in.bias_first = -4;
+  in.relative_keys = random.matrix<T>(c.relative ? 25 : 0, c.d) * T(3);
+  in.relative_values = random.matrix<T>(c.relative ? 25 : 0, dv);
+  in.relative_first = -6;
   in.d_out = random.matrix<T>(plan.tokens, dv);
   in.d_lse = random.matrix<T>(plan.tokens, 1);
   if (c.poison) {
@@ -98,6 +101,11 @@ Inputs<T> row_bits_inputs(const RowBitsCase& c, Random& random) {
       in.v(key(), random.below(dv)) = bad[(i + 1) % 3];
     }
     in.q(plan.entries[static_cast<std::size_t>(random.below(queries))], random.below(c.d)) = bad[2];
+    if (c.relative) {
+      in.relative_keys(random.below(25), random.below(c.d)) = bad[0];
+      in.relative_values(random.below(25), random.below(dv)) = bad[1];
+      in.relative_values(random.below(25), random.below(dv)) = bad[2];
+    }
   }
   return in;
 }
@@ -111,7 +119,13 @@ void check_row_bits(const Run& run, std::uint64_t seed) {
     for (Index keys :
          {Index(1), Index(2 + random.below(6)), Index(8 + random.below(8)), Index(16), Index(17 + random.below(46)),
           Index(63 + random.below(3)), Index(66 + random.below(63)), Index(129 + random.below(72))}) {
-      const RowBitsCase c{d, keys, turn % 4, random.below(2) == 0, random.below(3) == 0, d <= 24 || turn % 5 == 0};
+      const RowBitsCase c{d,
+                          keys,
+                          turn % 4,
+                          random.below(2) == 0,
+                          random.below(3) == 0,
+                          d <= 24 || turn % 5 == 0,
+                          random.below(3) == 0};
       ++turn;
       Inputs<T> in = row_bits_inputs<T>(c, random);
       const AttentionPlan whole = in.plan;
@@ -129,8 +143,9 @@ void check_row_bits(const Run& run, std::uint64_t seed) {
             same &= same_bits_or_nan(got.d_q.row(row).data(), expected.d_q.row(row).data(), got.d_q.cols());
           differing += !same;
         }
-        INFO("d " << d << ", " << keys << " keys, sight " << c.sight << ", bias " << c.bias << ", NaN " << c.poison
-                  << ", groups of " << size << " in [" << first << ", " << last << ")");
+        INFO("d " << d << ", " << keys << " keys, sight " << c.sight << ", bias " << c.bias << ", relative "
+                  << c.relative << ", NaN " << c.poison << ", groups of " << size << " in [" << first << ", " << last
+                  << ")");
         CHECK(differing == 0);
       };
       const Index alone = random.below(queries);

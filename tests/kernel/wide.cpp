@@ -55,6 +55,8 @@ TEST_CASE("64-byte tiles: every case as the reference, NaN kept from the past") 
       CHECK(largest_difference(got.d_v, expected.d_v) < 4e-5);
       CHECK(largest_difference(got.d_bias, expected.d_bias) < 4e-4);
       CHECK(largest_difference(got.d_memory_keys, expected.d_memory_keys) < 4e-5);
+      CHECK(largest_difference(got.d_relative_keys, expected.d_relative_keys) < 4e-4);
+      CHECK(largest_difference(got.d_relative_values, expected.d_relative_values) < 4e-4);
       if (!c.causal) continue;
       const Index from = in.plan.tokens / 2;
       Inputs<float> changed = in;

@@ -80,6 +80,12 @@ class AttentionCall {
         fail<ShapeError>(function, "bias", join("1 row, or one for each of ", heads_, " heads"), terms.bias.rows());
       check_shape<T>(function, "bias", terms.bias, terms.bias.rows(), terms.bias.cols());
     }
+    check_relative(function, "relative_keys", terms.relative_keys, d_);
+    check_relative(function, "relative_values", terms.relative_values, dv_);
+    if (given(terms.relative_keys) && given(terms.relative_values) &&
+        terms.relative_keys.rows() != terms.relative_values.rows())
+      fail<ShapeError>(function, "relative_values", join(terms.relative_keys.rows(), " rows, as relative_keys"),
+                       terms.relative_values.rows());
   }
 
   void check_output(const char* function, const char* name, View<T> out, Index rows, Index cols) const {
@@ -90,6 +96,8 @@ class AttentionCall {
     check_no_alias<T>(function, name, out, "bias", terms_.bias);
     check_no_alias<T>(function, name, out, "memory_keys", terms_.memory_keys);
     check_no_alias<T>(function, name, out, "memory_values", terms_.memory_values);
+    check_no_alias<T>(function, name, out, "relative_keys", terms_.relative_keys);
+    check_no_alias<T>(function, name, out, "relative_values", terms_.relative_values);
   }
 
   const Plans& plans() const { return plans_; }
@@ -106,6 +114,17 @@ class AttentionCall {
   Index dv() const { return dv_; }
   Index bias_count() const { return given(terms_.bias) ? terms_.bias.cols() : 0; }
   Index bias_row(Index head) const { return terms_.bias.rows() == 1 ? 0 : head; }
+  /// Rows of the tables of relative keys and values.
+  Index relative_count() const {
+    return given(terms_.relative_keys)     ? terms_.relative_keys.rows()
+           : given(terms_.relative_values) ? terms_.relative_values.rows()
+                                           : 0;
+  }
+  /// A head's first column in a table of relative keys or values, of `width` columns a head.
+  static Index relative_column(ConstView<T> table, Index head, Index width) {
+    return table.cols() == width ? 0 : head * width;
+  }
+  PartSizes sizes() const { return {d_, dv_, bias_count(), relative_count(), key_rows()}; }
   const AttentionTerms<T>& terms() const { return terms_; }
   std::span<const double> scales() const { return config_.scales; }
 
@@ -121,16 +140,24 @@ class AttentionCall {
     const bool memory = key_row >= key_tokens();
     const T* const query = q_.row(row) + head * d_;
     const T* const key = (memory ? terms_.memory_keys.row(key_row - key_tokens()) : k_.row(key_row)) + kv * d_;
+    const AttentionPlan& p = plan(head);
+    const auto distance = [&] {
+      const Index from = p.query_positions.empty() ? row : p.query_positions[std::size_t(row)];
+      const Index to = p.key_positions.empty() ? key_row : p.key_positions[std::size_t(key_row)];
+      return from - to;
+    };
     double sum = 0;
     for (Index c = 0; c < d_; ++c) sum += static_cast<double>(query[c]) * static_cast<double>(key[c]);
+    if (given(terms_.relative_keys) && !memory) {
+      const Index at = std::clamp<Index>(distance() - terms_.relative_first, 0, relative_count() - 1);
+      const T* const relative = terms_.relative_keys.row(at) + relative_column(terms_.relative_keys, head, d_);
+      for (Index c = 0; c < d_; ++c) sum += static_cast<double>(query[c]) * static_cast<double>(relative[c]);
+    }
     sum *= scale(head);
     if (config_.soft_cap != 0) sum = config_.soft_cap * std::tanh(sum / config_.soft_cap);
     if (bias_count() == 0 || memory) return sum;
-    const AttentionPlan& p = plan(head);
-    const Index from = p.query_positions.empty() ? row : p.query_positions[std::size_t(row)];
-    const Index to = p.key_positions.empty() ? key_row : p.key_positions[std::size_t(key_row)];
-    return sum + static_cast<double>(terms_.bias(
-                     bias_row(head), std::clamp<Index>(from - to - terms_.bias_first, 0, bias_count() - 1)));
+    const Index at = std::clamp<Index>(distance() - terms_.bias_first, 0, bias_count() - 1);
+    return sum + static_cast<double>(terms_.bias(bias_row(head), at));
   }
 
   /// What the kernel reads for a part; outputs are left to the caller.
@@ -160,6 +187,15 @@ class AttentionCall {
       part.bias_first = terms_.bias_first;
       part.bias_count = terms_.bias.cols();
     }
+    part.relative_count = relative_count();
+    part.relative_first = terms_.relative_first;
+    const auto table = [head](ConstView<T> given_table, Index width, const T*& rows, Index& stride) {
+      if (!given(given_table)) return;
+      rows = given_table.data() + relative_column(given_table, head, width);
+      stride = given_table.stride();
+    };
+    table(terms_.relative_keys, d_, part.relative_keys, part.relative_keys_stride);
+    table(terms_.relative_values, dv_, part.relative_values, part.relative_values_stride);
     part.query_positions = p.query_positions.empty() ? nullptr : p.query_positions.data();
     part.key_positions = p.key_positions.empty() ? nullptr : p.key_positions.data();
     return part;
@@ -171,6 +207,15 @@ class AttentionCall {
       fail<ShapeError>(function, argument, join("a positive multiple of ", heads, " columns, one block for each head"),
                        join(m.cols(), " columns"));
     return m.cols() / heads;
+  }
+
+  void check_relative(const char* function, const char* argument, ConstView<T> table, Index width) const {
+    if (table.rows() == 0 && table.cols() == 0) return;
+    if (table.rows() == 0 || (table.cols() != width && table.cols() != heads_ * width))
+      fail<ShapeError>(function, argument,
+                       join("at least 1 row of ", width, " columns, or of ", heads_ * width, " for ", heads_, " heads"),
+                       join(table.rows(), " x ", table.cols()));
+    check_shape<T>(function, argument, table, table.rows(), table.cols());
   }
 
   static RowSource<T> source(ConstView<T> rows, ConstView<T> memory, Index column) {
@@ -322,6 +367,10 @@ void check_backward(const char* function, const AttentionCall<T>& call, ConstVie
       {"d_memory_keys", gradients.d_memory_keys, memory, call.kv_heads() * call.d(), given(gradients.d_memory_keys)},
       {"d_memory_values", gradients.d_memory_values, memory, call.kv_heads() * call.dv(),
        given(gradients.d_memory_values)},
+      {"d_relative_keys", gradients.d_relative_keys, call.terms().relative_keys.rows(),
+       call.terms().relative_keys.cols(), given(gradients.d_relative_keys)},
+      {"d_relative_values", gradients.d_relative_values, call.terms().relative_values.rows(),
+       call.terms().relative_values.cols(), given(gradients.d_relative_values)},
   };
   for (const Output& output : outputs) {
     if (!output.wanted) continue;

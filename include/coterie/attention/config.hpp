@@ -17,8 +17,9 @@ struct AttentionConfig {
   Index kv_heads = 0;  ///< key/value heads; 0: as heads. Divides heads; head h reads kv head h / (heads/kv_heads)
   double scale = 0;    ///< factor of q.k; 0: 1/sqrt(d)
   std::span<const double> scales = {};  ///< one factor per head, instead of `scale`
-  double soft_cap = 0;  ///< bounds scale q.k, before a bias is added: cap tanh(scale q.k / cap); 0: no bound
-  double dropout = 0;   ///< share of the probabilities that become 0, the others growing by 1 / (1 - dropout)
+  /// bounds scale q.k, relative key included, before a bias is added: cap tanh(scale q.k / cap); 0: no bound
+  double soft_cap = 0;
+  double dropout = 0;  ///< share of the probabilities that become 0, the others growing by 1 / (1 - dropout)
   std::uint64_t dropout_seed = 0;  ///< which ones: a function of seed, step, head, query row and key row alone
   std::uint64_t dropout_step = 0;  ///< to differ from call to call; backward takes forward's
 };
@@ -55,10 +56,14 @@ inline std::uint32_t dropout_bound(const AttentionConfig& config) {
 template <class T>
 struct AttentionTerms {
   ConstView<T> bias = {};  ///< (heads or 1) x distances: added to the logit of a pair by its distance; none to memory's
-  Index bias_first =
-      0;  ///< the distance (query position - key position) of column 0; distances outside take the nearest column
+  /// the distance (query position - key position) of column 0; distances outside take the nearest column
+  Index bias_first = 0;
   ConstView<T> memory_keys = {};    ///< memory_tokens x kv_heads*d
   ConstView<T> memory_values = {};  ///< memory_tokens x kv_heads*dv
+  /// distances x (d or heads*d): added to the key of a pair by its distance, none to memory's; d columns are for all heads
+  ConstView<T> relative_keys = {};
+  ConstView<T> relative_values = {};  ///< distances x (dv or heads*dv): added to the value; either may be given alone
+  Index relative_first = 0;           ///< the distance of row 0 of both; distances outside take the nearest row
 };
 
 /// Gradients of AttentionTerms and of the scales, added to; and the gradient that comes in through lse.
@@ -69,6 +74,8 @@ struct AttentionTermGradients {
   View<T> d_memory_values = {};     ///< as memory_values
   std::span<double> d_scales = {};  ///< one per head: gradient of the logit scale
   ConstView<T> d_lse = {};          ///< tokens x heads: gradient of tape.lse(), read
+  View<T> d_relative_keys = {};     ///< as relative_keys
+  View<T> d_relative_values = {};   ///< as relative_values
 };
 
 }  // namespace coterie

@@ -24,6 +24,7 @@ struct PartialSums {
   Index rows = 0, d = 0, dv = 0, bias_count = 0;
   bool alone = false;  // adds its rows itself
   T *d_k = nullptr, *d_v = nullptr, *d_bias = nullptr, *d_scale = nullptr;
+  T *d_relative_keys = nullptr, *d_relative_values = nullptr;  // the task's, for a table is large; or null
 
   void take_rows(Arena& arena) {
     d_k = arena.take<T>(rows * padded(d));
@@ -45,6 +46,8 @@ struct PartialSums {
     g.d_v = d_v;
     g.d_bias = bias_count > 0 ? d_bias : nullptr;
     g.d_scale = d_scale;
+    g.d_relative_keys = d_relative_keys;
+    g.d_relative_values = d_relative_values;
     return g;
   }
 
@@ -75,10 +78,15 @@ class Wave {
  public:
   /// Takes tasks from `begin` on until memory for their sums reaches a limit; at least one for every worker.
   Wave(const AttentionCall<T>& call, const HeadTasks& tasks, Index begin, const AttentionTermGradients<T>& gradients,
-       Index workers, Arena& arena) {
+       Index workers, Arena& arena)
+      : relative_count_(call.relative_count()),
+        key_columns_(given(gradients.d_relative_keys) ? padded(call.d()) : 0),
+        value_columns_(given(gradients.d_relative_values) ? padded(call.dv()) : 0) {
     constexpr Index limit = Index(4) << 20;  // numbers
     const Index most = std::min(tasks.count() - begin, 8 * workers);
     task_begin_ = arena.take<Index>(most + 1);
+    tables_ = arena.take<T*>(most);
+    const Index table_size = relative_count_ * (key_columns_ + value_columns_);
     Index part_count = 0;
     for (Index i = 0; i < most; ++i) {
       const auto [head, task] = tasks[begin + i];
@@ -90,6 +98,8 @@ class Wave {
       task_begin_[tasks_] = parts;
       const auto [head, task] = tasks[begin + tasks_];
       const AttentionPlan& plan = call.plan(head);
+      T* const tables = tables_[tasks_] = arena.take<T>(table_size);
+      numbers += table_size;
       for (Index p = 0; p < parts_of(plan, task); ++p) {
         PartialSums<T>& sums = *new (parts_ + parts++) PartialSums<T>;
         sums.head = head;
@@ -107,6 +117,8 @@ class Wave {
         }
         sums.d_bias = arena.take<T>(sums.bias_count);
         sums.d_scale = arena.take<T>(1);
+        if (key_columns_ > 0) sums.d_relative_keys = tables;
+        if (value_columns_ > 0) sums.d_relative_values = tables + relative_count_ * key_columns_;
       }
     }
     task_begin_[tasks_] = parts;
@@ -116,6 +128,11 @@ class Wave {
 
   std::span<const PartialSums<T>> task(Index i) const {
     return {parts_ + task_begin_[i], std::size_t(task_begin_[i + 1] - task_begin_[i])};
+  }
+
+  /// Before a task's first part.
+  void clear_tables(Index task) const {
+    std::fill_n(tables_[task], relative_count_ * (key_columns_ + value_columns_), T(0));
   }
 
   /// d_k, d_v and the terms' gradients += the wave's partial sums, part after part.
@@ -137,6 +154,16 @@ class Wave {
       for (Index c = 0; c < sums->bias_count; ++c) gradients.d_bias(call.bias_row(sums->head), c) += sums->d_bias[c];
       if (!gradients.d_scales.empty()) gradients.d_scales[std::size_t(sums->head)] += double(*sums->d_scale);
     }
+    if (key_columns_ + value_columns_ == 0) return;
+    // A piece of the tables' rows adds all tasks.
+    context.for_chunks(relative_count_, 16, [&](Index begin, Index end, Index) {
+      for (Index task = 0; task < tasks_; ++task) {
+        const Index head = parts_[task_begin_[task]].head;
+        const T* const values = tables_[task] + relative_count_ * key_columns_;
+        add_table(tables_[task], key_columns_, begin, end, head, call.d(), gradients.d_relative_keys);
+        add_table(values, value_columns_, begin, end, head, call.dv(), gradients.d_relative_values);
+      }
+    });
   }
 
   /// Adds a part's sums to keys [begin, end), which are all tokens or all memory.
@@ -152,6 +179,14 @@ class Wave {
   }
 
  private:
+  /// Rows [begin, end) of a head's table += those of `from`, of `columns` numbers; 0 columns: not wanted.
+  static void add_table(const T* from, Index columns, Index begin, Index end, Index head, Index width, View<T> table) {
+    if (columns == 0) return;
+    const Index column = AttentionCall<T>::relative_column(table, head, width);
+    for (Index r = begin; r < end; ++r)
+      for (Index c = 0; c < width; ++c) table(r, column + c) += from[r * columns + c];
+  }
+
   static Index parts_of(const AttentionPlan& plan, Index task) {
     return plan.task_begin[std::size_t(task) + 1] - plan.task_begin[std::size_t(task)];
   }
@@ -200,6 +235,8 @@ class Wave {
   }
 
   Index tasks_ = 0;
+  Index relative_count_, key_columns_, value_columns_;  // of the tables' sums; no columns: not wanted
+  T** tables_ = nullptr;                                // per task
   Index* task_begin_ = nullptr;
   PartialSums<T>* parts_ = nullptr;
 };

@@ -65,6 +65,7 @@ AttentionRecall attention_recall(const Plans& plans, const Plans& full, ConstVie
   const ConstView<T> memory = terms.memory_keys;
   AttentionTerms<T> checked = terms;
   checked.memory_values = memory;
+  checked.relative_values = {};
   const AttentionCall<T> call(function, plans, q, k, k, config, checked);
   const AttentionCall<T> wider(function, full, q, k, k, config, checked);
   if (recall.queries < 1) fail<ValueError>(function, "queries", "at least 1", recall.queries);

@@ -54,6 +54,13 @@ class Reference {
     }
     if (terms.bias.cols() > 0 && terms.bias.rows() != 1 && terms.bias.rows() != heads_)
       fail<ShapeError>(function, "bias", "1 row, or one per head", terms.bias.rows());
+    const auto fits = [&](ConstView<double> table, Index width) {
+      return table.rows() == 0 || table.cols() == width || table.cols() == heads_ * width;
+    };
+    if (!fits(terms.relative_keys, d_))
+      fail<ShapeError>(function, "relative_keys", "d or heads*d columns", terms.relative_keys.cols());
+    if (!fits(terms.relative_values, dv_))
+      fail<ShapeError>(function, "relative_values", "dv or heads*dv columns", terms.relative_values.cols());
   }
 
   Index d() const { return d_; }
@@ -116,18 +123,32 @@ class Reference {
   /// Row and column of a pair's element in the bias table.
   Index bias_row(Index head) const { return terms_.bias.rows() == 1 ? 0 : head; }
   Index bias_column(Index head, Index query_row, Index key_row) const {
-    const AttentionPlan& p = plan(head);
-    const Index from = p.query_positions.empty() ? query_row : p.query_positions[static_cast<std::size_t>(query_row)];
-    const Index to = p.key_positions.empty() ? key_row : p.key_positions[static_cast<std::size_t>(key_row)];
-    const Index column = from - to - terms_.bias_first;
-    if (column < 0) return 0;
-    return column < terms_.bias.cols() ? column : terms_.bias.cols() - 1;
+    return at_distance(head, query_row, key_row, terms_.bias_first, terms_.bias.cols());
+  }
+
+  bool has_relative(Index head, ConstView<double> table, Index key_row) const {
+    return table.rows() > 0 && key_row < plan(head).key_tokens;
+  }
+  /// Row of a pair in the relative tables, and the head's first column in one of them.
+  Index relative_row(Index head, Index query_row, Index key_row, ConstView<double> table) const {
+    return at_distance(head, query_row, key_row, terms_.relative_first, table.rows());
+  }
+  Index relative_column(Index head, ConstView<double> table, Index width) const {
+    return table.cols() == width ? 0 : head * width;
+  }
+
+  /// Element l of a pair's key and of its value, the relative ones included.
+  double key(Index head, Index query_row, Index key_row, Index l) const {
+    return key(head, key_row)[l] + relative(head, query_row, key_row, terms_.relative_keys, d_, l);
+  }
+  double value(Index head, Index query_row, Index key_row, Index l) const {
+    return value(head, key_row)[l] + relative(head, query_row, key_row, terms_.relative_values, dv_, l);
   }
 
   /// q . k, before scale and bias.
   double dot(Index head, Index query_row, Index key_row) const {
     double sum = 0;
-    for (Index l = 0; l < d_; ++l) sum += query(head, query_row)[l] * key(head, key_row)[l];
+    for (Index l = 0; l < d_; ++l) sum += query(head, query_row)[l] * key(head, query_row, key_row, l);
     return sum;
   }
 
@@ -169,6 +190,20 @@ class Reference {
   }
 
  private:
+  Index at_distance(Index head, Index query_row, Index key_row, Index first, Index count) const {
+    const AttentionPlan& p = plan(head);
+    const Index from = p.query_positions.empty() ? query_row : p.query_positions[static_cast<std::size_t>(query_row)];
+    const Index to = p.key_positions.empty() ? key_row : p.key_positions[static_cast<std::size_t>(key_row)];
+    const Index at = from - to - first;
+    if (at < 0) return 0;
+    return at < count ? at : count - 1;
+  }
+
+  double relative(Index head, Index query_row, Index key_row, ConstView<double> table, Index width, Index l) const {
+    if (!has_relative(head, table, key_row)) return 0;
+    return table(relative_row(head, query_row, key_row, table), relative_column(head, table, width) + l);
+  }
+
   Plans plans_;
   ConstView<double> q_, k_, v_;
   const AttentionConfig& config_;
@@ -183,6 +218,7 @@ class Reference {
 ///   tokens x heads, or empty when it is not wanted; for Combine::mean there is none.
 /// Formula: out_i = sum_j p_ij v_j, p_i = softmax over visible j of (scale q_i.k_j + bias[i - j]), lse_i its
 ///   log-sum-exp; with a soft cap, cap tanh(scale q_i.k_j / cap) for scale q_i.k_j; several entries: one softmax over all (lse), or the mean over the entries that see a key (mean).
+///   k_j and v_j are sums with the rows of relative_keys and relative_values for the distance of i and j.
 ///   A row that sees nothing: out 0, lse -inf.
 /// Requires: complete() has been called on the plans; shapes that fit, otherwise ShapeError or ValueError.
 /// Adds or overwrites: overwrites out and lse.
@@ -209,8 +245,8 @@ inline void reference_forward(Plans plans, ConstView<double> q, ConstView<double
         // out_i += share sum_j p_ij v_j
         for (std::size_t j = 0; j < p.size(); ++j)
           for (Index l = 0; l < dv; ++l)
-            out(i, h * dv + l) +=
-                softmax.share * p[j] * reference.kept(h, i, softmax.keys[j]) * reference.value(h, softmax.keys[j])[l];
+            out(i, h * dv + l) += softmax.share * p[j] * reference.kept(h, i, softmax.keys[j]) *
+                                  reference.value(h, i, softmax.keys[j], l);
       }
     }
 }
@@ -218,7 +254,8 @@ inline void reference_forward(Plans plans, ConstView<double> q, ConstView<double
 /// Gradients of reference_forward, recomputing what they need.
 /// Shapes: as in reference_forward; d_out as out, d_q, d_k, d_v as q, k, v. Gradients of terms may be left out.
 /// Formula: with g = share d_out_i: dp_ij = g.v_j (0 where dropped), ds_ij = p_ij (dp_ij - sum_l p_il dp_il + d_lse_i);
-///   d_v_j += p_ij g, d_q_i += scale ds_ij k_j, d_k_j += scale ds_ij q_i, d_scale += ds_ij q_i.k_j, d_bias += ds_ij.
+///   d_v_j += p_ij g, d_q_i += scale ds_ij k_j, d_k_j += scale ds_ij q_i, d_scale += ds_ij q_i.k_j, d_bias += ds_ij;
+///   a row of d_relative_keys and d_relative_values adds what d_k_j and d_v_j add, over the pairs of its distance.
 /// Requires: as reference_forward.
 /// Adds or overwrites: adds.
 inline void reference_backward(Plans plans, ConstView<double> q, ConstView<double> k, ConstView<double> v,
@@ -246,6 +283,12 @@ inline void reference_backward(Plans plans, ConstView<double> q, ConstView<doubl
   if (gradients.d_memory_values.cols() > 0)
     detail::check_shape<double>(function, "d_memory_values", gradients.d_memory_values, plans[0].memory_tokens,
                                 v.cols());
+  if (gradients.d_relative_keys.rows() > 0)
+    detail::check_shape<double>(function, "d_relative_keys", gradients.d_relative_keys, terms.relative_keys.rows(),
+                                terms.relative_keys.cols());
+  if (gradients.d_relative_values.rows() > 0)
+    detail::check_shape<double>(function, "d_relative_values", gradients.d_relative_values,
+                                terms.relative_values.rows(), terms.relative_values.cols());
   if (!gradients.d_scales.empty() && static_cast<Index>(gradients.d_scales.size()) != heads)
     detail::fail<ShapeError>(function, "d_scales", "one per head", gradients.d_scales.size());
 
@@ -260,7 +303,7 @@ inline void reference_backward(Plans plans, ConstView<double> q, ConstView<doubl
         dp.assign(p.size(), 0);
         double mean = 0;  // sum_j p_ij dp_ij
         for (std::size_t j = 0; j < p.size(); ++j) {
-          for (Index l = 0; l < dv; ++l) dp[j] += softmax.share * g[l] * reference.value(h, softmax.keys[j])[l];
+          for (Index l = 0; l < dv; ++l) dp[j] += softmax.share * g[l] * reference.value(h, i, softmax.keys[j], l);
           dp[j] *= reference.kept(h, i, softmax.keys[j]);
           mean += p[j] * dp[j];
         }
@@ -270,8 +313,7 @@ inline void reference_backward(Plans plans, ConstView<double> q, ConstView<doubl
           const double ds = d_logit * reference.slope(h, i, key_row);
           const double used = softmax.share * p[j] * reference.kept(h, i, key_row);
           const double* const q_i = reference.query(h, i);
-          const double* const k_j = reference.key(h, key_row);
-          for (Index l = 0; l < d; ++l) d_q(i, h * d + l) += scale * ds * k_j[l];
+          for (Index l = 0; l < d; ++l) d_q(i, h * d + l) += scale * ds * reference.key(h, i, key_row, l);
           if (key_row < key_tokens) {
             for (Index l = 0; l < d; ++l) d_k(key_row, kv_head * d + l) += scale * ds * q_i[l];
             for (Index l = 0; l < dv; ++l) d_v(key_row, kv_head * dv + l) += used * g[l];
@@ -286,6 +328,14 @@ inline void reference_backward(Plans plans, ConstView<double> q, ConstView<doubl
             gradients.d_scales[static_cast<std::size_t>(h)] += ds * reference.dot(h, i, key_row);
           if (gradients.d_bias.cols() > 0 && reference.has_bias(h, key_row))
             gradients.d_bias(reference.bias_row(h), reference.bias_column(h, i, key_row)) += d_logit;
+          const auto add = [&](View<double> to, ConstView<double> table, Index width, double factor, const double* x) {
+            if (to.rows() == 0 || !reference.has_relative(h, table, key_row)) return;
+            const Index row = reference.relative_row(h, i, key_row, table);
+            const Index column = reference.relative_column(h, table, width);
+            for (Index l = 0; l < width; ++l) to(row, column + l) += factor * x[l];
+          };
+          add(gradients.d_relative_keys, terms.relative_keys, d, scale * ds, q_i);
+          add(gradients.d_relative_values, terms.relative_values, dv, used, g);
         }
       }
   }

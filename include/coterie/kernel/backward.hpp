@@ -6,6 +6,8 @@
 //     dQt[d][lane]  += sum_key K[key][d] dS[key][lane] of S = K Qt for Q
 //     dV[key][c]    += sum_lane P[key][lane] dO[lane][c]
 //     dK[key][d]    += sum_lane dS[key][lane] Q[lane][d]
+//
+// Relative keys and values (see relative.hpp) add to S and dP; dS and P by distance, summed over the keys, give their gradients.
 #pragma once
 
 #include <algorithm>
@@ -23,25 +25,29 @@ struct Backward {
   using F = typename L::F;
   using I = typename L::I;
   using Lookout = Sight<T, M>;
+  using Distant = Relative<T, M>;
   static constexpr int lanes = L::count, width = M::width;
 
   struct Scratch {
     T *q_rows, *q, *d_out_rows, *d_out, *scores, *d_scores, *slope, *d_q, *bias, *d_bias, *max, *inverse, *delta;
+    T *by_key, *by_value, *d_by_key, *d_by_value, *table_rows;
   };
 
-  /// keys: key rows that there are.
-  static constexpr Index scratch_size(Index d, Index dv, Index bias_count, Index keys) {
-    return tile_size(d, dv, bias_count) + Common::gather_size(d, dv, keys);
+  static constexpr Index scratch_size(const PartSizes& sizes) {
+    return tile_size(sizes) + Common::gather_size(sizes.d, sizes.dv, sizes.keys);
   }
-  static constexpr Index tile_size(Index d, Index dv, Index bias_count) {
-    return 3 * padded(d) * width + 2 * padded(dv) * width + 3 * key_block * width + 2 * padded(bias_count + 2 * width) +
-           3 * width;
+  static constexpr Index tile_size(const PartSizes& sizes) {
+    const Index d = padded(sizes.d), dv = padded(sizes.dv), relative = sizes.relative_count;
+    return 3 * d * width + 2 * dv * width + 3 * key_block * width + 2 * padded(sizes.bias_count + 2 * width) +
+           3 * width + 4 * Distant::buffer_size(relative) + (relative > 0 ? key_block * std::max(d, dv) : 0) +
+           Distant::scratch_size(relative);
   }
 
   static COTERIE_INLINE void run(const AttentionPart<T>& given, const AttentionPartGradients<T>& gradients,
                                  T* scratch) {
     AttentionPart<T> part = given;
-    Common::gather(part, scratch + tile_size(part.d, part.dv, part.bias_count));
+    const PartSizes sizes = part.sizes();
+    Common::gather(part, scratch + tile_size(sizes));
     Scratch b;
     b.q_rows = scratch;
     b.q = b.q_rows + padded(part.d) * width;
@@ -56,20 +62,31 @@ struct Backward {
     b.max = b.d_bias + padded(part.bias_count + 2 * width);
     b.inverse = b.max + width;
     b.delta = b.inverse + width;
-    COTERIE_ASSERT(b.delta + width == scratch + tile_size(part.d, part.dv, part.bias_count));
+    const Index buffer = Distant::buffer_size(part.relative_count);
+    b.by_key = b.delta + width;
+    b.by_value = b.by_key + buffer;
+    b.d_by_key = b.by_value + buffer;
+    b.d_by_value = b.d_by_key + buffer;
+    b.table_rows = b.d_by_value + buffer;
+    T* const rest = b.table_rows + (part.relative_count > 0 ? key_block * padded(std::max(part.d, part.dv)) : 0);
+    COTERIE_ASSERT(rest + Distant::scratch_size(part.relative_count) == scratch + tile_size(sizes));
     if (part.bias) {
       Common::pad_bias(part, b.bias);
       std::fill_n(b.d_bias, part.bias_count + 2 * width, T(0));
     }
+    Positions<T, M> positions;
+    Distant relative;
+    relative.begin(part, positions, rest);
     for (Index first = 0; first < part.entries; first += width)
-      tile(part, gradients, first, static_cast<int>(std::min<Index>(width, part.entries - first)), b);
+      tile(part, gradients, first, static_cast<int>(std::min<Index>(width, part.entries - first)), b, positions,
+           relative);
     if (gradients.d_bias)
       for (Index i = 0; i < part.bias_count + 2 * width; ++i)
         gradients.d_bias[std::clamp<Index>(i - width, 0, part.bias_count - 1)] += b.d_bias[i] * log2_e<T>;
   }
 
   static COTERIE_INLINE void tile(const AttentionPart<T>& part, const AttentionPartGradients<T>& gradients, Index first,
-                                  int count, const Scratch& b) {
+                                  int count, const Scratch& b, Positions<T, M>& positions, Distant& relative) {
     Lookout sight;
     sight.look(part, first, count);
     const auto q_row = [&](int l) __attribute__((always_inline)) { return part.q.row(part.rows[first + l]); };
@@ -100,6 +117,15 @@ struct Backward {
       b.max[l] = part.states.max[target * part.states.stride];
       b.inverse[l] = part.states.inverse[target * part.states.stride];
     }
+    if (part.bias || part.relative_count > 0) positions.look(part, first, sight);
+    if (part.relative_count > 0) relative.look(sight);
+    if (part.relative_keys) {
+      relative.products(sight, part.relative_keys, part.relative_keys_stride, part.d, b.q, b.by_key);
+      relative.clear(b.d_by_key);
+    }
+    if (part.relative_values)
+      relative.products(sight, part.relative_values, part.relative_values_stride, part.dv, b.d_out, b.by_value);
+    if (gradients.d_relative_values) relative.clear(b.d_by_value);
 
     typename Common::Following following(part, first);
     const auto fetch_some = [&]() __attribute__((always_inline)) {
@@ -127,14 +153,18 @@ struct Backward {
                     (pass ? b.d_out : b.q) + s.first * lanes, to + (s.begin - block_begin) * width + s.first * lanes,
                     s.last - s.first);
         }
+        if (part.relative_keys) relative.add(s, block_begin, b.by_key, b.scores);
+        if (part.relative_values) relative.add(s, block_begin, b.by_value, b.d_scores);
         if (part.soft_cap != 0) Common::cap_scores(part, s, block_begin, b.scores, b.slope);
-        if (part.bias) Common::add_bias(part, first, sight, s, block_begin, b.bias, b.scores);
+        if (part.bias) Common::add_bias(part, positions, s, block_begin, b.bias, b.scores);
         fetch_some();
         if (part.dropout_bound != 0) Common::drop(part, first, sight, s, block_begin, b.d_scores);
         probabilities(sight, s, block_begin, b);
         if (part.dropout_bound != 0) Common::drop(part, first, sight, s, block_begin, b.scores);
-        if (gradients.d_bias) Common::add_bias_gradient(part, first, sight, s, block_begin, b.d_scores, b.d_bias);
+        if (gradients.d_bias) Common::add_bias_gradient(part, positions, s, block_begin, b.d_scores, b.d_bias);
         if (part.soft_cap != 0) uncap(sight, s, block_begin, b);
+        if (part.relative_keys) relative.collect(s, block_begin, b.d_scores, b.d_by_key);
+        if (gradients.d_relative_values) relative.collect(s, block_begin, b.scores, b.d_by_value);
         fetch_some();
         // dQt += K^T dS
         Common::accumulate_columns(sight, s, block_begin, k_rows, part.d, b.d_scores, b.d_q);
@@ -149,6 +179,18 @@ struct Backward {
                           columns, (pass ? gradients.d_k : gradients.d_v) + row * columns);
         }
       }
+    }
+
+    // dQt += rK^T dR, d_rK += dR Q, d_rV += A dO
+    if (part.relative_keys) {
+      relative.straighten(sight, b.d_by_key);
+      relative.add_columns(sight, part.relative_keys, part.relative_keys_stride, part.d, b.d_by_key, b.d_q);
+    }
+    if (gradients.d_relative_keys)
+      relative.add_rows(sight, b.d_by_key, b.q_rows, padded(part.d), b.table_rows, gradients.d_relative_keys);
+    if (gradients.d_relative_values) {
+      relative.straighten(sight, b.d_by_value);
+      relative.add_rows(sight, b.d_by_value, b.d_out_rows, padded(part.dv), b.table_rows, gradients.d_relative_values);
     }
 
     // d_q += scale * dQ, d_scale += q . dQ

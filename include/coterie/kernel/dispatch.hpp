@@ -175,8 +175,8 @@ struct KernelTable {
   void (*product)(const ProductPart<T>&);
   void (*weight_gradient)(const WeightGradientPart<T>&);
   void (*nearest)(const NearestPart<T>&, T*);
-  Index (*forward_scratch)(Index d, Index dv, Index bias_count, Index keys);  // numbers of scratch memory
-  Index (*backward_scratch)(Index d, Index dv, Index bias_count, Index keys);
+  Index (*forward_scratch)(const PartSizes&);  // numbers of scratch memory
+  Index (*backward_scratch)(const PartSizes&);
   Index panel_width;  // columns of a packed panel
   Index (*nearest_scratch)(Index d);
 };

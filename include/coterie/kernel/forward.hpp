@@ -3,6 +3,8 @@
 //     S[key][lane]  = sum_d K[key][d] Qt[d][lane]      rows kernel: K's rows broadcast in place
 //     online softmax down the keys, every lane on its own
 //     Ot[d][lane]  += sum_key V[key][d] P[key][lane]   columns kernel: V's rows broadcast in place
+//
+// Relative keys join S before its soft cap, relative values join Ot at the end: see relative.hpp.
 #pragma once
 
 #include <limits>
@@ -20,28 +22,30 @@ struct Forward {
   using I = typename L::I;
   using Integer = typename L::Integer;
   using Lookout = Sight<T, M>;
+  using Distant = Relative<T, M>;
   static constexpr int lanes = L::count, width = M::width;
   static constexpr T lowest = std::numeric_limits<T>::lowest();
 
   struct Scratch {
-    T *rows, *q, *scores, *out, *bias, *max, *sum, *factor;
+    T *rows, *q, *scores, *out, *bias, *max, *sum, *factor, *by_key, *by_value;
   };
 
-  /// keys: key rows that there are.
-  static constexpr Index scratch_size(Index d, Index dv, Index bias_count, Index keys) {
-    return tiles_size(d, dv, bias_count) + Common::gather_size(d, dv, keys);
+  static constexpr Index scratch_size(const PartSizes& sizes) {
+    return tiles_size(sizes) + Common::gather_size(sizes.d, sizes.dv, sizes.keys);
   }
-  static constexpr Index tiles_size(Index d, Index dv, Index bias_count) {
-    return std::max(tile_size(d, dv, bias_count), Row<T, M>::scratch_size(d, dv));
+  static constexpr Index tiles_size(const PartSizes& sizes) {
+    return std::max(tile_size(sizes), Row<T, M>::scratch_size(sizes.d, sizes.dv));
   }
-  static constexpr Index tile_size(Index d, Index dv, Index bias_count) {
-    return padded(std::max(d, dv)) * width + padded(d) * width + key_block * width + padded(dv) * width +
-           padded(bias_count + 2 * width) + 3 * width;
+  static constexpr Index tile_size(const PartSizes& sizes) {
+    const Index d = padded(sizes.d), dv = padded(sizes.dv);
+    return std::max(d, dv) * width + d * width + key_block * width + dv * width + padded(sizes.bias_count + 2 * width) +
+           3 * width + 2 * Distant::buffer_size(sizes.relative_count) + Distant::scratch_size(sizes.relative_count);
   }
 
   static COTERIE_INLINE void run(const AttentionPart<T>& given, T* scratch) {
     AttentionPart<T> part = given;
-    Common::gather(part, scratch + tiles_size(part.d, part.dv, part.bias_count));
+    const PartSizes sizes = part.sizes();
+    Common::gather(part, scratch + tiles_size(sizes));
     Scratch f;
     f.rows = scratch;
     f.q = f.rows + padded(std::max(part.d, part.dv)) * width;
@@ -51,18 +55,27 @@ struct Forward {
     f.max = f.bias + padded(part.bias_count + 2 * width);
     f.sum = f.max + width;
     f.factor = f.sum + width;
-    COTERIE_ASSERT(f.factor + width == scratch + tile_size(part.d, part.dv, part.bias_count));
-    if (part.bias && part.entries > Row<T, M>::most) Common::pad_bias(part, f.bias);
+    f.by_key = f.factor + width;
+    f.by_value = f.by_key + Distant::buffer_size(part.relative_count);
+    T* const rest = f.by_value + Distant::buffer_size(part.relative_count);
+    COTERIE_ASSERT(rest + Distant::scratch_size(part.relative_count) == scratch + tile_size(sizes));
+    // Few queries take the path of rows, but not with relative keys or values: a table is for many.
+    const Index few = part.relative_count > 0 ? 0 : Row<T, M>::most;
+    if (part.bias && part.entries > few) Common::pad_bias(part, f.bias);
+    Positions<T, M> positions;
+    Distant relative;
+    relative.begin(part, positions, rest);
     for (Index first = 0; first < part.entries; first += width) {
       const int count = static_cast<int>(std::min<Index>(width, part.entries - first));
-      if (count <= Row<T, M>::most)
+      if (count <= few)
         Row<T, M>::run(part, first, count, scratch);
       else
-        tile(part, first, count, f);
+        tile(part, first, count, f, positions, relative);
     }
   }
 
-  static COTERIE_INLINE void tile(const AttentionPart<T>& part, Index first, int count, const Scratch& f) {
+  static COTERIE_INLINE void tile(const AttentionPart<T>& part, Index first, int count, const Scratch& f,
+                                  Positions<T, M>& positions, Distant& relative) {
     Lookout sight;
     sight.look(part, first, count);
     const auto q_row = [&](int l) __attribute__((always_inline)) { return part.q.row(part.rows[first + l]); };
@@ -73,6 +86,11 @@ struct Forward {
       L::store(f.sum + v * lanes, F{});
     }
     std::memset(f.out, 0, static_cast<std::size_t>(padded(part.dv) * width) * sizeof(T));
+    if (part.bias || part.relative_count > 0) positions.look(part, first, sight);
+    if (part.relative_count > 0) relative.look(sight);
+    if (part.relative_keys)
+      relative.products(sight, part.relative_keys, part.relative_keys_stride, part.d, f.q, f.by_key);
+    if (part.relative_values) relative.clear(f.by_value);
 
     typename Common::Following following(part, first);
     const T* k_rows[key_block];
@@ -88,8 +106,9 @@ struct Forward {
         const typename Lookout::Segment& s = sight.segments[i];
         M::scores(k_rows + (s.begin - block_begin), s.end - s.begin, part.d, f.q + s.first * lanes,
                   f.scores + (s.begin - block_begin) * width + s.first * lanes, s.last - s.first);
+        if (part.relative_keys) relative.add(s, block_begin, f.by_key, f.scores);
         if (part.soft_cap != 0) Common::cap_scores(part, s, block_begin, f.scores, nullptr);
-        if (part.bias) Common::add_bias(part, first, sight, s, block_begin, f.bias, f.scores);
+        if (part.bias) Common::add_bias(part, positions, s, block_begin, f.bias, f.scores);
       }
       // P = 2^(S - max), with earlier sums rescaled where the maximum grew
       following.fetch();
@@ -102,14 +121,21 @@ struct Forward {
             L::load(f.factor + v * lanes, factor);
             L::store(f.out + c * width + v * lanes, x * factor);
           }
+      if (rescale && part.relative_values) relative.rescale(sight, f.factor, f.by_value);
       following.fetch();
       // P without what is dropped; the sums have all of it
       if (part.dropout_bound != 0)
         for (int i = 0; i < sight.segment_count; ++i)
           Common::drop(part, first, sight, sight.segments[i], block_begin, f.scores);
       // Ot += V^T P
-      for (int i = 0; i < sight.segment_count; ++i)
+      for (int i = 0; i < sight.segment_count; ++i) {
         Common::accumulate_columns(sight, sight.segments[i], block_begin, v_rows, part.dv, f.scores, f.out);
+        if (part.relative_values) relative.collect(sight.segments[i], block_begin, f.scores, f.by_value);
+      }
+    }
+    if (part.relative_values) {
+      relative.straighten(sight, f.by_value);
+      relative.add_columns(sight, part.relative_values, part.relative_values_stride, part.dv, f.by_value, f.out);
     }
     finish(part, first, sight, f);
   }

@@ -46,6 +46,13 @@ struct SoftmaxStates {
   }
 };
 
+/// What the scratch memory of a kernel depends on.
+struct PartSizes {
+  Index d = 0, dv = 0;
+  Index bias_count = 0, relative_count = 0;
+  Index keys = 0;  // key rows that there are
+};
+
 /// One part of a plan for one head: what the forward tile reads and writes.
 template <class T>
 struct AttentionPart {
@@ -60,6 +67,10 @@ struct AttentionPart {
   T soft_cap = 0;           // of logits to base 2, before the bias; 0: none
   const T* bias = nullptr;  // by distance; see AttentionTerms
   Index bias_first = 0, bias_count = 0;
+  const T* relative_keys = nullptr;    // row r: of distance relative_first + r; or null
+  const T* relative_values = nullptr;  // or null
+  Index relative_keys_stride = 0, relative_values_stride = 0;
+  Index relative_first = 0, relative_count = 0;
   const std::int32_t* query_positions = nullptr;
   const std::int32_t* key_positions = nullptr;
   std::uint64_t dropout_call = 0;   // seed, step and head
@@ -115,6 +126,9 @@ struct AttentionPart {
                         : row_bits(dropout_call, RowKind::memory, row - k.rows);
   }
 
+  /// Without keys, which copies depend on alone.
+  PartSizes sizes() const { return {d, dv, bias_count, relative_count, 0}; }
+
   Index target(Index entry) const { return by_entry ? entry : rows[entry]; }
   Index query_position(Index entry) const { return query_positions ? query_positions[rows[entry]] : rows[entry]; }
   bool has_position(Index rank) const { return keys[rank] < k.rows; }  // memory has none
@@ -136,8 +150,10 @@ struct AttentionPartGradients {
   Index range_count = 0;
   T* d_k = nullptr;  // partial sums: rows of padded(d) and padded(dv) numbers, added to
   T* d_v = nullptr;
-  T* d_bias = nullptr;   // partial sum: bias_count numbers, added to; or null
-  T* d_scale = nullptr;  // partial sum: one number, added to; or null
+  T* d_bias = nullptr;             // partial sum: bias_count numbers, added to; or null
+  T* d_relative_keys = nullptr;    // partial sum: relative_count rows of padded(d) numbers, added to; or null
+  T* d_relative_values = nullptr;  // the same, of padded(dv)
+  T* d_scale = nullptr;            // partial sum: one number, added to; or null
 };
 
 /// Rows of a partial sum, to be added to rows of a matrix: to[rows[i] - first][c] += from[i][c].

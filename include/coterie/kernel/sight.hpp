@@ -29,7 +29,6 @@ struct Sight {
   alignas(64) Integer until[2][width];
   int all_from[2][V], all_until[2][V];  // keys that every lane of the vector sees
   int intervals, vectors, count;        // intervals in use, vectors in use, lanes with an entry
-  bool diagonal[V];                     // the vector's query positions ascend by one
   Segment segments[4 * V];              // of the current block, ascending
   int segment_count;
   int low, high;  // keys of the current block that some lane sees
@@ -55,12 +54,6 @@ struct Sight {
         all_until[i][v] = earliest;
       }
     }
-    if (part.bias)
-      for (int v = 0; v < vectors; ++v) {
-        diagonal[v] = true;
-        for (int l = v * lanes + 1; l < std::min((v + 1) * lanes, count); ++l)
-          diagonal[v] &= part.query_position(first + l) == part.query_position(first + l - 1) + 1;
-      }
   }
 
   COTERIE_INLINE bool sees_any(int l) const {

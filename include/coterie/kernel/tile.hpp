@@ -14,6 +14,7 @@
 #include <limits>
 
 #include "coterie/kernel/micro.hpp"
+#include "coterie/kernel/relative.hpp"
 #include "coterie/kernel/sight.hpp"
 
 namespace coterie::detail {
@@ -210,58 +211,60 @@ struct Tile {
     }
   }
 
-  // The bias table, to base 2, with its end columns repeated `width` times on both sides, so that edge vectors load in place.
+  /// The bias table, to base 2, with its end columns repeated `width` times on both sides: lanes at or beyond an end, and
+  /// those that ascend by one, find theirs side by side.
   static COTERIE_INLINE void pad_bias(const AttentionPart<T>& part, T* table) {
     for (Index i = 0; i < part.bias_count + 2 * width; ++i)
       table[i] = part.bias[std::clamp<Index>(i - width, 0, part.bias_count - 1)] * log2_e<T>;
   }
 
-  /// The column of the padded table for lane l of vector v and a key; lanes of a diagonal vector follow one by one.
-  static COTERIE_INLINE Index bias_column(const AttentionPart<T>& part, Index first, const Lookout& sight, int l,
-                                          int key) {
-    const Index distance = part.query_position(first + std::min(l, sight.count - 1)) - part.key_position(key);
-    return std::clamp<Index>(distance - part.bias_first, -width, part.bias_count - 1 + width) + width;
+  /// Calls whole(at, column) for vectors of pairs whose columns of the padded table lie side by side, and single(at, column)
+  /// for the other pairs.
+  template <class Whole, class Single>
+  static COTERIE_INLINE void each_bias(const AttentionPart<T>& part, const Positions<T, M>& positions,
+                                       const typename Lookout::Segment& s, int block_begin, const Whole& whole,
+                                       const Single& single) {
+    const Index end = part.bias_count - 1;
+    const auto pairs = [&](Index at, int v, Index zero) __attribute__((always_inline)) {
+      const Index low = positions.lowest[v] - zero, high = positions.highest[v] - zero;
+      if (high <= 0)
+        whole(at, Index(0));
+      else if (low >= end)
+        whole(at, part.bias_count + width);
+      else if (positions.ascending[v])
+        whole(at, low + width);
+      else
+        for (int l = 0; l < lanes; ++l)
+          single(at + l, std::clamp<Index>(positions.of[v * lanes + l] - zero, 0, end) + width);
+    };
+    Positions<T, M>::each(part, part.bias_first, s, block_begin, pairs);
   }
 
-  static COTERIE_INLINE bool bias_in_place(const AttentionPart<T>& part, Index first, const Lookout& sight, int v,
-                                           int key) {
-    if (!sight.diagonal[v]) return false;
-    const Index distance = part.query_position(first + v * lanes) - part.key_position(key) - part.bias_first;
-    return distance >= -width && distance + lanes <= part.bias_count + width;
+  static COTERIE_INLINE void add_vector(const T* from, T* to) {
+    F x, y;
+    L::load(from, x);
+    L::load(to, y);
+    L::store(to, y + x);
   }
 
-  static COTERIE_INLINE void add_bias(const AttentionPart<T>& part, Index first, const Lookout& sight,
+  static COTERIE_INLINE void add_bias(const AttentionPart<T>& part, const Positions<T, M>& positions,
                                       const typename Lookout::Segment& s, int block_begin, const T* table, T* scores) {
-    for (int key = s.begin; key < s.end; ++key)
-      for (int v = s.first; v < s.last && part.has_position(key); ++v) {
-        F x, b{};
-        T* at = scores + (key - block_begin) * width + v * lanes;
-        L::load(at, x);
-        if (bias_in_place(part, first, sight, v, key)) {
-          L::load(table + bias_column(part, first, sight, v * lanes, key), b);
-        } else {
-          for (int l = 0; l < lanes; ++l) b[l] = table[bias_column(part, first, sight, v * lanes + l, key)];
-        }
-        L::store(at, x + b);
-      }
+    const auto whole = [&](Index at, Index column) __attribute__((always_inline)) {
+      add_vector(table + column, scores + at);
+    };
+    const auto single = [&](Index at, Index column) __attribute__((always_inline)) { scores[at] += table[column]; };
+    each_bias(part, positions, s, block_begin, whole, single);
   }
 
-  static COTERIE_INLINE void add_bias_gradient(const AttentionPart<T>& part, Index first, const Lookout& sight,
+  /// Masked pairs and those of lanes without an entry must be zero.
+  static COTERIE_INLINE void add_bias_gradient(const AttentionPart<T>& part, const Positions<T, M>& positions,
                                                const typename Lookout::Segment& s, int block_begin, const T* d_scores,
                                                T* table) {
-    for (int key = s.begin; key < s.end; ++key)
-      for (int v = s.first; v < s.last && part.has_position(key); ++v) {
-        F x, b{};
-        L::load(d_scores + (key - block_begin) * width + v * lanes, x);
-        if ((v + 1) * lanes <= sight.count && bias_in_place(part, first, sight, v, key)) {
-          T* at = table + bias_column(part, first, sight, v * lanes, key);
-          L::load(at, b);
-          L::store(at, b + x);
-        } else {
-          for (int l = 0; l < lanes && v * lanes + l < sight.count; ++l)
-            table[bias_column(part, first, sight, v * lanes + l, key)] += x[l];
-        }
-      }
+    const auto whole = [&](Index at, Index column) __attribute__((always_inline)) {
+      add_vector(d_scores + at, table + column);
+    };
+    const auto single = [&](Index at, Index column) __attribute__((always_inline)) { table[column] += d_scores[at]; };
+    each_bias(part, positions, s, block_begin, whole, single);
   }
 
   /// Ot[c][lane] += sum over the segment's keys of rows[key][c] P[key][lane].

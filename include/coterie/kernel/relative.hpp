@@ -1,0 +1,366 @@
+// Terms by distance: where a tile's queries stand, and Shaw's relative keys and values.
+//
+//     R[r][lane]    = sum_d rK[r][d] Qt[d][lane]     rows kernel, once a tile, for the table rows r that it reaches
+//     S[key][lane] += R[c][lane]                     c: the table row of the pair's distance
+//     A[c][lane]   += P[key][lane]                   so that the table is read once a tile here too:
+//     Ot[d][lane]  += sum_r rV[r][d] A[r][lane]      columns kernel
+//
+// Most pairs need no look-up of their own. Where all lanes of a vector are at or beyond an end of the table, they share its
+// end row. Where queries ascend by one, lane after lane, they need a diagonal of R: R and A are then kept skewed, lane l of
+// a vector l rows further up, so that a diagonal is one vector.
+//
+// The row invariant: a sum R[r][lane] has the same bits whatever else is computed, A[r][lane] adds its pairs in the order of
+// their keys, and rows that a lane does not use add exact zeros.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "coterie/kernel/micro.hpp"
+#include "coterie/kernel/sight.hpp"
+
+namespace coterie::detail {
+inline namespace COTERIE_FLAGS_NAMESPACE {
+
+/// The positions of a tile's queries.
+template <class T, class M>
+struct Positions {
+  using L = typename M::L;
+  using Lookout = Sight<T, M>;
+  static constexpr int lanes = L::count, width = M::width, V = width / lanes;
+
+  Index of[width];              // lanes without an entry go on by one
+  Index lowest[V], highest[V];  // of a vector's lanes
+  bool ascending[V];            // by one, lane after lane
+
+  COTERIE_INLINE void look(const AttentionPart<T>& part, Index first, const Lookout& sight) {
+    for (int l = 0; l < sight.vectors * lanes; ++l)
+      of[l] = l < sight.count ? part.query_position(first + l) : of[l - 1] + 1;
+    for (int v = 0; v < sight.vectors; ++v) {
+      const Index* const here = of + v * lanes;
+      lowest[v] = highest[v] = here[0];
+      ascending[v] = true;
+      for (int l = 1; l < lanes; ++l) {
+        lowest[v] = std::min(lowest[v], here[l]);
+        highest[v] = std::max(highest[v], here[l]);
+        ascending[v] &= here[l] == here[l - 1] + 1;
+      }
+    }
+  }
+
+  /// Calls f(at, v, zero) for the segment's keys that have a position, and its vectors: `at` is the pairs' place in rows of
+  /// `width` from the block's first key on, `zero` the position of a query that stands at row 0 of the table.
+  template <class F>
+  static COTERIE_INLINE void each(const AttentionPart<T>& part, Index table_first, const typename Lookout::Segment& s,
+                                  int block_begin, const F& f) {
+    for (int key = s.begin; key < s.end; ++key) {
+      if (!part.has_position(key)) continue;
+      const Index zero = part.key_position(key) + table_first;
+      for (int v = s.first; v < s.last; ++v) f(Index(key - block_begin) * width + v * lanes, v, zero);
+    }
+  }
+};
+
+/// Relative keys and values of the tiles of a part. Its buffers hold numbers per table row and lane.
+template <class T, class M>
+struct Relative {
+  using L = typename M::L;
+  using F = typename L::F;
+  using I = typename L::I;
+  using Lookout = Sight<T, M>;
+  static constexpr int lanes = L::count, width = M::width;
+
+  // Rows of a buffer: the table's first row; its last row; room for what skewing moves up; from here on the rows of `rows`,
+  // ends among them; room behind.
+  static constexpr Index listed = lanes;
+
+  const AttentionPart<T>* part = nullptr;
+  const Positions<T, M>* positions = nullptr;
+  Index count = 0;                // of the table's rows
+  std::int32_t* rows = nullptr;   // table rows that the tile reaches, ascending, and the two ends always
+  Index reached = 0;              // how many
+  std::int32_t* place = nullptr;  // per table row: its row in buffers; 0 for those that no visible pair uses
+  std::int32_t* marks = nullptr;  // per table row, and one more: zeros between tiles
+  unsigned char* used = nullptr;  // [reached][width]: whether the lane uses the row; found where it is needed
+  bool used_known = false;
+  bool skewed = false;
+
+  /// Numbers of a buffer, and of the scratch memory beside the buffers.
+  static constexpr Index buffer_size(Index count) { return count > 0 ? (count + 2 * lanes) * width : 0; }
+  static constexpr Index scratch_size(Index count) {
+    return count > 0 ? padded(((3 * count + 1) * bytes<std::int32_t> + count * width) / bytes<T> + 1) : 0;
+  }
+
+  COTERIE_INLINE void begin(const AttentionPart<T>& given, const Positions<T, M>& tile_positions, T* scratch) {
+    part = &given;
+    positions = &tile_positions;
+    count = given.relative_count;
+    reached = 0;
+    if (count == 0) return;
+    place = ::new (static_cast<void*>(scratch)) std::int32_t[std::size_t(3 * count + 1)];
+    rows = place + count;
+    marks = rows + count;
+    used = ::new (static_cast<void*>(marks + count + 1)) unsigned char[std::size_t(count * width)];
+    std::fill_n(place, count, 0);
+    std::fill_n(marks, count + 1, 0);
+  }
+
+  /// Finds the table rows that the tile's pairs use.
+  COTERIE_INLINE void look(const Lookout& sight) {
+    for (Index t = 0; t < reached; ++t) place[rows[t]] = 0;
+    used_known = false;
+    skewed = true;
+    for (int v = 0; v < sight.vectors; ++v) skewed &= positions->ascending[v];
+    Index low = count, high = 0;
+    // marks: +1 where a run of rows begins, -1 behind its end
+    const auto mark = [&](Index begin, Index end) __attribute__((always_inline)) {
+      begin = std::max<Index>(begin, 1);
+      end = std::min(end, count - 1);
+      if (begin >= end) return;
+      ++marks[begin];
+      --marks[end];
+      low = std::min(low, begin);
+      high = std::max(high, end);
+    };
+    for (int i = 0; i < sight.intervals; ++i)
+      for (int v = 0; v < sight.vectors; ++v) {
+        int begin = Lookout::none, end = 0;
+        for (int l = v * lanes; l < (v + 1) * lanes; ++l)
+          if (sight.from[i][l] < sight.until[i][l]) {
+            begin = std::min(begin, static_cast<int>(sight.from[i][l]));
+            end = std::max(end, static_cast<int>(sight.until[i][l]));
+          }
+        // Memory comes before all tokens or after.
+        while (begin < end && !part->has_position(begin)) ++begin;
+        while (begin < end && !part->has_position(end - 1)) --end;
+        if (begin >= end) continue;
+        const Index lowest = positions->lowest[v] - part->relative_first;
+        const Index highest = positions->highest[v] - part->relative_first;
+        if (skewed && !part->key_positions && part->keys[end - 1] - part->keys[begin] == end - 1 - begin) {
+          mark(lowest - part->key_position(end - 1), highest - part->key_position(begin) + 1);
+          continue;
+        }
+        for (int key = begin; key < end; ++key) {
+          const Index position = part->key_position(key);
+          if (highest - position <= 0 || lowest - position >= count - 1) continue;
+          if (skewed) {
+            mark(lowest - position, highest - position + 1);
+          } else {
+            for (int l = v * lanes; l < (v + 1) * lanes; ++l) {
+              const Index row = positions->of[l] - position - part->relative_first;
+              mark(row, row + 1);
+            }
+          }
+        }
+      }
+    reached = 0;
+    rows[reached++] = 0;
+    for (Index r = low, open = 0; r < high; ++r) {
+      open += marks[r];
+      marks[r] = 0;
+      if (open == 0) continue;
+      rows[reached] = static_cast<std::int32_t>(r);
+      place[r] = static_cast<std::int32_t>(listed + reached++);
+    }
+    if (low < high) marks[high] = 0;
+    if (count == 1) return;
+    place[count - 1] = 1;
+    rows[reached++] = static_cast<std::int32_t>(count - 1);
+  }
+
+  /// R[r][lane] = sum_c table[r][c] packed[c][lane]
+  COTERIE_INLINE void products(const Lookout& sight, const T* table, Index stride, Index columns, const T* packed,
+                               T* buffer) const {
+    T* const to = buffer + listed * width;
+    const T* table_rows[key_block];
+    for (Index t = 0; t < reached; t += key_block) {
+      const Index n = locate(table, stride, t, table_rows);
+      M::scores(table_rows, n, columns, packed, to + t * width, sight.vectors);
+    }
+    std::memcpy(buffer, to, row_bytes);
+    std::memcpy(buffer + width, to + (reached - 1) * width, row_bytes);
+    if (!skewed) return;
+    // Lane l moves l rows up: its rows of the number's bits, one after the other.
+    for (int step = 1; step < lanes; step *= 2) {
+      I moves;
+      lanes_with(step, moves);
+      for (Index row = 2; row < listed + reached; ++row)
+        for (int v = 0; v < sight.vectors; ++v) {
+          F x, y;
+          L::load(buffer + row * width + v * lanes, x);
+          L::load(buffer + (row + step) * width + v * lanes, y);
+          L::store(buffer + row * width + v * lanes, moves ? y : x);
+        }
+    }
+  }
+
+  COTERIE_INLINE void clear(T* buffer) const {
+    std::memset(buffer, 0, static_cast<std::size_t>(reached + 2 * lanes) * row_bytes);
+  }
+
+  /// Calls whole(at, row) for vectors of pairs that find their numbers side by side, at `row` in a buffer, and
+  /// single(at, row) for the other pairs. `at` is their place in the block's scores. Masked pairs are among them.
+  template <class Whole, class Single>
+  COTERIE_INLINE void each(const typename Lookout::Segment& s, int block_begin, const Whole& whole,
+                           const Single& single) const {
+    const auto pairs = [&](Index at, int v, Index zero) __attribute__((always_inline)) {
+      const Index low = positions->lowest[v] - zero, high = positions->highest[v] - zero;
+      if (high <= 0)
+        whole(at, Index(v) * lanes);
+      else if (low >= count - 1)
+        whole(at, place[count - 1] * Index(width) + v * lanes);
+      else if (skewed && low > 0 && high < count - 1)
+        whole(at, place[low] * Index(width) + v * lanes);
+      else
+        for (int l = 0; l < lanes; ++l) {
+          const Index row = place[std::clamp<Index>(positions->of[v * lanes + l] - zero, 0, count - 1)];
+          single(at + l, (row - (skewed && row >= listed ? l : 0)) * width + v * lanes + l);
+        }
+    };
+    Positions<T, M>::each(*part, part->relative_first, s, block_begin, pairs);
+  }
+
+  /// to[key][lane] += R[c][lane]
+  COTERIE_INLINE void add(const typename Lookout::Segment& s, int block_begin, const T* buffer, T* to) const {
+    const auto whole = [&](Index at, Index row) __attribute__((always_inline)) { add_vector(buffer + row, to + at); };
+    const auto single = [&](Index at, Index row) __attribute__((always_inline)) { to[at] += buffer[row]; };
+    each(s, block_begin, whole, single);
+  }
+
+  /// A[c][lane] += from[key][lane]; masked pairs must be zero.
+  COTERIE_INLINE void collect(const typename Lookout::Segment& s, int block_begin, const T* from, T* buffer) const {
+    const auto whole = [&](Index at, Index row) __attribute__((always_inline)) { add_vector(from + at, buffer + row); };
+    const auto single = [&](Index at, Index row) __attribute__((always_inline)) { buffer[row] += from[at]; };
+    each(s, block_begin, whole, single);
+  }
+
+  /// A[r][lane] *= factor[lane]
+  COTERIE_INLINE void rescale(const Lookout& sight, const T* factor, T* buffer) const {
+    for (Index row = 0; row < listed + reached; ++row)
+      for (int v = 0; v < sight.vectors; ++v) {
+        F x, y;
+        L::load(buffer + row * width + v * lanes, x);
+        L::load(factor + v * lanes, y);
+        L::store(buffer + row * width + v * lanes, x * y);
+      }
+  }
+
+  /// Ends collecting: rows of A stand as `rows` lists them, from `listed` on.
+  COTERIE_INLINE void straighten(const Lookout& sight, T* buffer) const {
+    for (int step = 1; skewed && step < lanes; step *= 2) {
+      I moves;
+      lanes_with(step, moves);
+      for (Index row = listed + reached - 1; row >= 2 + step; --row)
+        for (int v = 0; v < sight.vectors; ++v) {
+          F x, y;
+          L::load(buffer + row * width + v * lanes, x);
+          L::load(buffer + (row - step) * width + v * lanes, y);
+          L::store(buffer + row * width + v * lanes, moves ? y : x);
+        }
+    }
+    std::memcpy(buffer + listed * width, buffer, row_bytes);
+    if (count > 1) std::memcpy(buffer + (listed + reached - 1) * width, buffer + width, row_bytes);
+  }
+
+  /// out[c][lane] += sum_r table[r][c] A[r][lane], of straightened rows.
+  COTERIE_INLINE void add_columns(const Lookout& sight, const T* table, Index stride, Index columns, const T* buffer,
+                                  T* out) {
+    const T* table_rows[key_block];
+    for (Index t = 0; t < reached; t += key_block) {
+      const Index n = locate(table, stride, t, table_rows);
+      const T* const a = buffer + (listed + t) * width;
+      const Index from = M::columns(table_rows, 0, n, columns, a, out, sight.vectors, true);
+      if (from == columns) continue;
+      // A row that is no number met lanes that do not use it. The same operations, kept only where it is used.
+      find_used(sight);
+      for (Index c = from; c < columns; ++c)
+        for (int v = 0; v < sight.vectors; ++v) {
+          F sum, x;
+          L::load(out + c * width + v * lanes, sum);
+          for (Index j = 0; j < n; ++j) {
+            I uses{};
+            for (int l = 0; l < lanes; ++l) uses[l] = used[(t + j) * width + v * lanes + l] ? -1 : 0;
+            L::load(a + j * width + v * lanes, x);
+            COTERIE_OPAQUE(sum);
+            const F next = sum + table_rows[j][c] * x;
+            sum = uses ? next : sum;
+          }
+          L::store(out + c * width + v * lanes, sum);
+        }
+    }
+  }
+
+  /// to[r][c] += sum_lane A[r][lane] x[lane][c], of straightened rows; `to` has all rows of the table, in rows of `columns`
+  /// numbers as x, which are padded. sums: key_block such rows.
+  COTERIE_INLINE void add_rows(const Lookout& sight, const T* buffer, const T* x, Index columns, T* sums, T* to) {
+    const int depth = sight.vectors * lanes;
+    const T* a[key_block];
+    for (Index t = 0; t < reached; t += key_block) {
+      const Index n = std::min<Index>(key_block, reached - t);
+      for (Index j = 0; j < n; ++j) a[j] = buffer + (listed + t + j) * width;
+      const bool side_by_side = rows[t + n - 1] - rows[t] == n - 1;
+      T* const target = side_by_side ? to + rows[t] * columns : sums;
+      if (!side_by_side) std::memset(sums, 0, static_cast<std::size_t>(n * columns) * sizeof(T));
+      const Index from = M::rows(a, n, depth, x, columns, target, true);
+      if (from < columns) find_used(sight);
+      for (Index c = from; c < columns; c += lanes)
+        for (Index j = 0; j < n; ++j) {
+          F sum, y;
+          L::load(target + j * columns + c, sum);
+          for (int l = 0; l < sight.count; ++l) {
+            if (!used[(t + j) * width + l]) continue;
+            L::load(x + l * columns + c, y);
+            COTERIE_OPAQUE(sum);
+            sum = sum + a[j][l] * y;
+          }
+          L::store(target + j * columns + c, sum);
+        }
+      for (Index j = 0; !side_by_side && j < n; ++j)
+        for (Index c = 0; c < columns; c += lanes) add_vector(sums + j * columns + c, to + rows[t + j] * columns + c);
+    }
+  }
+
+ private:
+  static constexpr std::size_t row_bytes = width * sizeof(T);
+  template <class U>
+  static constexpr Index bytes = static_cast<Index>(sizeof(U));
+
+  static COTERIE_INLINE void add_vector(const T* from, T* to) {
+    F x, y;
+    L::load(from, x);
+    L::load(to, y);
+    L::store(to, y + x);
+  }
+
+  /// A mask of the lanes whose number has the bit.
+  static COTERIE_INLINE void lanes_with(int bit, I& mask) {
+    mask = I{};
+    for (int l = 0; l < lanes; ++l) mask[l] = (l & bit) != 0 ? -1 : 0;
+  }
+
+  COTERIE_INLINE Index locate(const T* table, Index stride, Index t, const T** table_rows) const {
+    const Index n = std::min<Index>(key_block, reached - t);
+    for (Index j = 0; j < n; ++j) table_rows[j] = table + rows[t + j] * stride;
+    return n;
+  }
+
+  /// Which rows each lane uses.
+  COTERIE_INLINE void find_used(const Lookout& sight) {
+    if (used_known) return;
+    used_known = true;
+    std::memset(used, 0, static_cast<std::size_t>(reached * width));
+    for (int i = 0; i < sight.intervals; ++i)
+      for (int l = 0; l < sight.count; ++l)
+        for (int key = static_cast<int>(sight.from[i][l]); key < static_cast<int>(sight.until[i][l]); ++key) {
+          if (!part->has_position(key)) continue;
+          const Index row = positions->of[l] - part->key_position(key) - part->relative_first;
+          const Index t = row <= 0 ? 0 : row >= count - 1 ? reached - 1 : place[row] - listed;
+          used[t * width + l] = 1;
+        }
+  }
+};
+
+}  // namespace COTERIE_FLAGS_NAMESPACE
+}  // namespace coterie::detail
