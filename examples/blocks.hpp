@@ -5,8 +5,26 @@
 
 namespace transformer {
 
-/// A pre-norm block: middle = x + attention(norm(x)), of its own rows or, with a source, of the source's
-/// (cross-attention); y = feed_forward(middle).
+/// y = norm(x). Overwrites y.
+template <class T>
+void normalise(const coterie::ConstView<T>& x, const LayerNorm<T>& norm, RowMatrix<T>& y, Context& context) {
+  y.resize(x.rows(), x.cols());
+  for_chunks(x.rows(), context, [&](const Chunk& rows) { layer_norm<T>(rows.of(x), norm, rows.of(view(y))); });
+}
+
+/// Undoes normalise. Adds into d_x and d_norm.
+template <class T>
+void normalise_backward(const coterie::ConstView<T>& x, const LayerNorm<T>& norm, const RowMatrix<T>& d_y,
+                        RowMatrix<T>& d_x, LayerNorm<T>& d_norm, LayerNormPartials<T>& partials, Context& context) {
+  partials.reset(x.rows(), x.cols());
+  for_chunks(x.rows(), context, [&](const Chunk& rows) {
+    layer_norm_backward<T>(rows.of(x), norm, rows.of(view(d_y)), rows.of(view(d_x)), partials.of(rows.number));
+  });
+  partials.add_to(d_norm);
+}
+
+/// A pre-norm block: middle = x + attention(norm(x)), y = feed_forward(middle). With a source, attention reads keys and
+/// values from its rows as they are (cross-attention): normalise them once, at the end of the encoder.
 template <class T>
 class Block {
  public:
@@ -32,7 +50,7 @@ class Block {
   Attention& attention() { return attention_; }
 
   /// Gradients of the right shapes, all zero.
-  Gradients zero_gradients() {
+  Gradients zero_gradients() const {
     Gradients gradients{norm_, attention_.zero_gradients(), feed_forward_};
     set_zero(gradients);
     return gradients;
@@ -44,28 +62,31 @@ class Block {
     gradients.feed_forward.visit("", gradients.feed_forward, zero);
   }
 
-  /// Calls f(name, weights, gradient) for every matrix of the block.
+  /// Calls f(name, weights, gradient) for every matrix of the block; `name` stands before the names.
   template <class F>
   void visit(const std::string& name, const Gradients& gradients, F&& f) {
-    norm_.visit(name, gradients.norm, f);
-    coterie::visit(attention_.parameters(), gradients.attention, f);
-    feed_forward_.visit(name, gradients.feed_forward, f);
+    norm_.visit(name + ".attention", gradients.norm, f);
+    coterie::visit(attention_.parameters(), gradients.attention,
+                   [&](std::string_view tensor, View<T> w, ConstView<T> gradient) {
+                     f(name + ".attention." + std::string(tensor), w, gradient);
+                   });
+    feed_forward_.visit(name + ".feed_forward", gradients.feed_forward, f);
   }
 
-  /// Overwrites y.
+  /// Overwrites y, which must not be what the input refers to.
   void forward(const coterie::Input<T>& input, RowMatrix<T>& y, Tape& tape, Context& context) const {
     const Index n = input.x.rows(), d = input.x.cols();
-    for (RowMatrix<T>* m : {&tape.normed, &tape.middle, &tape.middle_normed, &y}) m->resize(n, d);
+    for (RowMatrix<T>* m : {&tape.middle, &tape.middle_normed, &y}) m->resize(n, d);
     tape.a.resize(n, feed_forward_.expand.cols());
-    for_chunks(n, context,
-               [&](const Chunk& rows) { layer_norm<T>(rows.of(input.x), norm_, rows.of(view(tape.normed))); });
+    normalise<T>(input.x, norm_, tape.normed, context);
     attention_.forward(normed(input, tape), tape.middle, tape.attention, context);
     // middle = x + attention(norm(x))
     tape.middle += input.x.eigen();
     feed_forward<T>(tape.middle, feed_forward_, tape.middle_normed, tape.a, y, context);
   }
 
-  /// Undoes forward. Overwrites d_x; adds into d_source, which is as the source, and into the gradients.
+  /// Undoes forward. Overwrites d_x; adds into d_source, which is as the source (empty without one), and into the
+  /// gradients.
   void backward(const coterie::Input<T>& input, Tape& tape, ConstView<T> d_y, RowMatrix<T>& d_x, View<T> d_source,
                 Gradients& gradients, Context& context) const {
     const Index n = input.x.rows(), d = input.x.cols();
@@ -78,17 +99,14 @@ class Block {
     attention_.backward(normed(input, tape), tape.attention, tape.d_middle, {tape.d_normed, d_source},
                         gradients.attention, context);
     d_x = tape.d_middle;
-    tape.partials.reset(n, d);
-    for_chunks(n, context, [&](const Chunk& rows) {
-      layer_norm_backward<T>(rows.of(input.x), norm_, rows.of(view(tape.d_normed)), rows.of(view(d_x)),
-                             tape.partials.of(rows.number));
-    });
-    tape.partials.add_to(gradients.norm);
+    normalise_backward<T>(input.x, norm_, tape.d_normed, d_x, gradients.norm, tape.partials, context);
   }
 
  private:
-  static coterie::Input<T> normed(const coterie::Input<T>& input, const Tape& tape) {
-    return {tape.normed, input.offsets, input.source, input.source_offsets};
+  // What attention reads: the input with normalised rows.
+  static coterie::Input<T> normed(coterie::Input<T> input, const Tape& tape) {
+    input.x = tape.normed;
+    return input;
   }
 
   Attention attention_;

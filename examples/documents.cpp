@@ -1,15 +1,21 @@
 // Documents: an encoder classifies documents of different lengths, which lie end to end without padding.
 //
 // A document is a run of filler words. Six marked names stand in its first quarter, and six in its last: the same ones
-// in another order (class 1), or others (class 0). No name tells the class by itself, nor does any count of one: a token
-// has to find out whether its own name occurs again, at least half a document away. The same encoder is trained twice
-// from the same start: a two-sided layer, mean pooling over each document, a linear head. Only two of its four heads
-// differ: they see the 33 tokens around like the other two (local), or members of the token's own cluster (routed).
+// in another order (class 1), or others (class 0). Every name is as frequent in both classes: a token has to find out
+// whether its own name occurs again, at least half a document away. The same encoder is trained twice on the same
+// documents: a two-sided layer, mean pooling over each document, a linear head. Only two of its four heads differ: they
+// see the 33 tokens around like the other two (local), or up to 16 members of the token's own cluster (routed).
 //
-//     documents                      both, under half a minute on one core
+//     documents                      both, in a quarter of a minute on one core
 //     documents --seed 7 --threads 2
 //
-// Expect about 0.5 of local, which is chance, and above 0.9 of routed.
+// Expect (250 steps, 512 new documents, seeds 0 to 2; chance is 0.5):
+//
+//                              local   routed
+//     accuracy          0.50 to 0.51     1.00
+//     keys per query              30        7
+//
+// Local heads cannot reach the other half by construction: that row is a property of the task.
 #include <thread>
 
 #include "blocks.hpp"
@@ -25,10 +31,10 @@ using transformer::Index;
 using Matrix = transformer::RowMatrix<float>;
 
 constexpr Index names = 32, fillers = 32, mark = names + fillers, vocabulary = mark + 1;
-constexpr Index shortest = 64, longest = 128, names_each = 6;  // names in the first quarter, and as many in the last
+constexpr Index shortest = 64, longest = 128, middle = (shortest + longest) / 2;
+constexpr Index names_each = 6;  // in the first quarter, and as many in the last
 constexpr Index model_dim = 64, hidden = 128, heads = 4, window = 16, clusters = 16;
 constexpr Index batch_documents = 32, test_documents = 512;
-constexpr double chance = 0.5, bar = 0.9;
 
 struct Settings {
   std::int64_t seed = 0, steps = 250, threads = 1;
@@ -117,7 +123,7 @@ class Classifier {
         head_bias_(Matrix::Zero(1, 1)),
         block_(attention, hidden, random) {}
 
-  Gradients zero_gradients() {
+  Gradients zero_gradients() const {
     Gradients gradients{embedding_, head_, head_bias_, block_.zero_gradients()};
     set_zero(gradients);
     return gradients;
@@ -184,7 +190,7 @@ class Classifier {
 
 struct Result {
   std::string pattern;
-  double accuracy, shorter, longer, seconds;
+  double accuracy, shorter, longer, seconds, keys_per_query;
 };
 
 double accuracy(const Documents& documents, const Matrix& logits, Index from, Index to) {
@@ -196,6 +202,15 @@ double accuracy(const Documents& documents, const Matrix& logits, Index from, In
     right += (logits(static_cast<Index>(i)) > 0) == (documents.classes()[i] == 1);
   }
   return right / all;
+}
+
+/// Keys that a query sees in the two heads that differ between the patterns.
+double keys_per_query(const Classifier::Tape& tape) {
+  const auto& attention = tape.block.attention;
+  const auto plans = attention.plans().empty() ? attention.local_plans() : attention.plans();
+  double sum = 0;
+  for (const coterie::AttentionPlan& plan : plans) sum += coterie::statistics(plan).keys_per_query.mean;
+  return sum / static_cast<double>(plans.size());
 }
 
 Result train(const std::string& pattern, const Settings& settings, Classifier::Tape& tape, coterie::Context& context) {
@@ -237,9 +252,12 @@ Result train(const std::string& pattern, const Settings& settings, Classifier::T
 
   const Documents test(test_documents, 77);
   model.forward(test, tape, context);
-  const Index middle = (shortest + longest) / 2;
-  return {pattern, accuracy(test, tape.logits, 0, longest + 1), accuracy(test, tape.logits, 0, middle),
-          accuracy(test, tape.logits, middle, longest + 1), seconds};
+  return {pattern,
+          accuracy(test, tape.logits, 0, longest + 1),
+          accuracy(test, tape.logits, 0, middle),
+          accuracy(test, tape.logits, middle, longest + 1),
+          seconds,
+          keys_per_query(tape)};
 }
 
 void run(int argument_count, char** arguments) {
@@ -262,21 +280,21 @@ void run(int argument_count, char** arguments) {
   std::vector<Result> results;
   for (const char* pattern : {"local", "routed"}) results.push_back(train(pattern, settings, tape, context));
 
-  std::vector<std::vector<std::string>> table{{"pattern", "accuracy", "shorter half", "longer half", "seconds"}};
+  std::vector<std::vector<std::string>> table{
+      {"pattern", "accuracy", "shorter half", "longer half", "seconds", "keys seen per query"}};
   for (const Result& r : results)
     table.push_back({r.pattern, format("%.3f", r.accuracy), format("%.3f", r.shorter), format("%.3f", r.longer),
-                     format("%.1f", r.seconds)});
+                     format("%.1f", r.seconds), format("%.1f", r.keys_per_query)});
   std::printf("\n");
   examples::print_table(table);
-  std::printf("\n  %d new documents; chance is %.1f\n", int(test_documents), chance);
+  std::printf("\n  %d new documents; chance is 0.5; the longer half has %d tokens or more\n", int(test_documents),
+              int(middle));
+  std::printf("  keys seen per query: in the two heads that differ\n");
   for (Index head = 0; head < heads / 2; ++head) {
     const coterie::RouterLoad load = coterie::router_load(tape.block.attention.cluster_sizes(head));
     std::printf("  routed head %d: perplexity %.1f of %d clusters, fullest %.0f %%, empty %d\n", int(head),
                 load.perplexity, int(clusters), 100 * load.largest, int(load.empty));
   }
-  const bool above = results.back().accuracy >= bar;
-  std::printf("\n  routed accuracy %.3f is %s the bar of %.1f\n", results.back().accuracy, above ? "above" : "below",
-              bar);
 }
 
 }  // namespace
