@@ -13,10 +13,10 @@
 //
 // Then each model writes 256 new inputs backward, greedily, from nothing but what it wrote before (by running the
 // decoder on all of that again: simple, not fast). One wrong symbol leads the rest astray, so whole outputs count.
-// Expect (600 steps, seeds 0 to 2):
+// Expect (600 steps, seeds 0 to 2; another rounding alone, as of another build, moved routed outputs by up to 0.03):
 //
 //                                      dense          random          routed
-//     right outputs             0.99 to 1.00            0.00    0.98 to 1.00
+//     right outputs             0.99 to 1.00            0.00    0.97 to 1.00
 //     right tokens              0.99 to 1.00            0.03    0.98 to 1.00
 //     keys per query                      26               4               4
 //     right outputs, --apart    0.96 to 1.00            0.00    0.00 to 0.59

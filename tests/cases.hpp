@@ -41,6 +41,7 @@ struct AttentionCase {
   Index bias_first = 0;
   bool has_lse = true;
   double soft_cap = 0;
+  double mean_epsilon = 0;
   double dropout = 0;
   Index relative_distances = 0;  ///< rows of the tables of relative keys and values; 0: none
   Index relative_first = 0;
@@ -257,7 +258,8 @@ inline std::vector<AttentionCase> attention_cases(const CaseSizes& sizes = {}) {
        .dv = same,
        .causal = true,
        .has_lse = false,
-       .soft_cap = 0.3});
+       .soft_cap = 0.3,
+       .mean_epsilon = 0.25});
   add({.name = "local causal, with dropout",
        .fill = [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .causal = true}, p); },
        .heads = 2,

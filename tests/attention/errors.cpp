@@ -55,6 +55,8 @@ TEST_CASE("attention_forward: wrong arguments are named, and nothing is written"
   call.in.config.scale = std::nan(""), says(call.forward(), "scale"), restore();
   for (const double cap : {-1.0, std::nan(""), 1e300})
     call.in.config.soft_cap = cap, says(call.forward(), "soft_cap"), restore();
+  for (const double epsilon : {-1.0, std::nan(""), 0.01})  // the last one, for the plan has one entry for a row
+    call.in.config.mean_epsilon = epsilon, says(call.forward(), "mean_epsilon"), restore();
   for (const double dropout : {-0.1, 1.0, std::nan("")})
     call.in.config.dropout = dropout, says(call.forward(), "dropout"), restore();
   const std::vector<double> scales(3, 1.0);

@@ -34,6 +34,7 @@ struct Inputs {
     config.heads = c.heads;
     config.kv_heads = c.kv_heads;
     config.soft_cap = c.soft_cap;
+    config.mean_epsilon = c.mean_epsilon;
     config.dropout = c.dropout;
     config.dropout_seed = 11;
     config.dropout_step = 3;

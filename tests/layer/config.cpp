@@ -96,6 +96,7 @@ TEST_CASE("defaults are those of the documentation") {
   REQUIRE(!c.logits);
   REQUIRE(c.normalisation == Normalisation::layer_norm);
   REQUIRE(c.query_share == 0);
+  REQUIRE(c.mean_epsilon == 0);
   REQUIRE(c.globals == 0);
   REQUIRE(c.dense_up_to == 0);
   REQUIRE(!c.bias);
@@ -172,6 +173,9 @@ TEST_CASE("what makes no sense is refused, naming the setting") {
        [](C& c) { c.causal = false, c.routed_positions = RoutedPositions::t5_buckets, c.position_buckets = 7; }},
       {"max_distance", [](C& c) { c.routed_positions = RoutedPositions::t5_buckets, c.max_distance = 16; }},
       {"routed_distances", [](C& c) { c.routed_positions = RoutedPositions::bias; }},
+      {"routed_distances", [](C& c) { c.routed_positions = RoutedPositions::shaw; }},
+      {"mean_epsilon", [](C& c) { c.mean_epsilon = 0.1; }},
+      {"mean_epsilon", [](C& c) { c.membership = Membership::balanced, c.combine = Combine::lse, c.mean_epsilon = 1; }},
       {"routed_distances", [](C& c) { c.routed_positions = RoutedPositions::bias, c.routed_distances = -1; }},
       {"routed_distances", [](C& c) { c.routed_positions = RoutedPositions::alibi, c.routed_distances = 8; }},
       {"routed_distances", [](C& c) { c.routed_distances = 8; }},
@@ -192,7 +196,7 @@ TEST_CASE("values that no enumerator has are refused") {
             c.local_positions = static_cast<LocalPositions>(-1);
           }).find("local_positions: expected") != std::string::npos);
   REQUIRE(fault([](auto& c) {
-            c.routed_positions = static_cast<RoutedPositions>(5);
+            c.routed_positions = static_cast<RoutedPositions>(6);
           }).find("routed_positions: expected") != std::string::npos);
   REQUIRE(fault([](auto& c) { c.rotary_layout = static_cast<RotaryLayout>(2); }).find("rotary_layout: expected") !=
           std::string::npos);

@@ -279,6 +279,22 @@ inline std::vector<Kind> kinds() {
     c.logits = Logits::normalised_keys;
     c.gain = -1.5;
   });
+  add("causal: Shaw's vectors by distance, shared", [](auto& c) {
+    c.causal = true;
+    c.local_positions = LocalPositions::shaw;
+    c.routed_positions = RoutedPositions::shaw;
+    c.routed_distances = 6;
+  });
+  add("two-sided: Shaw's vectors with lookahead, grouped queries, memory", [](auto& c) {
+    c.heads = 4;
+    c.kv_heads = 2;
+    c.routed_heads = 2;
+    c.lookahead = 2;
+    c.memory = 1;
+    c.local_positions = LocalPositions::shaw;
+    c.routed_positions = RoutedPositions::shaw;
+    c.routed_distances = 4;
+  });
   add("causal: unit length, induction with taps", [](auto& c) {
     c.causal = c.induction = c.local_induction = true;
     c.key_taps = 3;

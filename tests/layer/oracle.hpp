@@ -336,18 +336,31 @@ struct Oracle {
         std::fill(sum.begin(), sum.end(), 0.0);
         total = 0;
       };
+      const bool shaw = positions(head) == HeadPositions::shaw;
+      const auto relative = [&](Index distance, bool values) {
+        const RowMatrix<double>& table = local(head) ? (values ? p.relative_values : p.relative_keys)
+                                                     : (values ? p.routed_relative_values : p.routed_relative_keys);
+        const Index ahead = local(head) ? c.lookahead : c.causal ? 0 : c.routed_distances - 1;
+        return table.row(std::clamp<Index>(distance + ahead, 0, table.rows() - 1));
+      };
       const auto entries = visible(i, head);
       const bool mean = !local(head) && c.membership == Membership::balanced && c.combine == Combine::mean;
       for (std::size_t e = 0; e < entries.size(); ++e) {
         for (const Index j : entries[e]) {
-          const std::vector<double> k = rotate(key(from, j, head), head, key_place(j));
-          add(dot([&](std::size_t l) { return k[l]; }) + distance_bias(head, query_place(i) - key_place(j)),
-              project(from, induction(head) ? j + 1 : j, p.w_v, p.b_v, kv));
+          const Index distance = query_place(i) - key_place(j);
+          std::vector<double> k = rotate(key(from, j, head), head, key_place(j));
+          std::vector<double> v = project(from, induction(head) ? j + 1 : j, p.w_v, p.b_v, kv);
+          for (std::size_t l = 0; l < d && shaw; ++l) {
+            k[l] += relative(distance, false)(static_cast<Index>(l));
+            v[l] += relative(distance, true)(static_cast<Index>(l));
+          }
+          add(dot([&](std::size_t l) { return k[l]; }) + distance_bias(head, distance), v);
         }
         if (mean || e == 0) add_memory();
         if (mean) finish_entry();
       }
       if (!mean) finish_entry();
+      if (mean) seeing += seeing > 0 ? c.mean_epsilon : 0;
       if (seeing > 0)
         for (std::size_t l = 0; l < d; ++l)
           for (Index m = 0; m < c.model_dim; ++m)

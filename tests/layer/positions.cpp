@@ -7,8 +7,8 @@ using namespace test;
 
 namespace {
 
-constexpr HeadPositions all_positions[] = {HeadPositions::rotary, HeadPositions::bias, HeadPositions::none,
-                                           HeadPositions::alibi, HeadPositions::t5_buckets};
+constexpr HeadPositions all_positions[] = {HeadPositions::rotary, HeadPositions::bias,       HeadPositions::none,
+                                           HeadPositions::alibi,  HeadPositions::t5_buckets, HeadPositions::shaw};
 
 // Routed heads alone, with positions; narrow clusters.
 RoutingAttentionConfig routed(HeadPositions positions, bool causal, bool shared) {
@@ -24,7 +24,7 @@ RoutingAttentionConfig routed(HeadPositions positions, bool causal, bool shared)
                            .position_buckets = 8,
                            .max_distance = 12,
                            .seed = 3};
-  if (positions == HeadPositions::bias) c.routed_distances = 20;
+  if (positions == HeadPositions::bias || positions == HeadPositions::shaw) c.routed_distances = 20;
   return c;
 }
 

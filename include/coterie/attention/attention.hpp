@@ -87,7 +87,7 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
       entry_d_q = shared.template matrix<T>(entries, call.d());
       entry_d_q.fill(0);
     }
-    if (mean) weight = entry_weights(call.plan(head_begin), shared.template take<T>(entries));
+    if (mean) weight = entry_weights(call.plan(head_begin), call.mean_epsilon(), shared.template take<T>(entries));
 
     const HeadTasks tasks(call.plans(), call.heads(), head_begin, head_end, shared);
     for (Index begin = 0; begin < tasks.count();) {
@@ -177,7 +177,8 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
 ///   takes the nearest row or column where a table has none for it. Dropout: p_ij / (1 - dropout) or 0 in the
 ///   sum over v_j, by row numbers (those of a sequence alone differ from those in a batch); the softmax and lse_i know
 ///   nothing of it.
-///   A row with several entries: one softmax over all (Combine::lse), or the mean over entries that see a key (mean).
+///   A row with several entries: one softmax over all (Combine::lse), or the mean over entries that see a key (mean,
+///   with mean_epsilon their sum / (number + mean_epsilon)).
 ///   A row that sees no key: out 0, lse minus infinity. NaN and infinity reach the rows that see them and no others.
 /// Requires: completed plans; shapes that fit; out overlaps no input; otherwise ShapeError or ValueError, and nothing is
 ///   written.

@@ -51,6 +51,8 @@ class AttentionCall {
     faults.require(config.soft_cap == 0 || (cap > 0 && std::isfinite(cap) && std::isfinite(1 / cap)), "soft_cap",
                    "0, or a positive number", config.soft_cap);
     faults.require(config.dropout >= 0 && config.dropout < 1, "dropout", "at least 0 and below 1", config.dropout);
+    faults.require(config.mean_epsilon >= 0 && std::isfinite(config.mean_epsilon), "mean_epsilon",
+                   "0, or a positive number", config.mean_epsilon);
     faults.raise();
     if (plans.size() != 1 && plans.size() != kv_heads_ && plans.size() != heads_)
       fail<ShapeError>(
@@ -58,6 +60,8 @@ class AttentionCall {
           kv_heads_ == heads_ ? join("1 or ", heads_, " plans") : join("1, ", kv_heads_, " or ", heads_, " plans"),
           plans.size());
     const AttentionPlan& plan = plans[0];
+    if (config.mean_epsilon != 0 && plan.combine != Combine::mean)
+      fail<ValueError>(function, "mean_epsilon", "0 for plans that do not combine by mean", config.mean_epsilon);
     for (Index p = 0; p < plans.size(); ++p) {
       if (Index(plans[p].row_begin.size()) != plans[p].tokens + 1 ||
           plans[p].row_entries.size() != plans[p].entries.size())
@@ -127,6 +131,7 @@ class AttentionCall {
   PartSizes sizes() const { return {d_, dv_, bias_count(), relative_count(), key_rows()}; }
   const AttentionTerms<T>& terms() const { return terms_; }
   std::span<const double> scales() const { return config_.scales; }
+  T mean_epsilon() const { return static_cast<T>(config_.mean_epsilon); }
 
   double scale(Index head) const {
     return !config_.scales.empty() ? config_.scales[std::size_t(head)]
@@ -301,6 +306,7 @@ void combine_rows(const AttentionCall<T>& call, Index head, View<T> out, const S
         const T* from = entry_out.row(entry);
         for (Index c = 0; c < dv; ++c) to[c] += weight * from[c];
       }
+      if (mean) sum += call.mean_epsilon();
       if (sees)
         for (Index c = 0; c < dv; ++c) to[c] /= sum;
       const Index at = i * states.stride;
@@ -311,15 +317,15 @@ void combine_rows(const AttentionCall<T>& call, Index head, View<T> out, const S
   });
 }
 
-/// Per entry of a Combine::mean plan: 1 / (entries of its row that see a key).
+/// Per entry of a Combine::mean plan: 1 / (entries of its row that see a key + epsilon).
 template <class T>
-T* entry_weights(const AttentionPlan& plan, T* weights) {
+T* entry_weights(const AttentionPlan& plan, T epsilon, T* weights) {
   for (Index i = 0; i < plan.tokens; ++i) {
     Index seeing = 0;
     const Index begin = plan.row_begin[std::size_t(i)], end = plan.row_begin[std::size_t(i) + 1];
     for (Index j = begin; j < end; ++j) seeing += sees_key(plan, plan.row_entries[std::size_t(j)]);
     for (Index j = begin; j < end; ++j)
-      weights[plan.row_entries[std::size_t(j)]] = seeing > 0 ? T(1) / static_cast<T>(seeing) : T(0);
+      weights[plan.row_entries[std::size_t(j)]] = seeing > 0 ? T(1) / (static_cast<T>(seeing) + epsilon) : T(0);
   }
   return weights;
 }

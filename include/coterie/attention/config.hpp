@@ -22,6 +22,8 @@ struct AttentionConfig {
   double dropout = 0;  ///< share of the probabilities that become 0, the others growing by 1 / (1 - dropout)
   std::uint64_t dropout_seed = 0;  ///< which ones: a function of seed, step, head, query row and key row alone
   std::uint64_t dropout_step = 0;  ///< to differ from call to call; backward takes forward's
+  double mean_epsilon =
+      0;  ///< Combine::mean: added to the number of entries that the sum of their outputs is divided by
 };
 
 /// One plan for all heads, or one for every key/value head, or one for every head. Refers to the plans, does not own them.

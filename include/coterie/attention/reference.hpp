@@ -104,7 +104,9 @@ class Reference {
       else
         result[0].keys.insert(result[0].keys.end(), keys.begin(), keys.end());
     }
-    for (Softmax& softmax : result) softmax.share = 1 / static_cast<double>(result.size());
+    for (Softmax& softmax : result)
+      softmax.share =
+          1 / (static_cast<double>(result.size()) + (p.combine == Combine::mean ? config_.mean_epsilon : 0));
     return result;
   }
 

@@ -44,6 +44,7 @@ enum class HeadPositions {
   none,        ///< only by which keys a query sees
   alibi,       ///< slope * distance less, with fixed slopes (alibi_slope): as many as these heads
   t5_buckets,  ///< a learned number per head and bucket of distances (PositionBuckets)
+  shaw,        ///< learned vectors per distance, for all of these heads, added to keys and to values (the paper)
 };
 /// HeadPositions by the names of their settings.
 using LocalPositions = HeadPositions;
@@ -70,8 +71,9 @@ struct RoutingAttentionConfig {
   Index probes = 1;  ///< nearest membership: clusters that a query looks into, one softmax over all of their keys
   Unassigned unassigned = Unassigned::left_out;  ///< balanced: what becomes of tokens that no cluster takes
   Combine combine = Combine::mean;               ///< balanced: mean or lse over the clusters of a query
-  double query_share = 0;  ///< balanced, not shared: a cluster takes query_share * tokens / clusters queries of a
-                           ///< sequence; 0: window of them, as of keys
+  double mean_epsilon = 0;  ///< balanced, mean: added to the number of clusters that the sum over them is divided by
+  double query_share = 0;   ///< balanced, not shared: a cluster takes query_share * tokens / clusters queries of a
+                            ///< sequence; 0: window of them, as of keys
   std::optional<bool> shared_qk = {};  ///< routed heads: keys are the queries; automatic: when causal, with as many
                                        ///< key/value heads as heads
   std::optional<Self> self = {};       ///< routed heads: whether a token sees itself; automatic: only_if_alone when
@@ -97,8 +99,8 @@ struct RoutingAttentionConfig {
   double rotary_base = 10000;
   Index position_buckets = 32;  ///< of t5_buckets; two-sided layers have half of them for later keys
   Index max_distance = 128;     ///< of t5_buckets: about where the last bucket begins
-  Index routed_distances = 0;   ///< RoutedPositions::bias: how many distances have a number (of each side, where
-                                ///< two-sided); farther ones take the last. Required there, else 0
+  Index routed_distances = 0;   ///< RoutedPositions::bias and shaw: how many distances have an entry (of each side,
+                                ///< where two-sided); farther ones take the last. Required there, else 0
   double decay = 0.999;         ///< of the centroids, reached by the schedule min(decay, (1 + t) / (10 + t))
   Average average = Average::counts_and_sums;  ///< of the routers, this and the next three: see KMeansConfig
   bool renormalise = false;
@@ -141,6 +143,10 @@ inline void check_membership(const RoutingAttentionConfig& c, Faults& faults) {
                  static_cast<int>(c.combine));
   faults.require(c.query_share == 0 || (balanced && c.query_share > 0 && std::isfinite(c.query_share)), "query_share",
                  "0, or a positive number with balanced membership", c.query_share);
+  faults.require(c.mean_epsilon == 0 ||
+                     (balanced && c.combine == Combine::mean && c.mean_epsilon > 0 && std::isfinite(c.mean_epsilon)),
+                 "mean_epsilon", "0, or a positive number with the mean over clusters of balanced membership",
+                 c.mean_epsilon);
   faults.require(c.query_share == 0 || !*c.shared_qk, "query_share",
                  "0 with shared_qk (lists of keys are those of queries)", c.query_share);
 }
@@ -154,13 +160,13 @@ inline PositionBuckets position_buckets(const RoutingAttentionConfig& c) {
 inline void resolve_positions(RoutingAttentionConfig& c, Faults& faults) {
   const bool any_routed = c.routed_heads > 0, any_local = c.routed_heads < c.heads;
   const auto known = [](HeadPositions p) {
-    return static_cast<int>(p) >= 0 && static_cast<int>(p) <= static_cast<int>(HeadPositions::t5_buckets);
+    return static_cast<int>(p) >= 0 && static_cast<int>(p) <= static_cast<int>(HeadPositions::shaw);
   };
   if (!c.local_positions)
     c.local_positions = c.local_induction || c.head_dim == 1 ? LocalPositions::none : LocalPositions::rotary;
-  faults.require(known(*c.local_positions), "local_positions", "rotary, bias, none, alibi or t5_buckets",
+  faults.require(known(*c.local_positions), "local_positions", "rotary, bias, none, alibi, t5_buckets or shaw",
                  static_cast<int>(*c.local_positions));
-  faults.require(known(c.routed_positions), "routed_positions", "rotary, bias, none, alibi or t5_buckets",
+  faults.require(known(c.routed_positions), "routed_positions", "rotary, bias, none, alibi, t5_buckets or shaw",
                  static_cast<int>(c.routed_positions));
   faults.require(any_routed || c.routed_positions == RoutedPositions::none, "routed_positions",
                  "none without routed heads", static_cast<int>(c.routed_positions));
@@ -173,12 +179,13 @@ inline void resolve_positions(RoutingAttentionConfig& c, Faults& faults) {
   faults.require(!used(HeadPositions::rotary) || c.head_dim != 1, "head_dim",
                  "at least 2 with rotary positions (pairs of columns turn)", c.head_dim);
   if (used(HeadPositions::t5_buckets)) check_buckets(faults, "position_buckets", "max_distance", position_buckets(c));
-  const bool routed_bias = any_routed && c.routed_positions == RoutedPositions::bias;
+  const bool by_distance =
+      any_routed && (c.routed_positions == RoutedPositions::bias || c.routed_positions == RoutedPositions::shaw);
   constexpr Index most = std::numeric_limits<std::int32_t>::max();
-  faults.require(routed_bias ? c.routed_distances >= 1 && c.routed_distances <= most : c.routed_distances == 0,
+  faults.require(by_distance ? c.routed_distances >= 1 && c.routed_distances <= most : c.routed_distances == 0,
                  "routed_distances",
-                 routed_bias ? "at least 1 with RoutedPositions::bias (farther keys share the last number)"
-                             : "0 without RoutedPositions::bias (nothing else has numbers by distance)",
+                 by_distance ? "at least 1 with RoutedPositions::bias or shaw (farther keys share the last entry)"
+                             : "0 without RoutedPositions::bias or shaw (nothing else has entries by distance)",
                  c.routed_distances);
 }
 

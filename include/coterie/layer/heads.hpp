@@ -84,7 +84,7 @@ std::span<const double> logit_scales(const LayerParts<T>& layer, const HeadGroup
   return {scales, static_cast<std::size_t>(group.count)};
 }
 
-/// What attention adds for a group: bias by distance, and memory.
+/// What attention adds for a group: terms by distance, and memory.
 template <class T>
 AttentionTerms<T> attention_terms(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
                                   Arena& arena) {
@@ -105,6 +105,7 @@ AttentionConfig attention_config(const LayerParts<T>& layer, const HeadGroup& gr
   config.kv_heads = group.kv_count;
   config.scales = logit_scales(layer, group, arena);
   config.soft_cap = layer.config.soft_cap;
+  if (group.routed) config.mean_epsilon = layer.config.mean_epsilon;
   if (training) {
     config.dropout = layer.config.dropout;
     config.dropout_seed =
@@ -426,14 +427,13 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
   const View<T> d_v = arena.matrix<T>(m.v.rows(), kv_cols);
   for (const View<T>& zeroed : {d_q, d_k, d_v}) fill_rows(zeroed, T(0), context);
   const AttentionConfig config = attention_config(layer, group, in, true, arena);
-  AttentionTermGradients<T> d_terms;
+  const AttentionTerms<T> terms = attention_terms(layer, group, in, arena);
+  AttentionTermGradients<T> d_terms = position_term_gradients(terms, gradients, group, arena);
   if (group.learned_gain) {
     double* const d_scales = arena.take<double>(group.count);
     std::fill(d_scales, d_scales + group.count, 0.0);
     d_terms.d_scales = {d_scales, static_cast<std::size_t>(group.count)};
   }
-  const AttentionTerms<T> terms = attention_terms(layer, group, in, arena);
-  d_terms.d_bias = position_term_gradient(terms, gradients, group, arena);
   if (layer.config.memory > 0) {
     d_terms.d_memory_keys = view(gradients.memory_keys).columns(group.kv_first_col(), kv_cols);
     d_terms.d_memory_values = view(gradients.memory_values).columns(group.kv_first_col(), kv_cols);

@@ -80,11 +80,11 @@ struct DistanceRange {
   Index first = 0, count = 0;
 };
 
-/// The distances that the bias table of a group has to hold, where the longest sequence of keys has `longest` (at least
+/// The distances that the table of a group has to hold, where the longest sequence of keys has `longest` (at least
 /// 1) of them; only ALiBi's depends on that. Others take the nearest column.
 inline DistanceRange table_distances(const RoutingAttentionConfig& c, const HeadGroup& group, Index longest) {
   Index back = c.max_distance, ahead = c.causal ? 0 : c.max_distance;  // t5_buckets
-  if (group.positions == HeadPositions::bias) {
+  if (group.positions == HeadPositions::bias || group.positions == HeadPositions::shaw) {
     back = group.routed ? c.routed_distances - 1 : c.local_window - 1;
     ahead = !group.routed ? c.lookahead : c.causal ? 0 : back;
   } else if (group.positions == HeadPositions::alibi) {
@@ -106,7 +106,11 @@ enum class LayerStream : std::uint64_t {
   routes,
   dropout,
   memory_keys,
-  memory_values
+  memory_values,
+  relative_keys,
+  relative_values,
+  routed_relative_keys,
+  routed_relative_values
 };
 
 /// Parameters of the shapes of a resolved config, all zero.
@@ -138,12 +142,17 @@ Parameters<T> zero_parameters(const RoutingAttentionConfig& c) {
       (group->routed ? p.routed_distance_bias : p.distance_bias).setZero(group->count, range.count);
     } else if (group->positions == HeadPositions::t5_buckets) {
       (group->routed ? p.routed_bucket_bias : p.bucket_bias).setZero(group->count, c.position_buckets);
+    } else if (group->positions == HeadPositions::shaw) {
+      const DistanceRange range = table_distances(c, *group, 1);
+      (group->routed ? p.routed_relative_keys : p.relative_keys).setZero(range.count, c.head_dim);
+      (group->routed ? p.routed_relative_values : p.relative_values).setZero(range.count, c.head_dim);
     }
   }
   return p;
 }
 
-/// First values: weights uniform in +-1/sqrt(rows), taps N(0, 1) * 0.9^t, memory N(0, 1), gains as HeadGroup has them, biases 0. The number at
+/// First values: weights uniform in +-1/sqrt(rows), taps N(0, 1) * 0.9^t, memory N(0, 1), relative keys and values
+/// N(0, 1/head_dim), gains as HeadGroup has them, biases 0. The number at
 /// (i, j) is drawn by the counter i * cols + j, in double: float and double layers of a seed agree up to rounding.
 template <class T>
 Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
@@ -158,11 +167,16 @@ Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
   uniform(p.w_k, LayerStream::w_k);
   uniform(p.w_v, LayerStream::w_v);
   uniform(p.w_o, LayerStream::w_o);
-  const auto normal = [&](RowMatrix<T>& m, LayerStream stream) {
+  const auto normal = [&](RowMatrix<T>& m, LayerStream stream, double deviation = 1) {
     for (Index i = 0; i < m.size(); ++i)
-      m.data()[i] =
-          static_cast<T>(random_normal(c.seed, static_cast<std::uint64_t>(stream), static_cast<std::uint64_t>(i)));
+      m.data()[i] = static_cast<T>(
+          deviation * random_normal(c.seed, static_cast<std::uint64_t>(stream), static_cast<std::uint64_t>(i)));
   };
+  const double relative = 1 / std::sqrt(static_cast<double>(c.head_dim));
+  normal(p.relative_keys, LayerStream::relative_keys, relative);
+  normal(p.relative_values, LayerStream::relative_values, relative);
+  normal(p.routed_relative_keys, LayerStream::routed_relative_keys, relative);
+  normal(p.routed_relative_values, LayerStream::routed_relative_values, relative);
   normal(p.memory_keys, LayerStream::memory_keys);
   normal(p.memory_values, LayerStream::memory_values);
   const Heads heads(c);

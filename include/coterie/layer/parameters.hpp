@@ -30,12 +30,15 @@ namespace coterie {
 ///     routed_distance_bias  R x routed_distances   column c: distance c; two-sided R x (2 * routed_distances - 1),
 ///                           distance c + 1 - routed_distances; RoutedPositions::bias
 ///     routed_bucket_bias    R x position_buckets   RoutedPositions::t5_buckets
+///     relative_keys, relative_values  distances x d   row c: distance c - lookahead, as distance_bias; LocalPositions::shaw
+///     routed_relative_keys, routed_relative_values   distances x d   rows as columns of routed_distance_bias; RoutedPositions::shaw
 ///     memory_keys    memory x V*d   keys as attention reads them: beside normalised ones where those are normalised
 ///     memory_values  memory x V*d
 template <class T>
 struct Parameters {
   RowMatrix<T> w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, gain, taps, distance_bias, bucket_bias, routed_distance_bias,
-      routed_bucket_bias, memory_keys, memory_values;
+      routed_bucket_bias, relative_keys, relative_values, routed_relative_keys, routed_relative_values, memory_keys,
+      memory_values;
 
   /// Name and member of a tensor.
   struct Tensor {
@@ -43,7 +46,7 @@ struct Parameters {
     RowMatrix<T> Parameters::*member;
   };
   /// All tensors that a layer can have, in the order above.
-  static constexpr std::array<Tensor, 16> tensors() {
+  static constexpr std::array<Tensor, 20> tensors() {
     return {{{"w_q", &Parameters::w_q},
              {"w_k", &Parameters::w_k},
              {"w_v", &Parameters::w_v},
@@ -58,6 +61,10 @@ struct Parameters {
              {"bucket_bias", &Parameters::bucket_bias},
              {"routed_distance_bias", &Parameters::routed_distance_bias},
              {"routed_bucket_bias", &Parameters::routed_bucket_bias},
+             {"relative_keys", &Parameters::relative_keys},
+             {"relative_values", &Parameters::relative_values},
+             {"routed_relative_keys", &Parameters::routed_relative_keys},
+             {"routed_relative_values", &Parameters::routed_relative_values},
              {"memory_keys", &Parameters::memory_keys},
              {"memory_values", &Parameters::memory_values}}};
   }

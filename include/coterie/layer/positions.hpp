@@ -1,4 +1,4 @@
-// What heads know of places: rotated queries and keys, and bias tables by distance; forward and backward.
+// What heads know of places: rotated queries and keys, and tables by distance; forward and backward.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +27,7 @@ auto& position_table(P& parameters, const HeadGroup& group) {
   return group.routed ? parameters.routed_bucket_bias : parameters.bucket_bias;
 }
 
-/// The bias by distance of a group of heads: a parameter, or a table in scratch.
+/// What a group of heads adds by distance: parameters, or a table in scratch.
 template <class T>
 AttentionTerms<T> position_terms(const RoutingAttentionConfig& c, const Parameters<T>& parameters,
                                  const HeadGroup& group, std::span<const std::int32_t> key_places, Arena& arena) {
@@ -35,6 +35,12 @@ AttentionTerms<T> position_terms(const RoutingAttentionConfig& c, const Paramete
   if (group.positions == HeadPositions::none || group.positions == HeadPositions::rotary) return terms;
   const Index longest = group.positions == HeadPositions::alibi ? longest_sequence(key_places) : 1;
   const DistanceRange range = table_distances(c, group, longest);
+  if (group.positions == HeadPositions::shaw) {
+    terms.relative_keys = group.routed ? parameters.routed_relative_keys : parameters.relative_keys;
+    terms.relative_values = group.routed ? parameters.routed_relative_values : parameters.relative_values;
+    terms.relative_first = range.first;
+    return terms;
+  }
   terms.bias_first = range.first;
   if (group.positions == HeadPositions::bias) {
     terms.bias = position_table(parameters, group);
@@ -49,15 +55,21 @@ AttentionTerms<T> position_terms(const RoutingAttentionConfig& c, const Paramete
   return terms;
 }
 
-/// Where attention adds the gradient of the table of position_terms: a gradient, zeros in scratch, or nowhere.
+/// Where attention adds the gradients of the tables of position_terms: gradients, zeros in scratch, or nowhere.
 template <class T>
-View<T> position_term_gradient(const AttentionTerms<T>& terms, Parameters<T>& gradients, const HeadGroup& group,
-                               Arena& arena) {
-  if (group.positions == HeadPositions::bias) return position_table(gradients, group);
-  if (group.positions != HeadPositions::t5_buckets) return {};
-  const View<T> d_table = arena.matrix<T>(terms.bias.rows(), terms.bias.cols());
-  d_table.fill(0);
-  return d_table;
+AttentionTermGradients<T> position_term_gradients(const AttentionTerms<T>& terms, Parameters<T>& gradients,
+                                                  const HeadGroup& group, Arena& arena) {
+  AttentionTermGradients<T> d_terms;
+  if (group.positions == HeadPositions::bias) {
+    d_terms.d_bias = position_table(gradients, group);
+  } else if (group.positions == HeadPositions::t5_buckets) {
+    d_terms.d_bias = arena.matrix<T>(terms.bias.rows(), terms.bias.cols());
+    d_terms.d_bias.fill(0);
+  } else if (group.positions == HeadPositions::shaw) {
+    d_terms.d_relative_keys = group.routed ? gradients.routed_relative_keys : gradients.relative_keys;
+    d_terms.d_relative_values = group.routed ? gradients.routed_relative_values : gradients.relative_values;
+  }
+  return d_terms;
 }
 
 /// Undoes position_terms: what attention has added to d_table reaches the gradients.
