@@ -7,6 +7,7 @@
 #include "coterie/core/context.hpp"
 #include "coterie/kernel/positions.hpp"
 #include "coterie/kernel/product.hpp"
+#include "coterie/layer/decoder.hpp"
 #include "coterie/layer/presets.hpp"
 #include "coterie/layer/routing_attention.hpp"
 #include "coterie/plan/clustered.hpp"

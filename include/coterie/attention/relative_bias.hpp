@@ -25,6 +25,15 @@ inline double alibi_slope(Index head, Index heads) {
   return std::exp2(-static_cast<double>(exponent) / static_cast<double>(power));
 }
 
+namespace detail {
+
+template <class T>
+T alibi_bias_at(double slope, Index distance) {
+  return static_cast<T>(-slope * static_cast<double>(std::abs(distance)));
+}
+
+}  // namespace detail
+
 /// Fills a bias table with ALiBi: linear in the distance, with a slope per head.
 /// Shapes: bias heads x distances.
 /// Formula: bias(h, c) = -alibi_slope(h, heads) |bias_first + c|. Causal attention sees no distance below 0.
@@ -35,8 +44,7 @@ void alibi_bias(View<T> bias, Index bias_first = 0) {
   detail::check_shape<T>("alibi_bias", "bias", bias, bias.rows(), bias.cols());
   for (Index h = 0; h < bias.rows(); ++h) {
     const double slope = alibi_slope(h, bias.rows());
-    for (Index c = 0; c < bias.cols(); ++c)
-      bias(h, c) = static_cast<T>(-slope * static_cast<double>(std::abs(bias_first + c)));
+    for (Index c = 0; c < bias.cols(); ++c) bias(h, c) = detail::alibi_bias_at<T>(slope, bias_first + c);
   }
 }
 

@@ -67,6 +67,9 @@ struct CheckedInput {
         places(where.queries),
         key_places(from.crosses() ? where.keys : where.queries),
         crosses(from.crosses()) {}
+  /// Of queries and keys of the same rows, at these places.
+  CheckedInput(const Input<T>& from, std::span<const std::int32_t> where)
+      : input(from), x(from.x), keys(from.x), places(where), key_places(where) {}
 };
 
 inline namespace COTERIE_FLAGS_NAMESPACE {
@@ -84,15 +87,19 @@ std::span<const double> logit_scales(const LayerParts<T>& layer, const HeadGroup
   return {scales, static_cast<std::size_t>(group.count)};
 }
 
+template <class T>
+void add_memory_terms(const LayerParts<T>& layer, const HeadGroup& group, AttentionTerms<T>& terms) {
+  if (layer.config.memory == 0) return;
+  terms.memory_keys = view(layer.parameters.memory_keys).columns(group.kv_first_col(), group.kv_cols());
+  terms.memory_values = view(layer.parameters.memory_values).columns(group.kv_first_col(), group.kv_cols());
+}
+
 /// What attention adds for a group: terms by distance, and memory.
 template <class T>
-AttentionTerms<T> attention_terms(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
-                                  Arena& arena) {
-  AttentionTerms<T> terms = position_terms(layer.config, layer.parameters, group, in.key_places, arena);
-  if (layer.config.memory > 0) {
-    terms.memory_keys = view(layer.parameters.memory_keys).columns(group.kv_first_col(), group.kv_cols());
-    terms.memory_values = view(layer.parameters.memory_values).columns(group.kv_first_col(), group.kv_cols());
-  }
+AttentionTerms<T> attention_terms(const LayerParts<T>& layer, const HeadGroup& group,
+                                  std::span<const std::int32_t> key_places, Arena& arena) {
+  AttentionTerms<T> terms = position_terms(layer.config, layer.parameters, group, key_places, arena);
+  add_memory_terms(layer, group, terms);
   return terms;
 }
 
@@ -271,10 +278,11 @@ void build_plans(const LayerParts<T>& layer, const HeadGroup& group, const Check
   });
 }
 
-/// y (+)= the group's share of the output. `add`: another group has written y. With a tape, keeps what backward needs.
+/// y (+)= the group's share of the output. `add`: another group has written y. With a tape, keeps its matrices; training: and
+/// what backward needs beside them.
 template <class T>
 void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, View<T> y, bool add,
-                   HeadsTape<T>* tape, HeadsPlans& plans, Context& context) {
+                   HeadsTape<T>* tape, bool training, HeadsPlans& plans, Context& context) {
   const Index n = in.x.rows(), keys = in.keys.rows(), d = group.head_dim, cols = group.cols(),
               kv_cols = group.kv_cols();
   const Normalisation normalisation = layer.config.normalisation;
@@ -329,10 +337,10 @@ void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const Che
     m.read_k = same ? m.read_q : turned(&HeadsTape<T>::read_k, m.read_k, group.kv_count, in.key_places);
   }
 
-  const AttentionConfig config = attention_config(layer, group, in, tape != nullptr, arena);
-  const AttentionTerms<T> terms = attention_terms(layer, group, in, arena);
+  const AttentionConfig config = attention_config(layer, group, in, training, arena);
+  const AttentionTerms<T> terms = attention_terms(layer, group, in.key_places, arena);
   const ConstView<T> q = m.read_q, k = m.read_k, v = carried_values(group, m.v, keys);
-  if (tape)
+  if (training)
     attention_forward(Plans(plans.used()), q, k, v, m.out, tape->attention, config, context, terms);
   else
     attention_forward(Plans(plans.used()), q, k, v, m.out, config, context, terms);
@@ -427,7 +435,7 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
   const View<T> d_v = arena.matrix<T>(m.v.rows(), kv_cols);
   for (const View<T>& zeroed : {d_q, d_k, d_v}) fill_rows(zeroed, T(0), context);
   const AttentionConfig config = attention_config(layer, group, in, true, arena);
-  const AttentionTerms<T> terms = attention_terms(layer, group, in, arena);
+  const AttentionTerms<T> terms = attention_terms(layer, group, in.key_places, arena);
   AttentionTermGradients<T> d_terms = position_term_gradients(terms, gradients, group, arena);
   if (group.learned_gain) {
     double* const d_scales = arena.take<double>(group.count);

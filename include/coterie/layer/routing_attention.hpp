@@ -203,6 +203,8 @@ class RoutingAttention {
   }
 
  private:
+  friend class Decoder<T>;
+
   // What forward without a tape keeps in the workspace, for its memory only.
   struct Scratch {
     detail::Places places;
@@ -321,10 +323,11 @@ class RoutingAttention {
     const detail::CheckedInput<T> in(input, places);
     const detail::Heads& heads = parts_.heads;
     if (heads.local.count > 0)
-      detail::heads_forward(parts_, heads.local, in, y, false, tape ? &tape->local_ : nullptr, local_plans, context);
+      detail::heads_forward(parts_, heads.local, in, y, false, tape ? &tape->local_ : nullptr, tape != nullptr,
+                            local_plans, context);
     if (heads.routed.count > 0)
       detail::heads_forward(parts_, heads.routed, in, y, heads.local.count > 0, tape ? &tape->routed_ : nullptr,
-                            routed_plans, context);
+                            tape != nullptr, routed_plans, context);
     if (config().bias) detail::add_bias(y, parts_.parameters.b_o.data(), context);
   }
 

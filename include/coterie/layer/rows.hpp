@@ -63,6 +63,17 @@ void add_bias_backward(ConstView<T> d_m, T* d_bias, Context& context) {
   });
 }
 
+/// to = sum over t of taps_t * rows[t], element by element, t ascending. Not inlined: forward and decoder have to round alike.
+template <class T>
+[[gnu::noinline]] void convolve_row(const T* const* rows, Index count, ConstView<T> taps, T* to) {
+  const Index d = taps.cols();
+  std::fill(to, to + d, T(0));
+  for (Index t = 0; t < count; ++t) {
+    const T *const tap = taps.row(t), *const from = rows[t];
+    for (Index j = 0; j < d; ++j) to[j] += tap[j] * from[j];
+  }
+}
+
 /// A causal depth-wise convolution of every head within its sequence.
 ///
 /// Shapes: x, y n x heads*d; taps heads*count x d, row h*count + t; positions n, a row's place in its sequence.
@@ -72,16 +83,15 @@ template <class T>
 void convolve(ConstView<T> x, ConstView<T> taps, Index count, std::span<const std::int32_t> positions, View<T> y,
               Context& context) {
   const Index d = taps.cols(), heads = x.cols() / d;
-  context.for_chunks(x.rows(), chunk_rows, [&](Index first, Index last, Index) {
+  context.for_chunks(x.rows(), chunk_rows, [&](Index first, Index last, Index worker) {
+    Arena& arena = context.workspace().worker(worker);
+    Arena::Scope scope(arena);
+    const T** const rows = arena.take<const T*>(count);
     for (Index i = first; i < last; ++i) {
       const Index reach = std::min(count, Index(positions[static_cast<std::size_t>(i)]) + 1);
       for (Index h = 0; h < heads; ++h) {
-        T* const to = y.row(i) + h * d;
-        std::fill(to, to + d, T(0));
-        for (Index t = 0; t < reach; ++t) {
-          const T *const tap = taps.row(h * count + t), *const from = x.row(i - t) + h * d;
-          for (Index j = 0; j < d; ++j) to[j] += tap[j] * from[j];
-        }
+        for (Index t = 0; t < reach; ++t) rows[t] = x.row(i - t) + h * d;
+        convolve_row<T>(rows, reach, taps.rows(h * count, count), y.row(i) + h * d);
       }
     }
   });

@@ -102,6 +102,8 @@ struct HeadsTape {
 
 template <class T>
 class RoutingAttention;
+template <class T>
+class Decoder;
 
 /// What backward and update_router need of a forward pass, and diagnostics: labels, plans, cluster sizes.
 /// Make it once and use it for every step; its memory grows to the largest step and stays.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <span>
@@ -22,6 +23,12 @@ namespace detail {
 template <class T>
 [[gnu::noinline]] void add_row(const T* x, Index count, double* sum) {
   for (Index j = 0; j < count; ++j) sum[j] += static_cast<double>(x[j]);
+}
+
+/// Numbers for revisions of centroids, each given once in a program.
+inline std::uint64_t next_revision() {
+  static std::atomic<std::uint64_t> last{0};
+  return ++last;
 }
 
 }  // namespace detail
@@ -61,6 +68,8 @@ class OnlineKMeans {
   std::span<const double> counts() const { return state_.counts(); }
   /// Moving average of the sums of rows, clusters x dim; with averages of batches the centroids, in double.
   std::span<const double> sums() const { return state_.sums(); }
+  /// A number that no other centroids have: it changes whenever they move, and copies share it.
+  std::uint64_t revision() const { return revision_; }
   /// Updates done; those that were frozen or had no rows do not count.
   Index updates() const { return updates_; }
   /// While frozen, update() does nothing.
@@ -197,6 +206,7 @@ class OnlineKMeans {
     else
       average(counts, statistics.sums(head), samples);
     ++updates_;
+    revision_ = detail::next_revision();
   }
 
   /// Throws what update() would throw for these statistics, and does nothing else.
@@ -231,6 +241,7 @@ class OnlineKMeans {
       state_.place(c, centroids.row(c), std::numeric_limits<double>::max(),
                    counts.empty() ? 0.0 : counts[static_cast<std::size_t>(c)]);
     updates_ = updates;
+    revision_ = detail::next_revision();
   }
 
   /// Takes back a state that centroids(), counts(), sums() and updates() of a router of the same config gave: goes on as if it
@@ -244,6 +255,7 @@ class OnlineKMeans {
     if (updates < 0) detail::fail<ValueError>(function, "updates", "at least 0", updates);
     state_.restore(centroids, counts, sums);
     updates_ = updates;
+    revision_ = detail::next_revision();
   }
 
  private:
@@ -309,6 +321,7 @@ class OnlineKMeans {
 
   detail::Centroids<T> state_;
   Index updates_ = 0;
+  std::uint64_t revision_ = detail::next_revision();
   bool frozen_ = false;
 };
 
