@@ -142,6 +142,7 @@ struct Backward {
          key = sight.next_key(key / key_block * key_block + key_block)) {
       const int block_begin = key / key_block * key_block;
       sight.cut(block_begin);
+      if (part.bias || part.relative_count > 0) positions.look_at_keys(part, sight, block_begin);
       for (int j = sight.low; j < sight.high; ++j) part.locate(j, k_rows[j - block_begin], v_rows[j - block_begin]);
       for (int i = 0; i < sight.segment_count; ++i) {
         const typename Lookout::Segment& s = sight.segments[i];

@@ -24,41 +24,52 @@
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
-/// The positions of a tile's queries.
+/// The positions of a tile's queries, and of the keys of the current block.
 template <class T, class M>
 struct Positions {
   using L = typename M::L;
   using Lookout = Sight<T, M>;
   static constexpr int lanes = L::count, width = M::width, V = width / lanes;
 
-  Index of[width];              // lanes without an entry go on by one
-  Index lowest[V], highest[V];  // of a vector's lanes
+  Index lowest[V], highest[V];  // of a vector's lanes; those without an entry go on by one
+  Index above[width];           // of a lane above its vector's lowest
   bool ascending[V];            // by one, lane after lane
+  Index of_key[key_block];
+  int key_begin, key_end;  // the block's keys that have a position
 
   COTERIE_INLINE void look(const AttentionPart<T>& part, Index first, const Lookout& sight) {
-    for (int l = 0; l < sight.vectors * lanes; ++l)
-      of[l] = l < sight.count ? part.query_position(first + l) : of[l - 1] + 1;
     for (int v = 0; v < sight.vectors; ++v) {
-      const Index* const here = of + v * lanes;
-      lowest[v] = highest[v] = here[0];
+      Index* const here = above + v * lanes;
       ascending[v] = true;
-      for (int l = 1; l < lanes; ++l) {
-        lowest[v] = std::min(lowest[v], here[l]);
-        highest[v] = std::max(highest[v], here[l]);
-        ascending[v] &= here[l] == here[l - 1] + 1;
+      for (int l = 0; l < lanes; ++l) {
+        const Index entry = first + v * lanes + l;
+        here[l] = v * lanes + l < sight.count ? part.query_position(entry) : here[l - 1] + 1;
+        lowest[v] = l == 0 ? here[0] : std::min(lowest[v], here[l]);
+        highest[v] = l == 0 ? here[0] : std::max(highest[v], here[l]);
+        if (l > 0) ascending[v] &= here[l] == here[l - 1] + 1;
       }
+      for (int l = 0; l < lanes; ++l) here[l] -= lowest[v];
     }
   }
 
-  /// Calls f(at, v, zero) for the segment's keys that have a position, and its vectors: `at` is the pairs' place in rows of
-  /// `width` from the block's first key on, `zero` the position of a query that stands at row 0 of the table.
+  /// Turns to the block of keys that sight was cut to.
+  COTERIE_INLINE void look_at_keys(const AttentionPart<T>& part, const Lookout& sight, int block_begin) {
+    // Memory comes before all tokens or after.
+    key_begin = sight.low;
+    key_end = sight.high;
+    while (key_begin < key_end && !part.has_position(key_begin)) ++key_begin;
+    while (key_begin < key_end && !part.has_position(key_end - 1)) --key_end;
+    for (int key = key_begin; key < key_end; ++key) of_key[key - block_begin] = part.key_position(key);
+  }
+
+  /// Calls f(at, v, low, high) for the segment's vectors and keys that have a position: `at` is the pairs' place in rows of
+  /// `width` from the block's first key on, `low` and `high` bound their rows in a table whose row 0 is for distance `first`.
   template <class F>
-  static COTERIE_INLINE void each(const AttentionPart<T>& part, Index table_first, const typename Lookout::Segment& s,
-                                  int block_begin, const F& f) {
-    for (int key = s.begin; key < s.end; ++key) {
-      if (!part.has_position(key)) continue;
-      const Index zero = part.key_position(key) + table_first;
-      for (int v = s.first; v < s.last; ++v) f(Index(key - block_begin) * width + v * lanes, v, zero);
+  COTERIE_INLINE void each(Index first, const typename Lookout::Segment& s, int block_begin, const F& f) const {
+    const int begin = std::max(s.begin, key_begin) - block_begin, end = std::min(s.end, key_end) - block_begin;
+    for (int v = s.first; v < s.last; ++v) {
+      const Index low = lowest[v] - first, high = highest[v] - first;
+      for (int j = begin; j < end; ++j) f(Index(j) * width + v * lanes, v, low - of_key[j], high - of_key[j]);
     }
   }
 };
@@ -74,7 +85,7 @@ struct Relative {
 
   // Rows of a buffer: the table's first row; its last row; room for what skewing moves up; from here on the rows of `rows`,
   // ends among them; room behind.
-  static constexpr Index listed = lanes;
+  static constexpr Index stride_rows = lanes / 2, listed = lanes + stride_rows, room = listed + lanes + stride_rows;
 
   const AttentionPart<T>* part = nullptr;
   const Positions<T, M>* positions = nullptr;
@@ -88,7 +99,7 @@ struct Relative {
   bool skewed = false;
 
   /// Numbers of a buffer, and of the scratch memory beside the buffers.
-  static constexpr Index buffer_size(Index count) { return count > 0 ? (count + 2 * lanes) * width : 0; }
+  static constexpr Index buffer_size(Index count) { return count > 0 ? (count + room) * width : 0; }
   static constexpr Index scratch_size(Index count) {
     return count > 0 ? padded(((3 * count + 1) * bytes<std::int32_t> + count * width) / bytes<T> + 1) : 0;
   }
@@ -149,7 +160,7 @@ struct Relative {
             mark(lowest - position, highest - position + 1);
           } else {
             for (int l = v * lanes; l < (v + 1) * lanes; ++l) {
-              const Index row = positions->of[l] - position - part->relative_first;
+              const Index row = lowest + positions->above[l] - position;
               mark(row, row + 1);
             }
           }
@@ -181,23 +192,11 @@ struct Relative {
     }
     std::memcpy(buffer, to, row_bytes);
     std::memcpy(buffer + width, to + (reached - 1) * width, row_bytes);
-    if (!skewed) return;
-    // Lane l moves l rows up: its rows of the number's bits, one after the other.
-    for (int step = 1; step < lanes; step *= 2) {
-      I moves;
-      lanes_with(step, moves);
-      for (Index row = 2; row < listed + reached; ++row)
-        for (int v = 0; v < sight.vectors; ++v) {
-          F x, y;
-          L::load(buffer + row * width + v * lanes, x);
-          L::load(buffer + (row + step) * width + v * lanes, y);
-          L::store(buffer + row * width + v * lanes, moves ? y : x);
-        }
-    }
+    if (skewed) skew<1>(sight, buffer, listed + 1, reached - 2);
   }
 
   COTERIE_INLINE void clear(T* buffer) const {
-    std::memset(buffer, 0, static_cast<std::size_t>(reached + 2 * lanes) * row_bytes);
+    std::memset(buffer, 0, static_cast<std::size_t>(reached + room) * row_bytes);
   }
 
   /// Calls whole(at, row) for vectors of pairs that find their numbers side by side, at `row` in a buffer, and
@@ -205,21 +204,21 @@ struct Relative {
   template <class Whole, class Single>
   COTERIE_INLINE void each(const typename Lookout::Segment& s, int block_begin, const Whole& whole,
                            const Single& single) const {
-    const auto pairs = [&](Index at, int v, Index zero) __attribute__((always_inline)) {
-      const Index low = positions->lowest[v] - zero, high = positions->highest[v] - zero;
+    const Index end = count - 1;
+    const auto pairs = [&](Index at, int v, Index low, Index high) __attribute__((always_inline)) {
       if (high <= 0)
         whole(at, Index(v) * lanes);
-      else if (low >= count - 1)
-        whole(at, place[count - 1] * Index(width) + v * lanes);
-      else if (skewed && low > 0 && high < count - 1)
+      else if (low >= end)
+        whole(at, place[end] * Index(width) + v * lanes);
+      else if (skewed && low > 0 && high < end)
         whole(at, place[low] * Index(width) + v * lanes);
       else
         for (int l = 0; l < lanes; ++l) {
-          const Index row = place[std::clamp<Index>(positions->of[v * lanes + l] - zero, 0, count - 1)];
+          const Index row = place[std::clamp<Index>(low + positions->above[v * lanes + l], 0, end)];
           single(at + l, (row - (skewed && row >= listed ? l : 0)) * width + v * lanes + l);
         }
     };
-    Positions<T, M>::each(*part, part->relative_first, s, block_begin, pairs);
+    positions->each(part->relative_first, s, block_begin, pairs);
   }
 
   /// to[key][lane] += R[c][lane]
@@ -238,28 +237,19 @@ struct Relative {
 
   /// A[r][lane] *= factor[lane]
   COTERIE_INLINE void rescale(const Lookout& sight, const T* factor, T* buffer) const {
-    for (Index row = 0; row < listed + reached; ++row)
-      for (int v = 0; v < sight.vectors; ++v) {
-        F x, y;
+    for (int v = 0; v < sight.vectors; ++v) {
+      F x, y;
+      L::load(factor + v * lanes, y);
+      for (Index row = 0; row < listed + reached; ++row) {
         L::load(buffer + row * width + v * lanes, x);
-        L::load(factor + v * lanes, y);
         L::store(buffer + row * width + v * lanes, x * y);
       }
+    }
   }
 
   /// Ends collecting: rows of A stand as `rows` lists them, from `listed` on.
   COTERIE_INLINE void straighten(const Lookout& sight, T* buffer) const {
-    for (int step = 1; skewed && step < lanes; step *= 2) {
-      I moves;
-      lanes_with(step, moves);
-      for (Index row = listed + reached - 1; row >= 2 + step; --row)
-        for (int v = 0; v < sight.vectors; ++v) {
-          F x, y;
-          L::load(buffer + row * width + v * lanes, x);
-          L::load(buffer + (row - step) * width + v * lanes, y);
-          L::store(buffer + row * width + v * lanes, moves ? y : x);
-        }
-    }
+    if (skewed) skew<-1>(sight, buffer, listed + reached - 2, reached - 2);
     std::memcpy(buffer + listed * width, buffer, row_bytes);
     if (count > 1) std::memcpy(buffer + (listed + reached - 1) * width, buffer + width, row_bytes);
   }
@@ -334,10 +324,33 @@ struct Relative {
     L::store(to, y + x);
   }
 
-  /// A mask of the lanes whose number has the bit.
-  static COTERIE_INLINE void lanes_with(int bit, I& mask) {
-    mask = I{};
-    for (int l = 0; l < lanes; ++l) mask[l] = (l & bit) != 0 ? -1 : 0;
+  /// Moves lane l of every vector by l rows, up (Step 1) or down (-1), for `inner` rows from `first` on in the step's direction.
+  /// The bits of l one after the other, each a choice between two rows; rows stream through registers.
+  template <int Step>
+  static COTERIE_INLINE void skew(const Lookout& sight, T* buffer, Index first, Index inner) {
+    constexpr int at_once = stride_rows;
+    for (int v = 0; v < sight.vectors; ++v) {
+      I moves[lanes];        // at a power of two: lanes whose number has that bit
+      F earlier[2 * lanes];  // from a power of two on, as many rows: the last ones of that bit
+      COTERIE_UNROLL for (int bit = 1; bit < lanes; bit *= 2) {
+        moves[bit] = I{};
+        COTERIE_UNROLL for (int l = 0; l < lanes; ++l) moves[bit][l] = (l & bit) != 0 ? -1 : 0;
+        COTERIE_UNROLL for (int i = 0; i < bit; ++i) earlier[bit + i] = F{};
+      }
+      T* from = buffer + first * width + v * lanes;
+      for (Index row = 0; row < inner + lanes - 1; row += at_once) {
+        F x[at_once], y[at_once];
+        COTERIE_UNROLL for (int i = 0; i < at_once; ++i) L::load(from + i * Step * width, x[i]);
+        COTERIE_UNROLL for (int bit = 1; bit < lanes; bit *= 2) {
+          COTERIE_UNROLL for (int i = 0; i < at_once; ++i) y[i] =
+              moves[bit] ? x[i] : (i < bit ? earlier[bit + i] : x[i < bit ? 0 : i - bit]);
+          COTERIE_UNROLL for (int i = 0; i < bit; ++i) earlier[bit + i] = x[at_once - bit + i];
+          COTERIE_UNROLL for (int i = 0; i < at_once; ++i) x[i] = y[i];
+        }
+        COTERIE_UNROLL for (int i = 0; i < at_once; ++i) L::store(from + (i - (lanes - 1)) * Step * width, x[i]);
+        from += at_once * Step * width;
+      }
+    }
   }
 
   COTERIE_INLINE Index locate(const T* table, Index stride, Index t, const T** table_rows) const {
@@ -355,7 +368,8 @@ struct Relative {
       for (int l = 0; l < sight.count; ++l)
         for (int key = static_cast<int>(sight.from[i][l]); key < static_cast<int>(sight.until[i][l]); ++key) {
           if (!part->has_position(key)) continue;
-          const Index row = positions->of[l] - part->key_position(key) - part->relative_first;
+          const Index query = positions->lowest[l / lanes] + positions->above[l];
+          const Index row = query - part->key_position(key) - part->relative_first;
           const Index t = row <= 0 ? 0 : row >= count - 1 ? reached - 1 : place[row] - listed;
           used[t * width + l] = 1;
         }

@@ -225,8 +225,7 @@ struct Tile {
                                        const typename Lookout::Segment& s, int block_begin, const Whole& whole,
                                        const Single& single) {
     const Index end = part.bias_count - 1;
-    const auto pairs = [&](Index at, int v, Index zero) __attribute__((always_inline)) {
-      const Index low = positions.lowest[v] - zero, high = positions.highest[v] - zero;
+    const auto pairs = [&](Index at, int v, Index low, Index high) __attribute__((always_inline)) {
       if (high <= 0)
         whole(at, Index(0));
       else if (low >= end)
@@ -235,9 +234,9 @@ struct Tile {
         whole(at, low + width);
       else
         for (int l = 0; l < lanes; ++l)
-          single(at + l, std::clamp<Index>(positions.of[v * lanes + l] - zero, 0, end) + width);
+          single(at + l, std::clamp<Index>(low + positions.above[v * lanes + l], 0, end) + width);
     };
-    Positions<T, M>::each(part, part.bias_first, s, block_begin, pairs);
+    positions.each(part.bias_first, s, block_begin, pairs);
   }
 
   static COTERIE_INLINE void add_vector(const T* from, T* to) {
