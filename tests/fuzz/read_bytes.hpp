@@ -2,6 +2,7 @@
 
 // What the fuzzer, and the test that replays its corpus, do with bytes that may be a file.
 
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -60,30 +61,23 @@ inline bool read_bytes(std::span<const std::byte> bytes) {
   }
 
   // Whatever can be read can be written, and is the same then.
-  std::vector<std::vector<double>> numbers;
-  std::vector<std::vector<std::int64_t>> integers;
+  std::map<std::string, std::vector<double>> numbers;
+  for (const SafetensorsTensor& tensor : file.tensors()) {
+    accepts([&] { numbers.emplace(tensor.name, file.numbers<double>(tensor.name)); });
+    accepts([&] { static_cast<void>(file.numbers<float>(tensor.name)); });
+    accepts([&] { static_cast<void>(file.numbers<std::int64_t>(tensor.name)); });
+  }
   SafetensorsWriter writer;
   for (const auto& [key, value] : file.metadata()) writer.set_metadata(key, value);
-  for (const SafetensorsTensor& tensor : file.tensors()) {
-    accepts([&] { numbers.push_back(file.numbers<double>(tensor.name)); });
-    accepts([&] { integers.push_back(file.numbers<std::int64_t>(tensor.name)); });
-    accepts([&] { static_cast<void>(file.numbers<float>(tensor.name)); });
-  }
-  std::size_t next = 0;
-  for (const SafetensorsTensor& tensor : file.tensors())
-    if (accepts([&] { static_cast<void>(file.numbers<double>(tensor.name)); })) {
-      const std::vector<double>& row = numbers[next++];
-      writer.add(tensor.name, ConstView<double>(row.data(), 1, static_cast<Index>(row.size())));
-    }
+  for (const auto& [name, row] : numbers)
+    writer.add(name, ConstView<double>(row.data(), 1, static_cast<Index>(row.size())));
   const std::vector<std::byte> written = writer.bytes();
   const SafetensorsView copy = parse_safetensors(written);
   require(copy.metadata() == file.metadata() && copy.tensors().size() == numbers.size(), "another file after writing");
-  next = 0;
-  for (const SafetensorsTensor& tensor : copy.tensors()) {
-    const std::vector<double> row = copy.numbers<double>(tensor.name);
-    const std::vector<double>& before = numbers[next++];
-    require(row.size() == before.size() &&
-                (row.empty() || std::memcmp(row.data(), before.data(), row.size() * sizeof(double)) == 0),
+  for (const auto& [name, row] : numbers) {
+    const std::vector<double> again = copy.numbers<double>(name);
+    require(again.size() == row.size() &&
+                (row.empty() || std::memcmp(again.data(), row.data(), row.size() * sizeof(double)) == 0),
             "other numbers after writing");
   }
 

@@ -64,7 +64,9 @@ TEST_CASE("the bytes of a small file are those of the format") {
 
   const std::vector<std::byte> empty = SafetensorsWriter().bytes();
   REQUIRE(empty.size() == 16);
-  REQUIRE(parse_safetensors(empty).tensors().empty());
+  const SafetensorsView file = parse_safetensors(empty);
+  REQUIRE(file.tensors().empty());
+  REQUIRE(file.metadata().empty());
 }
 
 TEST_CASE("files are written as bytes() has them, over old ones") {
