@@ -118,7 +118,7 @@ TEST_CASE("fields are written as a reader of the file would expect") {
   const std::vector<std::string> all = texts(detail::resolve(kinds()[0].config));
   for (const char* const expected :
        {"model_dim=10", "causal=true", "bias=false", "routing=learned", "self=only_if_alone", "shared_qk=true",
-        "local_positions=rotary", "decay=0.999", "gain=3", "rotary_base=10000", "dead_share=0.1", "seed=3"}) {
+        "local_positions=rotary", "decay=0.999", "gain=automatic", "rotary_base=10000", "dead_share=0.1", "seed=3"}) {
     INFO(expected);
     REQUIRE(std::find(all.begin(), all.end(), expected) != all.end());
   }

@@ -132,7 +132,7 @@ TEMPLATE_TEST_CASE("save, load, continue gives the bits of not having stopped", 
 }
 
 TEST_CASE("settings of the routers and of membership are saved as well") {
-  std::vector<RoutingAttentionConfig> configs(5, kinds()[0].config);
+  std::vector<RoutingAttentionConfig> configs(7, kinds()[0].config);
   configs[0].average = Average::batch_mean;
   configs[0].renormalise = true;
   configs[1].membership = Membership::balanced;
@@ -145,6 +145,13 @@ TEST_CASE("settings of the routers and of membership are saved as well") {
   configs[4].dead_share = 0.6;
   configs[4].split_share = 1.5;
   configs[4].decay = 1 / 3.0;
+  configs[5].average = Average::batch_direction;
+  configs[5].normalisation = Normalisation::unit_length;
+  configs[5].logits = Logits::normalised_keys;
+  configs[5].learned_gain = false;
+  configs[6].globals = 2;
+  configs[6].dense_up_to = 9;
+  configs[6].gain = 1.75;
   for (const RoutingAttentionConfig& config : configs) {
     RoutingAttention<float> layer = make_layer<float>(config);
     train(layer, 0, 4);
@@ -256,7 +263,7 @@ TEST_CASE("files that are not what they say are refused, and nothing is changed"
       {"damaged: config: expected sizes below 2^31",
        [](Contents& c) { c.metadata["a.config.model_dim"] = "9223372036854775806"; }},
       {"damaged: config: expected sizes below 2^31",
-       [](Contents& c) { c.metadata["a.config.heads"] = "9223372036854775806"; }},
+       [](Contents& c) { c.metadata["a.config.heads"] = c.metadata["a.config.kv_heads"] = "9223372036854775806"; }},
       // Sizes that no memory holds, if anybody tried.
       {"tensor 'a.w_q': shape: expected [2147483647, 6], got [6, 6]",
        [](Contents& c) { c.metadata["a.config.model_dim"] = "2147483647"; }},

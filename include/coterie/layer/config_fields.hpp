@@ -43,16 +43,22 @@ void visit_fields(C& c, F&& f) {
   f("probes", c.probes, 1);
   f("unassigned", c.unassigned, 1);
   f("combine", c.combine, 1);
+  f("query_share", c.query_share, 1);
   f("shared_qk", c.shared_qk, 1);
   f("self", c.self, 1);
   f("induction", c.induction, 1);
   f("local_induction", c.local_induction, 1);
   f("key_taps", c.key_taps, 1);
+  f("normalisation", c.normalisation, 1);
+  f("logits", c.logits, 1);
   f("gain", c.gain, 1);
+  f("learned_gain", c.learned_gain, 1);
   f("memory", c.memory, 1);
   f("soft_cap", c.soft_cap, 1);
   f("dropout", c.dropout, 1);
   f("bias", c.bias, 1);
+  f("globals", c.globals, 1);
+  f("dense_up_to", c.dense_up_to, 1);
   f("local_positions", c.local_positions, 1);
   f("routed_positions", c.routed_positions, 1);
   f("rotary_layout", c.rotary_layout, 1);
@@ -81,6 +87,10 @@ inline constexpr std::array<std::string_view, 2> enum_names<Unassigned>{"left_ou
 template <>
 inline constexpr std::array<std::string_view, 3> enum_names<Combine>{"single", "mean", "lse"};
 template <>
+inline constexpr std::array<std::string_view, 2> enum_names<Normalisation>{"layer_norm", "unit_length"};
+template <>
+inline constexpr std::array<std::string_view, 3> enum_names<Logits>{"raw", "normalised", "normalised_keys"};
+template <>
 inline constexpr std::array<std::string_view, 3> enum_names<Self>{"visible", "only_if_alone", "never"};
 template <>
 inline constexpr std::array<std::string_view, 5> enum_names<HeadPositions>{"rotary", "bias", "none", "alibi",
@@ -88,7 +98,8 @@ inline constexpr std::array<std::string_view, 5> enum_names<HeadPositions>{"rota
 template <>
 inline constexpr std::array<std::string_view, 2> enum_names<RotaryLayout>{"halves", "interleaved"};
 template <>
-inline constexpr std::array<std::string_view, 2> enum_names<Average>{"counts_and_sums", "batch_mean"};
+inline constexpr std::array<std::string_view, 3> enum_names<Average>{"counts_and_sums", "batch_mean",
+                                                                     "batch_direction"};
 
 /// A finite number as the shortest decimal of 15 to 17 digits that reads back as the same one, in any locale. (Not
 /// std::to_chars: the library of clang has no std::from_chars of floating point to go with it.)

@@ -27,7 +27,7 @@ inline std::string config_key(std::string_view prefix, std::string_view field) {
   return join(prefix, "config.", field);
 }
 
-/// The tensors of the router of a routed head, with its layer's prefix.
+/// The tensors of the router of a routed key/value head, with its layer's prefix.
 inline std::string router_name(std::string_view prefix, Index head, std::string_view what) {
   return join(prefix, "routers.", head, ".", what);
 }
@@ -41,19 +41,19 @@ struct TensorShape {
 /// The parameters of a resolved config of countable_sizes: those of zero_parameters, without their memory.
 inline std::vector<TensorShape> parameter_shapes(const RoutingAttentionConfig& c) {
   const Heads heads(c);
-  const Index cols = c.heads * c.head_dim, key_cols = heads.key_heads * c.head_dim;
+  const Index cols = c.heads * c.head_dim, kv_cols = c.kv_heads * c.head_dim, key_cols = heads.key_heads * c.head_dim;
   std::vector<TensorShape> shapes;
   const auto add = [&](const char* name, Index rows, Index n) {
     if (rows > 0 && n > 0) shapes.push_back({name, rows, n});
   };
   add("w_q", c.model_dim, cols);
   add("w_k", c.model_dim, key_cols);
-  add("w_v", c.model_dim, cols);
+  add("w_v", c.model_dim, kv_cols);
   add("w_o", cols, c.model_dim);
   if (c.bias) {
     add("b_q", 1, cols);
     add("b_k", 1, key_cols);
-    add("b_v", 1, cols);
+    add("b_v", 1, kv_cols);
     add("b_o", 1, c.model_dim);
   }
   add("gain", 1, heads.gains);
@@ -64,8 +64,8 @@ inline std::vector<TensorShape> parameter_shapes(const RoutingAttentionConfig& c
     if (group->positions == HeadPositions::t5_buckets)
       add(group->routed ? "routed_bucket_bias" : "bucket_bias", group->count, c.position_buckets);
   }
-  add("memory_keys", c.memory, cols);
-  add("memory_values", c.memory, cols);
+  add("memory_keys", c.memory, kv_cols);
+  add("memory_values", c.memory, kv_cols);
   return shapes;
 }
 
@@ -134,7 +134,7 @@ void check_tensors(const char* function, const SafetensorsView& file, std::strin
   };
   for (const TensorShape& shape : parameter_shapes(c))
     check(join(prefix, shape.name), dtype_of<T>, shape.rows, shape.cols);
-  const Index routers = c.routing == Routing::learned ? c.routed_heads : 0;
+  const Index routers = c.routing == Routing::learned ? routed_kv_heads(c) : 0;
   for (Index h = 0; h < routers; ++h) {
     check(router_name(prefix, h, "centroids"), dtype_of<T>, c.clusters, c.head_dim);
     check(router_name(prefix, h, "counts"), Dtype::f64, 1, c.clusters);
@@ -179,7 +179,7 @@ void fill_layer(const char* function, const SafetensorsView& file, std::string_v
 
 }  // namespace detail
 
-/// Adds a layer to what will be written: its parameters as "<prefix>w_q" and so on, the state of the router of routed head h
+/// Adds a layer to what will be written: its parameters as "<prefix>w_q" and so on, the state of the router of routed (key/value) head h
 /// (centroids, counts, sums, updates, frozen) as "<prefix>routers.<h>.centroids" and so on, its config as metadata
 /// "<prefix>config.<field>", and the format. Nothing else of a layer changes when it is trained.
 ///
