@@ -1,6 +1,7 @@
 #include "coterie/layer/config_fields.hpp"
 
 #include <limits>
+#include <map>
 #include <set>
 
 #include "catch.hpp"
@@ -70,6 +71,18 @@ void change(V& value) {
 template <class V>
 std::string fault(const char* text, V value) {
   return detail::read_field(text, value);
+}
+
+// A config that has grown.
+struct Grown {
+  int old = 3;
+  double fresh = 0.5;
+};
+template <class C, class F>
+requires std::is_same_v<std::remove_const_t<C>, Grown>
+void visit_fields(C& c, F&& f) {
+  f("old", c.old, 1);
+  f("fresh", c.fresh, 2);
 }
 
 }  // namespace
@@ -199,4 +212,29 @@ TEST_CASE("every enumerator has a name: a value beyond the names is refused as a
     REQUIRE(contains(message_of<ValueError>([&] { detail::resolve(config); }), std::string(wanted) + ": expected"));
   });
   REQUIRE(enumerations >= 9);
+}
+
+TEST_CASE("a field that came with a later format keeps its default in older files, and is required in others") {
+  std::map<std::string, std::string, std::less<>> file{{"old", "7"}};
+  Grown config;
+  const auto read = [&](int format) {
+    config = {};
+    return detail::read_fields(config, format, [&](std::string_view name) {
+      const auto text = file.find(name);
+      return text == file.end() ? nullptr : &text->second;
+    });
+  };
+  REQUIRE(read(1).empty());
+  REQUIRE(config.old == 7);
+  REQUIRE(config.fresh == 0.5);
+  REQUIRE(read(2) == "fresh: damaged: expected a value, got none");
+  file["fresh"] = "0.25";
+  REQUIRE(read(2).empty());
+  REQUIRE(config.fresh == 0.25);
+  REQUIRE(read(1).empty());
+  REQUIRE(config.fresh == 0.5);
+  file["old"] = "x";
+  REQUIRE(read(2) == "old: damaged: expected a whole number in range, got 'x'");
+  file.erase("old");
+  REQUIRE(read(1) == "old: damaged: expected a value, got none");
 }

@@ -277,6 +277,8 @@ TEST_CASE("files that are not of the config are refused by what is wrong") {
       {"got 'm.to_out.bias' beside them", [](State& s, RoutingAttentionConfig&) { s.add("to_out.bias", {10}); }},
       {"got 'm.to_k.weight' beside them",
        [](State&, RoutingAttentionConfig& c) { c.shared_qk = true, c.learned_gain = false; }},
+      {"expected none but for local_positions = rotary",
+       [](State&, RoutingAttentionConfig& c) { c.local_positions = LocalPositions::none; }},
       {"expected the frequencies of rotary_base = 500", [](State&, RoutingAttentionConfig& c) { c.rotary_base = 500; }},
       {"damaged: global_attn.kmeans.means",
        [](State& s, RoutingAttentionConfig&) {

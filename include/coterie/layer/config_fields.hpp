@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "coterie/layer/config.hpp"
+#include "coterie/layer/json.hpp"
 
 namespace coterie {
 
@@ -169,6 +170,21 @@ std::string read_field(std::string_view text, V& value) {
     stream >> std::noskipws >> value;
     return stream && stream.peek() == std::istringstream::traits_type::eof() ? "" : "a number";
   }
+}
+
+/// Reads the fields of a config from a file of a format: text_of(name) gives the text of a field, null where the file has none. A
+/// field that came with a later format keeps its default. Returns what is wrong with the first field that is, or nothing.
+template <class C, class TextOf>
+std::string read_fields(C& config, int format, TextOf&& text_of) {
+  std::string fault;
+  visit_fields(config, [&](std::string_view name, auto& field, int since) {
+    if (since > format || !fault.empty()) return;
+    const std::string* const text = text_of(name);
+    const std::string expected = text ? read_field(std::string_view(*text), field) : "a value";
+    if (!expected.empty())
+      fault = join(name, ": damaged: expected ", expected, ", got ", text ? in_quotes(*text) : "none");
+  });
+  return fault;
 }
 
 }  // namespace detail

@@ -82,6 +82,8 @@ template <class T>
 void check_pytorch_rotary(PytorchTensors<T>& tensors, const RoutingAttentionConfig& c) {
   constexpr char name[] = "local_attn.rel_pos.inv_freq";
   if (!tensors.has(name)) return;
+  if (*c.local_positions != LocalPositions::rotary)
+    tensors.fail(join("tensor ", in_quotes(name), ": expected none but for local_positions = rotary, got one"));
   const Index half = c.head_dim / 2;
   const std::vector<T> frequencies = tensors.take(name, {half});
   for (Index j = 0; j < half; ++j) {
@@ -147,7 +149,7 @@ void take_pytorch_memory(PytorchTensors<T>& tensors, std::string_view name, cons
 ///     to_out.weight [D, H*d]                                   w_o
 ///     global_attn.kmeans.means [R, clusters, d], .initted []   centroids, as they stand; not initted: those of the seed
 ///     global_attn.mem_key, .mem_value [R, clusters, memory, d] memory_keys, memory_values, if all clusters of a head have the same
-///     local_attn.rel_pos.inv_freq [d/2]                        may be missing; checked against rotary_base
+///     local_attn.rel_pos.inv_freq [d/2]                        may be missing; local_positions = rotary, and rotary_base
 ///
 /// With D = model_dim, H = heads, d = head_dim, L local and R routed heads; without routed heads to_q, to_k and to_v are empty or
 /// missing. F16, BF16 and F32 are read, and F64 for double. Averages go on from the centroids with decay itself, its schedule behind

@@ -96,15 +96,14 @@ inline RoutingAttentionConfig read_config(const char* function, const Safetensor
   auto at = metadata.lower_bound(first);
   if (at == metadata.end() || !at->first.starts_with(first))
     file.fail(function, join("no saved layer: expected a config under the prefix ", in_quotes(prefix), ", got none"));
+  const std::string fault = read_fields(config, format, [&](std::string_view name) {
+    const auto text = metadata.find(config_key(prefix, name));
+    return text == metadata.end() ? nullptr : &text->second;
+  });
+  if (!fault.empty()) file.fail(function, join(first, fault));
   std::set<std::string> known;
-  visit_fields(config, [&](std::string_view name, auto& field, int since) {
-    if (since > format) return;  // keeps its default
-    const auto text = metadata.find(*known.insert(config_key(prefix, name)).first);
-    if (text == metadata.end())
-      file.fail(function, join(config_key(prefix, name), ": damaged: expected a value, got none"));
-    const std::string right = read_field(std::string_view(text->second), field);
-    if (!right.empty())
-      file.fail(function, join(text->first, ": damaged: expected ", right, ", got ", in_quotes(text->second)));
+  visit_fields(config, [&](std::string_view name, const auto&, int since) {
+    if (since <= format) known.insert(config_key(prefix, name));
   });
   for (; at != metadata.end() && at->first.starts_with(first); ++at)
     if (!known.contains(at->first))
