@@ -85,16 +85,8 @@ State state_of(const RoutingAttentionConfig& c) {
 }
 
 // Two local heads and three routed ones.
-const RoutingAttentionConfig mixed{.model_dim = dim,
-                                   .heads = 5,
-                                   .head_dim = d,
-                                   .routed_heads = 3,
-                                   .clusters = 2,
-                                   .window = 4,
-                                   .causal = false,
-                                   .normalisation = Normalisation::unit_length,
-                                   .bias = true,
-                                   .average = Average::batch_direction};
+const RoutingAttentionConfig mixed = presets::pytorch(
+    {.model_dim = dim, .heads = 5, .head_dim = d, .routed_heads = 3, .clusters = 2, .window = 4, .bias = true});
 
 // Two routed heads with memory.
 RoutingAttentionConfig routed_config() {
@@ -182,7 +174,7 @@ TEST_CASE("heads of one cluster give torch's formula: y = softmax(x W_q^T (x W_k
     v << matrix("global_attn.mem_value", 6, d).middleRows(3 * h, 3), x * w_v.middleRows(h * d, d).transpose();
     RowMatrix<double> p = (x * w_q.middleRows(h * d, d).transpose() * k.transpose() / 2).array().exp();
     for (Index i = 0; i < n; ++i) p.row(i) /= p.row(i).sum();
-    joined.middleCols(h * d, d) = p * v;
+    joined.middleCols(h * d, d) = p * v / (1 + 1e-5);  // the module's mean over one cluster
   }
   RowMatrix<double> y(n, dim);
   Context context;
@@ -191,9 +183,7 @@ TEST_CASE("heads of one cluster give torch's formula: y = softmax(x W_q^T (x W_k
 }
 
 TEST_CASE("modules without local heads, without routed heads, shared, and untrained ones") {
-  RoutingAttentionConfig local = mixed;
-  local.routed_heads = local.clusters = 0;
-  local.average = Average::counts_and_sums;
+  const RoutingAttentionConfig local{.model_dim = dim, .heads = 5, .head_dim = d, .window = 4, .bias = true};
   for (const bool empty_tensors : {true, false}) {
     State state = state_of(local);
     if (!empty_tensors)
@@ -205,8 +195,8 @@ TEST_CASE("modules without local heads, without routed heads, shared, and untrai
 
   RoutingAttentionConfig shared = mixed;
   shared.causal = true;
-  shared.learned_gain = false;
-  shared.logits = Logits::normalised_keys;
+  shared.shared_qk.reset();
+  shared = presets::pytorch(shared);
   State state = state_of(shared);
   state.flags["m.global_attn.kmeans.initted"] = false;
   state.tensors.erase("m.local_attn.rel_pos.inv_freq");
@@ -275,8 +265,7 @@ TEST_CASE("files that are not of the config are refused by what is wrong") {
          s.add("global_attn.mem_key", {3, 2, 1, 4});
        }},
       {"got 'm.to_out.bias' beside them", [](State& s, RoutingAttentionConfig&) { s.add("to_out.bias", {10}); }},
-      {"got 'm.to_k.weight' beside them",
-       [](State&, RoutingAttentionConfig& c) { c.shared_qk = true, c.learned_gain = false; }},
+      {"got 'm.to_k.weight' beside them", [](State&, RoutingAttentionConfig& c) { c.shared_qk = true; }},
       {"expected none but for local_positions = rotary",
        [](State&, RoutingAttentionConfig& c) { c.local_positions = LocalPositions::none; }},
       {"expected the frequencies of rotary_base = 500", [](State&, RoutingAttentionConfig& c) { c.rotary_base = 500; }},
@@ -304,7 +293,16 @@ TEST_CASE("configs that the module's tensors do not fit are refused by what is w
        [](State&, RoutingAttentionConfig& c) { c.bias = false; }},
       {"import_pytorch: memory: expected 0 with local heads", [](State&, RoutingAttentionConfig& c) { c.memory = 1; }},
       {"import_pytorch: routing: expected learned",
-       [](State&, RoutingAttentionConfig& c) { c.routing = Routing::random, c.average = Average::counts_and_sums; }},
+       [](State&, RoutingAttentionConfig& c) {
+         c = {.model_dim = dim,
+              .heads = 5,
+              .head_dim = d,
+              .routed_heads = 3,
+              .clusters = 2,
+              .window = 4,
+              .routing = Routing::random,
+              .bias = true};
+       }},
       {"import_pytorch: normalisation: expected unit_length",
        [](State&, RoutingAttentionConfig& c) { c.normalisation = Normalisation::layer_norm; }},
       {"import_pytorch: kv_heads: expected as many as heads",

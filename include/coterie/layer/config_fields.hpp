@@ -44,6 +44,7 @@ void visit_fields(C& c, F&& f) {
   f("probes", c.probes, 1);
   f("unassigned", c.unassigned, 1);
   f("combine", c.combine, 1);
+  f("mean_epsilon", c.mean_epsilon, 1);
   f("query_share", c.query_share, 1);
   f("shared_qk", c.shared_qk, 1);
   f("self", c.self, 1);
@@ -94,8 +95,8 @@ inline constexpr std::array<std::string_view, 3> enum_names<Logits>{"raw", "norm
 template <>
 inline constexpr std::array<std::string_view, 3> enum_names<Self>{"visible", "only_if_alone", "never"};
 template <>
-inline constexpr std::array<std::string_view, 5> enum_names<HeadPositions>{"rotary", "bias", "none", "alibi",
-                                                                           "t5_buckets"};
+inline constexpr std::array<std::string_view, 6> enum_names<HeadPositions>{"rotary", "bias",       "none",
+                                                                           "alibi",  "t5_buckets", "shaw"};
 template <>
 inline constexpr std::array<std::string_view, 2> enum_names<RotaryLayout>{"halves", "interleaved"};
 template <>

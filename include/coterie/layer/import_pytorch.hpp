@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "coterie/layer/presets.hpp"
 #include "coterie/layer/routing_attention.hpp"
 #include "coterie/layer/safetensors.hpp"
 
@@ -139,9 +140,9 @@ void take_pytorch_memory(PytorchTensors<T>& tensors, std::string_view name, cons
 /// state_dict was saved as a safetensors file; `prefix` is what stands before "to_q.weight" there, dot included.
 ///
 ///     RoutingAttention<float> layer = import_pytorch<float>(read_safetensors("lm.safetensors"),
-///         "routing_transformer.layers.blocks.0.f.net.fn.", config);
+///         "routing_transformer.layers.blocks.0.f.net.fn.", presets::pytorch(config));
 ///
-/// `config` says what the layer computes with them; sizes have to be those of the file: head_dim, heads and routed_heads as
+/// The config says what the layer computes with them: presets::pytorch what the module does, but for the faults that it names. Sizes have to be those of the file: head_dim, heads and routed_heads as
 /// dim_head, heads and heads - n_local_attn_heads, clusters = max_seq_len / window_size, memory = num_mem_kv.
 ///
 ///     local_to_qkv.weight [3*L*d, D], .bias [3*L*d]            local columns of w_q, w_k, w_v, b_q, b_k, b_v; the other biases are 0

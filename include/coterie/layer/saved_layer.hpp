@@ -59,10 +59,16 @@ inline std::vector<TensorShape> parameter_shapes(const RoutingAttentionConfig& c
   add("gain", 1, heads.gains);
   add("taps", heads.taps_rows, c.head_dim);
   for (const HeadGroup* group : {&heads.local, &heads.routed}) {
-    if (group->positions == HeadPositions::bias)
+    if (group->count == 0) continue;
+    if (group->positions == HeadPositions::bias) {
       add(group->routed ? "routed_distance_bias" : "distance_bias", group->count, table_distances(c, *group, 1).count);
-    if (group->positions == HeadPositions::t5_buckets)
+    } else if (group->positions == HeadPositions::shaw) {
+      const Index rows = table_distances(c, *group, 1).count;
+      add(group->routed ? "routed_relative_keys" : "relative_keys", rows, c.head_dim);
+      add(group->routed ? "routed_relative_values" : "relative_values", rows, c.head_dim);
+    } else if (group->positions == HeadPositions::t5_buckets) {
       add(group->routed ? "routed_bucket_bias" : "bucket_bias", group->count, c.position_buckets);
+    }
   }
   add("memory_keys", c.memory, kv_cols);
   add("memory_values", c.memory, kv_cols);
@@ -73,7 +79,9 @@ inline std::vector<TensorShape> parameter_shapes(const RoutingAttentionConfig& c
 inline bool countable_sizes(const RoutingAttentionConfig& c) {
   const auto small = [](Index size) { return size <= std::numeric_limits<std::int32_t>::max(); };
   return small(c.model_dim) && small(c.heads) && small(c.head_dim) && small(c.key_taps) && small(c.position_buckets) &&
-         small(c.lookahead) && (*c.local_positions != LocalPositions::bias || small(c.local_window));
+         small(c.lookahead) &&
+         (small(c.local_window) ||
+          (*c.local_positions != LocalPositions::bias && *c.local_positions != LocalPositions::shaw));
 }
 
 /// Reads the config of the layer under `prefix`.
