@@ -31,10 +31,11 @@ if(COTERIE_NATIVE)
   endif()
 endif()
 
-# The kernels are instantiated once per build, in one file; whoever links this target only declares them.
-add_library(coterie_kernels STATIC ${PROJECT_SOURCE_DIR}/tests/kernels.cpp)
+# Kernels and heads of layers are instantiated once per build, in a file each; whoever links this target only declares them.
+add_library(coterie_kernels STATIC ${PROJECT_SOURCE_DIR}/tests/kernels.cpp ${PROJECT_SOURCE_DIR}/tests/heads.cpp)
 target_link_libraries(coterie_kernels PUBLIC coterie_dev)
-target_compile_definitions(coterie_kernels INTERFACE COTERIE_EXTERN_KERNELS)
+target_compile_definitions(coterie_kernels INTERFACE COTERIE_EXTERN_KERNELS COTERIE_EXTERN_HEADS)
+set_source_files_properties(${PROJECT_SOURCE_DIR}/tests/heads.cpp PROPERTIES COMPILE_DEFINITIONS COTERIE_EXTERN_KERNELS)
 
 # Kernels are optimised even in debug builds. Under sanitizers they go without UBSan and call AddressSanitizer's checks instead of
 # inlining them: one minute of compiling instead of many.

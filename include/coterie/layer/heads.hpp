@@ -466,4 +466,22 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
 }
 
 }  // namespace COTERIE_FLAGS_NAMESPACE
+
+// As for kernels (dispatch.hpp): with COTERIE_EXTERN_HEADS a file leaves these functions to another one, which defines
+// COTERIE_INSTANTIATE_HEADS.
+#define COTERIE_HEADS(prefix, T)                                                                                       \
+  prefix template void heads_forward<T>(const LayerParts<T>&, const HeadGroup&, const CheckedInput<T>&, View<T>, bool, \
+                                        HeadsTape<T>*, bool, HeadsPlans&, Context&);                                   \
+  prefix template void heads_backward<T>(const LayerParts<T>&, const HeadGroup&, const CheckedInput<T>&,               \
+                                         const HeadsTape<T>&, ConstView<T>, View<T>, View<T>, Parameters<T>&,          \
+                                         Context&);
+#if defined(COTERIE_INSTANTIATE_HEADS)
+COTERIE_HEADS(, float)
+COTERIE_HEADS(, double)
+#elif defined(COTERIE_EXTERN_HEADS)
+COTERIE_HEADS(extern, float)
+COTERIE_HEADS(extern, double)
+#endif
+#undef COTERIE_HEADS
+
 }  // namespace coterie::detail
