@@ -6,7 +6,7 @@
 #include "coterie/layer/routing_attention.hpp"
 #include "errors.hpp"
 #include "gradient.hpp"
-#include "kinds.hpp"
+#include "oracle.hpp"
 
 using namespace test;
 
@@ -180,6 +180,47 @@ TEST_CASE("several probes stay strictly causal, balanced membership does not") {
       REQUIRE(changed == 0);
   }
   REQUIRE(changed_balanced > 0);
+}
+
+TEST_CASE("cross-attention of layers with members: the formula, and gradients of x, source and parameters") {
+  const Index n = 13, m = 19;
+  const std::vector<Index> offsets = {0, 3, 3, 4, 12, n}, source_offsets = {0, 2, 4, 4, 18, m};
+  for (const Kind& kind : member_kinds())
+    for (const bool causal : {false, true}) {
+      if (kind.config.induction) continue;
+      RoutingAttentionConfig config = kind.config;
+      config.causal = causal;
+      config.shared_qk = false;
+      config.self = Self::visible;
+      INFO(kind.name << ", causal " << causal);
+      RoutingAttention<double> layer = make_layer<double>(config);
+      Random random(7);
+      RowMatrix<double> x = 2 * random.matrix<double>(n, 10), source = 2 * random.matrix<double>(m, 10);
+      const RowMatrix<double> d_y = random.matrix<double>(n, 10);
+      const Input<double> input(x, offsets, source, source_offsets);
+      RowMatrix<double> y(n, 10);
+      Context context;
+      RoutingAttention<double>::Tape tape;
+      layer.forward(input, y, tape, context);
+      Oracle oracle{layer.config(), layer.parameters(), offsets, {}, {}, source_offsets, source};
+      std::vector<ConstView<double>> centroids;
+      for (const auto& router : layer.routers()) centroids.push_back(router.centroids());
+      oracle.route(x, centroids);
+      for (Index i = 0; i < n; ++i) {
+        const std::vector<double> expected = oracle.row(x, i);
+        for (Index j = 0; j < 10; ++j) REQUIRE(std::abs(y(i, j) - expected[static_cast<std::size_t>(j)]) < 1e-12);
+      }
+      Parameters<double> gradients = layer.zero_gradients();
+      RowMatrix<double> d_x = RowMatrix<double>::Zero(n, 10), d_source = RowMatrix<double>::Zero(m, 10);
+      layer.backward(input, tape, d_y, InputGradient<double>(d_x, d_source), gradients, context);
+      const auto loss = [&] {
+        layer.forward(input, y, context);
+        return y.cwiseProduct(d_y).sum();
+      };
+      require_gradient(x, d_x, loss, 1e-6);
+      require_gradient(source, d_source, loss, 1e-6);
+      require_gradient(layer.parameters().w_k, gradients.w_k, loss, 1e-6);
+    }
 }
 
 TEST_CASE("T18: the commitment loss reaches x and the weights, with centroids as constants") {
