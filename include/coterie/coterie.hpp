@@ -9,6 +9,7 @@
 #include "coterie/kernel/product.hpp"
 #include "coterie/layer/decoder.hpp"
 #include "coterie/layer/import_pytorch.hpp"
+#include "coterie/layer/key_index.hpp"
 #include "coterie/layer/presets.hpp"
 #include "coterie/layer/routing_attention.hpp"
 #include "coterie/layer/safetensors.hpp"
