@@ -1,0 +1,471 @@
+// Attention over a long key/value cache whose heads were never trained to be routed: how much of it do a few clusters keep?
+//
+// A KeyIndex clusters the keys once; a query then looks at the clusters that promise most, the first tokens and the most
+// recent ones. This program trains a small byte-level language model with dense heads, runs it over held-out text, takes
+// what its heads have as queries, keys and values, and compares with dense attention over all keys: share of the attention
+// kept, error of the output, keys visited, time.
+//
+//     kv_retrieval                                   induction heads, 16384 keys
+//     kv_retrieval --model plain                     heads without their shortcut: flat attention, which no clusters keep
+//     kv_retrieval --full                            more clusters and probes, and times up to 262144 keys
+//     kv_retrieval --queries q.f32 --keys k.f32 --values v.f32 --dim 64 --kv-heads 8 --heads 32     your own cache
+//
+// Files are rows of little-endian 32-bit floats, heads side by side: tokens x heads*dim, as NumPy's tofile writes them.
+#include <array>
+#include <bit>
+#include <numeric>
+#include <thread>
+
+#include "console.hpp"
+#include "corpus.hpp"
+#include "options.hpp"
+#include "transformer.hpp"
+
+namespace {
+
+using coterie::AttentionPlan;
+using coterie::ConstView;
+using coterie::Context;
+using coterie::Index;
+using coterie::KeyIndex;
+using coterie::view;
+using examples::format;
+using examples::UsageError;
+using Matrix = coterie::RowMatrix<float>;
+using Model = transformer::Model<float>;
+
+constexpr Index context_bytes = 1024, tokens_per_step = 4096;  // of training
+constexpr Index query_rows = 128;
+constexpr double bits_per_nat = 1.4426950408889634;
+
+struct Settings {
+  std::int64_t tokens = 16384, steps = 100, clusters = 0, sinks = 4, recent = 64, seed = 0, threads = 1;
+  std::int64_t dim = 0, kv_heads = 1, heads = 0, timed = 65536;
+  double minutes = 0;
+  bool full = false;
+  std::string model = "induction", text, queries, keys, values, json;
+};
+
+Settings read_settings(int argument_count, char** arguments) {
+  Settings s;
+  s.threads = std::max<std::int64_t>(1, std::thread::hardware_concurrency());
+  examples::Options options("kv_retrieval",
+                            "Attends to a key/value cache by clusters of its keys, and compares with dense attention.");
+  options.add("--model", s.model, {"induction", "plain"}, "heads of the model that makes the cache");
+  options.add("--text", s.text, "text to train on, instead of the source text of Eigen");
+  options.add("--steps", s.steps, 1, std::int64_t(1) << 40, "training steps");
+  options.add("--minutes", s.minutes, 1e6, "training time, instead of --steps");
+  options.add("--tokens", s.tokens, 64, 1 << 20, "keys of the cache that the model makes");
+  options.add("--queries", s.queries, "read queries from this file instead, and");
+  options.add("--keys", s.keys, "keys from this one, and");
+  options.add("--values", s.values, "values from this one");
+  options.add("--dim", s.dim, 1, 1 << 16, "columns of a head in the files");
+  options.add("--kv-heads", s.kv_heads, 1, 1 << 16, "heads of keys and values in the files");
+  options.add("--heads", s.heads, 1, 1 << 16, "heads of queries in the files (default: as --kv-heads)");
+  options.add("--clusters", s.clusters, 1, 1 << 20, "clusters, instead of several numbers of them");
+  options.add("--sinks", s.sinks, 0, 1 << 20, "first tokens that every query sees");
+  options.add("--recent", s.recent, 0, 1 << 20, "last tokens that every query sees");
+  options.add("--timed", s.timed, 0, 1 << 22, "most keys of the table of times (--full: 262144); 0: no such table");
+  options.add("--full", s.full, "more numbers of clusters and probes, and longer caches");
+  options.add("--seed", s.seed, 0, std::int64_t(1) << 53, "of weights, batches and clusters");
+  options.add("--threads", s.threads, 1, 1024, "worker threads; results do not depend on them");
+  options.add("--json", s.json, "write the results to this file");
+  options.parse(argument_count, arguments);
+  if (options.given("--steps") && options.given("--minutes"))
+    throw UsageError("--steps and --minutes: give one of them");
+  const int files = options.given("--queries") + options.given("--keys") + options.given("--values");
+  if (files != 0 && files != 3) throw UsageError("--queries, --keys and --values: give all of them, or none");
+  if (files == 3 && s.dim == 0) throw UsageError("--dim: needed with files, got none");
+  if (files == 0 && (options.given("--dim") || options.given("--heads") || options.given("--kv-heads")))
+    throw UsageError("--dim, --kv-heads and --heads: only for files");
+  if (s.heads == 0) s.heads = s.kv_heads;
+  if (s.heads % s.kv_heads != 0)
+    throw UsageError("--heads: expected a multiple of --kv-heads = " + std::to_string(s.kv_heads) + ", got " +
+                     std::to_string(s.heads));
+  if (s.full && !options.given("--timed")) s.timed = 262144;
+  return s;
+}
+
+/// Keys and values of a cache, and queries that come after them; heads side by side.
+struct Cache {
+  Matrix q, k, v;
+  Index heads = 1, kv_heads = 1;
+  std::vector<std::string> names;  // of the query heads
+  Index dim() const { return k.cols() / kv_heads; }
+};
+
+// ---------------------------------------------------------------------------------------------- a cache from a model
+
+/// Dense heads. Induction: half of them, next to local ones; a key carries the value of the next position, and queries and
+/// keys are the same. Plain: all of them, queries and keys projected apart and rotated, as in most language models.
+transformer::ModelConfig model_config(const Settings& s) {
+  const bool plain = s.model == "plain";
+  transformer::ModelConfig config{.vocabulary = 256, .layers = 2, .feed_forward = 256, .embedding_deviation = 0.3};
+  coterie::RoutingAttentionConfig& attention = config.attention;
+  attention.model_dim = plain ? 64 : 96;
+  config.feed_forward = 4 * attention.model_dim;
+  attention.heads = plain ? 2 : 4;
+  attention.routed_heads = 2;
+  attention.window = 64;
+  attention.causal = true;
+  attention.routing = coterie::Routing::dense;
+  if (plain) {
+    attention.shared_qk = false;
+    attention.routed_positions = coterie::RoutedPositions::rotary;
+  } else {
+    attention.induction = true;
+    attention.key_taps = 8;
+    attention.local_positions = coterie::LocalPositions::bias;
+  }
+  attention.seed = static_cast<std::uint64_t>(s.seed);
+  return config;
+}
+
+/// Trains; returns bits per byte of the last steps.
+double train(Model& model, Model::Tape& tape, const examples::Bytes& text, const Settings& s, Context& context) {
+  Model::Gradients gradients = model.zero_gradients();
+  transformer::AdamW<float> optimizer;
+  transformer::Random random(static_cast<std::uint64_t>(s.seed) + 1000);
+  std::vector<std::int32_t> tokens(tokens_per_step), targets(tokens_per_step);
+  std::vector<Index> offsets(tokens_per_step / context_bytes + 1);
+  for (std::size_t i = 0; i < offsets.size(); ++i) offsets[i] = static_cast<Index>(i) * context_bytes;
+  std::vector<float> losses(tokens_per_step);
+  examples::Progress progress("training");
+  examples::Stopwatch watch;
+  double average = 0;
+  std::int64_t step = 0;
+  for (double done = 0; done < 1;) {
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) {
+      const auto first = text.begin() + random.below(static_cast<Index>(text.size()) - context_bytes);
+      std::copy(first, first + context_bytes, tokens.begin() + offsets[i]);
+      std::copy(first + 1, first + context_bytes + 1, targets.begin() + offsets[i]);
+    }
+    const transformer::Batch batch{tokens, targets, offsets, static_cast<std::uint64_t>(step)};
+    Model::set_zero(gradients);
+    model.forward(batch, losses, tape, context);
+    model.backward(batch, tape, gradients, context);
+    const Index warm_up = s.minutes > 0 ? 50 : std::min<Index>(50, s.steps / 6);
+    optimizer.step(model, gradients, 4e-3 * transformer::learning_rate_factor(step, warm_up, done, 0.05));
+    const double loss = std::accumulate(losses.begin(), losses.end(), 0.0) / static_cast<double>(losses.size());
+    if (!std::isfinite(loss)) throw std::runtime_error(format("the loss is not finite at step %lld", (long long)step));
+    average = step == 0 ? loss : 0.9 * average + 0.1 * loss;
+    ++step;
+    done =
+        s.minutes > 0 ? watch.seconds() / (60 * s.minutes) : static_cast<double>(step) / static_cast<double>(s.steps);
+    progress.show(done, [&] { return format("%.3f bits per byte", average * bits_per_nat); });
+  }
+  return average * bits_per_nat;
+}
+
+/// What the dense heads of a layer attend with, as the layer makes it of its normalised input x.
+void take_heads(const coterie::RoutingAttention<float>& layer, const Matrix& x, Index column, Matrix& q, Matrix& k,
+                Matrix& v, Context& context) {
+  const coterie::RoutingAttentionConfig& c = layer.config();
+  const coterie::Parameters<float>& w = layer.parameters();
+  const Index d = c.head_dim, heads = c.routed_heads, width = heads * d, first = (c.heads - heads) * d, n = x.rows();
+  Matrix rows(n, width), values(n, width);
+  coterie::product<float>(x, view(w.w_q).columns(first, width), view(rows), context);
+  coterie::product<float>(x, view(w.w_v).columns(first, width), view(values), context);
+  if (!c.induction) {
+    Matrix keys(n, width);
+    coterie::product<float>(x, view(w.w_k).columns(0, width), view(keys), context);
+    std::vector<std::int32_t> positions(static_cast<std::size_t>(n));
+    std::iota(positions.begin(), positions.end(), 0);
+    const coterie::Rotary rotary(d, c.rotary_base, c.rotary_layout);
+    rotary.forward<float>(view(rows), heads, positions, context);
+    rotary.forward<float>(view(keys), heads, positions, context);
+    q.middleCols(column, width) = rows;
+    k.middleCols(column, width) = keys;
+    v.middleCols(column, width) = values;
+    return;
+  }
+  // Queries and keys: the last positions by their taps, normalised. Key t carries the value of position t + 1.
+  Matrix mixed = Matrix::Zero(n, width);
+  for (Index h = 0; h < heads; ++h)
+    for (Index t = 0; t < c.key_taps; ++t)
+      mixed.block(t, h * d, n - t, d).array() +=
+          rows.block(0, h * d, n - t, d).array().rowwise() * w.taps.row(h * c.key_taps + t).array();
+  coterie::normalise_rows<float>(mixed, view(mixed), {}, d, context);
+  k.middleCols(column, width) = mixed;
+  for (Index h = 0; h < heads; ++h) mixed.middleCols(h * d, d) *= w.gain(0, h);  // logits are q.k / sqrt(d) again
+  q.middleCols(column, width) = mixed;
+  v.middleCols(column, width).topRows(n - 1) = values.bottomRows(n - 1);
+  v.middleCols(column, width).row(n - 1).setZero();
+}
+
+/// The cache of all dense heads of a model that has read `count` bytes of text; the last `queries` of them only ask.
+Cache run_model(const Model& model, Model::Tape& tape, const examples::Bytes& text, Index count, Index queries,
+                Context& context) {
+  const std::vector<std::int32_t> tokens(text.begin(), text.begin() + count);
+  const std::array<Index, 2> offsets{0, count};
+  const std::vector<std::int32_t> targets(static_cast<std::size_t>(count), -1);
+  std::vector<float> losses(static_cast<std::size_t>(count));
+  model.forward({tokens, targets, offsets, 0}, losses, tape, context);
+  const coterie::RoutingAttentionConfig& c = model.attention().front().config();
+  const Index width = c.routed_heads * c.head_dim, layers = model.config().layers;
+  Matrix q(count, layers * width), k = q, v = q;
+  Cache cache;
+  for (Index l = 0; l < layers; ++l) {
+    const auto at = static_cast<std::size_t>(l);
+    take_heads(model.attention()[at], tape.blocks[at].normed, l * width, q, k, v, context);
+    for (Index h = 0; h < c.routed_heads; ++h)
+      cache.names.push_back(format("layer %lld head %lld", (long long)l + 1, (long long)h + 1));
+  }
+  cache.heads = cache.kv_heads = layers * c.routed_heads;
+  cache.q = q.bottomRows(queries);
+  cache.k = k.topRows(count - queries);
+  cache.v = v.topRows(count - queries);
+  return cache;
+}
+
+Cache make_cache(const Settings& s, Context& context) {
+  const std::size_t needed = static_cast<std::size_t>(s.tokens + query_rows + 1);
+#ifdef COTERIE_EIGEN_INCLUDE_DIR
+  const std::string eigen = COTERIE_EIGEN_INCLUDE_DIR;
+#else
+  const std::string eigen = "/usr/include/eigen3";
+#endif
+  const examples::Corpus corpus =
+      s.text.empty() ? examples::read_eigen(eigen, needed) : examples::read_text(s.text, needed);
+  if (static_cast<Index>(corpus.training.size()) <= context_bytes)
+    throw UsageError("the text is too short to train on: " + std::to_string(corpus.training.size()) + " bytes");
+  Model model(model_config(s));
+  std::printf("Byte-level language model with %s heads on %s\n", s.model.c_str(), corpus.description.c_str());
+  Model::Tape tape;
+  train(model, tape, corpus.training, s, context);
+  return run_model(model, tape, corpus.held_out, s.tokens + query_rows, query_rows, context);
+}
+
+// ------------------------------------------------------------------------------------------------ a cache from files
+
+Matrix read_matrix(const std::string& path, Index columns) {
+  const examples::Bytes bytes = examples::detail::read_bytes(path);
+  const std::size_t row = static_cast<std::size_t>(columns) * 4;
+  if (bytes.empty() || bytes.size() % row != 0)
+    throw UsageError("'" + path + "': expected rows of " + std::to_string(columns) + " 32-bit floats, got " +
+                     std::to_string(bytes.size()) + " bytes");
+  Matrix m(static_cast<Index>(bytes.size() / row), columns);
+  for (Index i = 0; i < m.size(); ++i) {
+    const std::uint8_t* const b = bytes.data() + 4 * i;
+    m.data()[i] = std::bit_cast<float>(std::uint32_t(b[0]) | std::uint32_t(b[1]) << 8 | std::uint32_t(b[2]) << 16 |
+                                       std::uint32_t(b[3]) << 24);
+  }
+  return m;
+}
+
+Cache read_cache(const Settings& s) {
+  Cache cache;
+  cache.heads = s.heads;
+  cache.kv_heads = s.kv_heads;
+  cache.q = read_matrix(s.queries, s.heads * s.dim);
+  cache.k = read_matrix(s.keys, s.kv_heads * s.dim);
+  cache.v = read_matrix(s.values, s.kv_heads * s.dim);
+  if (cache.v.rows() != cache.k.rows())
+    throw UsageError("--values: expected " + std::to_string(cache.k.rows()) + " rows, as --keys, got " +
+                     std::to_string(cache.v.rows()));
+  if (cache.q.rows() > query_rows) cache.q = Matrix(cache.q.bottomRows(query_rows));
+  for (Index h = 0; h < s.heads; ++h) cache.names.push_back(format("head %lld", (long long)h + 1));
+  return cache;
+}
+
+// --------------------------------------------------------------------------------------------------------- the tables
+
+struct Point {
+  Index clusters = 0, probes = 0;
+  double mass = 0, worst = 0, error = 0, keys = 0;
+  Index worst_head = 0;
+};
+
+/// By how much `out` differs from `want`, as a share of the length of all of `want`.
+double relative_error(const Matrix& out, const Matrix& want) {
+  return static_cast<double>((out - want).norm() / want.norm());
+}
+
+coterie::KeyIndexConfig index_config(const Settings& s, Index kv_heads, Index clusters) {
+  return {.kv_heads = kv_heads,
+          .clusters = clusters,
+          .sinks = s.sinks,
+          .recent = s.recent,
+          .seed = static_cast<std::uint64_t>(s.seed)};
+}
+
+std::vector<Point> sweep(const Cache& cache, const Settings& s, Context& context) {
+  const Index n = cache.k.rows(), queries = cache.q.rows();
+  const coterie::AttentionConfig attention{.heads = cache.heads, .kv_heads = cache.kv_heads};
+  AttentionPlan dense;
+  coterie::plan_dense({.tokens = queries, .keys = n}, dense);
+  Matrix want(queries, cache.heads * (cache.v.cols() / cache.kv_heads)), out = want;
+  coterie::AttentionTape<float> all, some;
+  coterie::attention_forward(dense, cache.q, cache.k, cache.v, want, all, attention, context);
+
+  std::vector<AttentionPlan> plans;
+  const auto measure = [&](const KeyIndex<float>& index, Index probes) {
+    Point point{.clusters = index.config().clusters, .probes = probes};
+    const coterie::ProbeConfig probe{.heads = cache.heads, .probes = probes};
+    index.plan(cache.q, probe, plans, context);
+    // Some of the keys have e^(lse - lse of all) of the probability.
+    coterie::attention_forward(plans, cache.q, cache.k, cache.v, out, some, attention, context);
+    point.worst = 1;
+    for (Index h = 0; h < cache.heads; ++h) {
+      const auto difference = some.lse().eigen().col(h) - all.lse().eigen().col(h);
+      const double mass = static_cast<double>(difference.array().exp().mean());
+      point.mass += mass / static_cast<double>(cache.heads);
+      if (mass < point.worst) point.worst = mass, point.worst_head = h;
+    }
+    for (const AttentionPlan& plan : plans)
+      point.keys += coterie::statistics(plan).keys_per_query.mean / static_cast<double>(plans.size());
+    index.attend(cache.q, cache.k, cache.v, out, probe, context);
+    point.error = relative_error(out, want);
+    return point;
+  };
+
+  std::vector<Index> all_clusters{64, 256}, all_probes{0, 1, 2, 4, 8, 16, 32};
+  if (s.full) all_clusters = {32, 64, 128, 256, 512, 1024}, all_probes.push_back(64);
+  if (s.clusters > 0) all_clusters = {s.clusters};
+  std::vector<Point> points;
+  examples::Progress progress("measuring", 4);
+  for (std::size_t i = 0; i < all_clusters.size(); ++i) {
+    KeyIndex<float> index(index_config(s, cache.kv_heads, all_clusters[i]));
+    index.build(cache.k, context);
+    for (std::size_t j = 0; j < all_probes.size(); ++j) {
+      if (all_probes[j] <= all_clusters[i]) points.push_back(measure(index, all_probes[j]));
+      progress.show((static_cast<double>(i) + static_cast<double>(j + 1) / static_cast<double>(all_probes.size())) /
+                    static_cast<double>(all_clusters.size()));
+    }
+  }
+  return points;
+}
+
+struct Timing {
+  Index keys = 0, clusters = 0, probes = 0;
+  double build = 0, append = 0, dense = 0, attend = 0, seen = 0;  // seconds; per key, per query
+};
+
+/// Times of one query after the other. Longer caches than the one that there is repeat its rows with a little noise.
+std::vector<Timing> time_queries(const Cache& cache, const Settings& s, Context& context) {
+  std::vector<Index> sizes;
+  for (Index n = 16384; n <= s.timed; n *= 4) sizes.push_back(n);
+  std::vector<Timing> timings;
+  if (sizes.empty()) return timings;
+  const coterie::AttentionConfig attention{.heads = cache.heads, .kv_heads = cache.kv_heads};
+  transformer::Random random(static_cast<std::uint64_t>(s.seed) + 2000);
+  examples::Progress progress("timing", 4);
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    const Index n = sizes[i], grown = n + 256;
+    Matrix k(grown, cache.k.cols()), v(grown, cache.v.cols());
+    for (Index row = 0; row < grown; ++row) {
+      const float noise = row < cache.k.rows() ? 0 : 0.1f;
+      k.row(row) = cache.k.row(row % cache.k.rows());
+      v.row(row) = cache.v.row(row % cache.k.rows());
+      for (Index c = 0; noise > 0 && c < k.cols(); ++c) k(row, c) += noise * static_cast<float>(random.normal());
+    }
+    const auto first = [](const Matrix& m, Index rows) { return view(m).rows(0, rows); };
+    Timing timing{.keys = n, .clusters = std::llround(std::sqrt(static_cast<double>(n))), .probes = 8};
+    KeyIndex<float> index(index_config(s, cache.kv_heads, timing.clusters));
+    examples::Stopwatch watch;
+    index.build(first(k, n), context);
+    timing.build = watch.seconds();
+    watch.reset();
+    for (Index row = n; row < grown; ++row) index.append(first(k, row + 1), context);
+    timing.append = watch.seconds() / 256;
+
+    // In turns, the first round for warming up; medians.
+    AttentionPlan dense;
+    coterie::plan_dense({.tokens = 1, .keys = grown}, dense);
+    Matrix out(1, cache.heads * (v.cols() / cache.kv_heads));
+    const coterie::ProbeConfig probe{.heads = cache.heads, .probes = timing.probes};
+    std::vector<double> dense_times, times;
+    const Index rounds = std::min<Index>(cache.q.rows(), 33);
+    for (Index r = 0; r < rounds; ++r) {
+      const ConstView<float> q = view(cache.q).rows(r, 1);
+      watch.reset();
+      coterie::attention_forward(dense, q, k, v, out, attention, context);
+      dense_times.push_back(watch.seconds());
+      watch.reset();
+      index.attend(q, k, v, out, probe, context);
+      times.push_back(watch.seconds());
+      progress.show((static_cast<double>(i) + static_cast<double>(r + 1) / static_cast<double>(rounds)) /
+                    static_cast<double>(sizes.size()));
+    }
+    const auto median = [](std::vector<double> x) {
+      if (x.size() > 1) x.erase(x.begin());
+      std::nth_element(x.begin(), x.begin() + static_cast<Index>(x.size()) / 2, x.end());
+      return x[x.size() / 2];
+    };
+    timing.dense = median(dense_times);
+    timing.attend = median(times);
+    std::vector<AttentionPlan> plans;
+    index.plan(view(cache.q).rows(0, rounds), probe, plans, context);
+    for (const AttentionPlan& plan : plans)
+      timing.seen += coterie::statistics(plan).keys_per_query.mean / static_cast<double>(plans.size());
+    timings.push_back(timing);
+  }
+  return timings;
+}
+
+std::string json(const std::vector<Point>& points, const std::vector<Timing>& timings) {
+  std::string text = "{\"points\": [";
+  for (const Point& p : points)
+    text += (&p == points.data() ? "" : ", ") + format(
+                                                    "{\"clusters\": %lld, \"probes\": %lld, \"mass\": %.6f, "
+                                                    "\"worst_head\": %.6f, \"error\": %.6f, \"keys\": %.2f}",
+                                                    (long long)p.clusters, (long long)p.probes, p.mass, p.worst,
+                                                    p.error, p.keys);
+  text += "], \"times\": [";
+  for (const Timing& t : timings)
+    text += (&t == timings.data() ? "" : ", ") + format(
+                                                     "{\"keys\": %lld, \"clusters\": %lld, \"probes\": %lld, "
+                                                     "\"build\": %.6f, \"append\": %.9f, \"dense\": %.9f, "
+                                                     "\"attend\": %.9f, \"seen\": %.2f}",
+                                                     (long long)t.keys, (long long)t.clusters, (long long)t.probes,
+                                                     t.build, t.append, t.dense, t.attend, t.seen);
+  return text + "]}\n";
+}
+
+void run(int argument_count, char** arguments) {
+  const Settings s = read_settings(argument_count, arguments);
+  const examples::ResultFile file(s.json);
+  coterie::ThreadPool pool(s.threads);
+  coterie::Workspace workspace;
+  Context context{pool, workspace};
+  const Cache cache = s.keys.empty() ? make_cache(s, context) : read_cache(s);
+  std::printf(
+      "Cache of %lld keys, %lld heads of %lld columns; %lld queries of %lld heads; %lld first and %lld recent keys in "
+      "sight\n",
+      (long long)cache.k.rows(), (long long)cache.kv_heads, (long long)cache.dim(), (long long)cache.q.rows(),
+      (long long)cache.heads, (long long)s.sinks, (long long)s.recent);
+  const std::vector<Point> points = sweep(cache, s, context);
+  std::vector<std::vector<std::string>> table{
+      {"clusters", "probes", "keys per query", "of all", "attention kept", "error", "worst head"}};
+  for (const Point& p : points)
+    table.push_back({format("%lld", (long long)p.clusters), format("%lld", (long long)p.probes), format("%.0f", p.keys),
+                     format("%.1f %%", 100 * p.keys / static_cast<double>(cache.k.rows())), format("%.3f", p.mass),
+                     format("%.3f", p.error),
+                     cache.names[static_cast<std::size_t>(p.worst_head)] + format(": %.3f", p.worst)});
+  std::printf("\n");
+  examples::print_table(table);
+  std::printf(
+      "\n  Attention kept: dense attention's probability on the keys visited; error: of all outputs, relative to "
+      "dense.\n"
+      "  Without probes a query sees the first and the recent keys alone.\n\n");
+
+  const std::vector<Timing> timings = time_queries(cache, s, context);
+  if (!timings.empty()) {
+    table = {{"keys", "clusters", "probes", "keys per query", "dense", "clusters' time", "ratio", "build", "append"}};
+    for (const Timing& t : timings)
+      table.push_back({format("%lld", (long long)t.keys), format("%lld", (long long)t.clusters),
+                       format("%lld", (long long)t.probes), format("%.0f", t.seen), format("%.0f us", 1e6 * t.dense),
+                       format("%.0f us", 1e6 * t.attend), format("%.1f", t.dense / t.attend), format("%.2f s", t.build),
+                       format("%.1f us", 1e6 * t.append)});
+    std::printf("\n");
+    examples::print_table(table);
+    std::printf("\n  One query of all heads at a time, in turns; medians. Append: per key of all heads.\n");
+  }
+  file.write(json(points, timings));
+}
+
+}  // namespace
+
+int main(int argument_count, char** arguments) {
+  return examples::run_program("kv_retrieval", [&] { run(argument_count, arguments); });
+}
