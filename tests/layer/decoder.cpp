@@ -192,16 +192,20 @@ TEST_CASE("a step allocates nothing within the tokens reserved") {
     Context context;
     Decoder<float> decoder(layer, {.sequences = 2, .max_rollback = 2, .reserve = n});
     const std::size_t bytes = decoder.bytes();
-    // One of a warm-up decoder: the context's memory.
+    // By another decoder: the context's memory.
     {
-      Decoder<float> warm = decoder;
+      Decoder<float> warm(layer, {.sequences = 2});
       for (Index i = 0; i < n; ++i) warm.step(RowMatrix<float>(x.row(i).replicate(2, 1)), y, context);
     }
     RowMatrix<float> rows(2, 10);
-    rows.rowwise() = x.row(0);
-    decoder.step(rows, y, context);
     const long before = allocations();
-    for (Index i = 1; i < n; ++i) {
+    for (Index i = 0; i < n; ++i) {
+      // Detours that are taken back leave pages behind.
+      for (Index detour = 0; detour < 2 && i + 2 < n; ++detour) {
+        rows.rowwise() = x.row(n - 1 - i);
+        decoder.step(rows, y, context);
+      }
+      for (Index s = 0; s < 2 && i + 2 < n; ++s) decoder.rollback(s, 2);
       rows.rowwise() = x.row(i);
       decoder.step(rows, y, context);
     }
@@ -212,7 +216,7 @@ TEST_CASE("a step allocates nothing within the tokens reserved") {
 
 TEST_CASE("memory stays what windows and clusters need, however long a sequence gets") {
   const RoutingAttentionConfig c{
-      .model_dim = 16, .heads = 4, .routed_heads = 2, .clusters = 8, .window = 32, .causal = true, .seed = 2};
+      .model_dim = 16, .heads = 4, .routed_heads = 2, .clusters = 9, .window = 32, .causal = true, .seed = 2};
   const RoutingAttention<float> layer(c);
   Context context;
   Decoder<float> decoder(layer);
@@ -224,8 +228,28 @@ TEST_CASE("memory stays what windows and clusters need, however long a sequence 
   const std::size_t once = decoder.bytes();
   for (Index i = 0; i < 1000; ++i) decoder.step(x.middleRows(i, 1), y.topRows(1), context);
   REQUIRE(decoder.bytes() == once);
-  const std::size_t numbers = 2 * 4 * (8 + 1) * 32 * 4;
+  const std::size_t numbers = 2 * 4 * (9 + 1) * 32 * 4;
   REQUIRE(once <= numbers * sizeof(float) * 5 / 4);
+}
+
+TEST_CASE("windows without a limit, and numbers that float cannot hold") {
+  RoutingAttentionConfig c{.model_dim = 8,
+                           .heads = 2,
+                           .routed_heads = 1,
+                           .clusters = 2,
+                           .window = std::numeric_limits<Index>::max(),
+                           .causal = true};
+  const RoutingAttention<float> layer(c);
+  const RowMatrix<float> x = Random(1).matrix<float>(20, 8), expected = forward_rows(layer, x);
+  Context context;
+  Decoder<float> decoder(layer, {.max_rollback = 3});
+  for (Index i = 0; i < 20; ++i) REQUIRE(same_bits<float>(step(decoder, x, i, context), expected.row(i)));
+  c.window = 4;
+  c.soft_cap = 1e60;
+  c.gain = 1e300;
+  for (const char* word : {"soft_cap", "gain", "RoutingAttentionConfig"})
+    CHECK(contains(message_of<ValueError>([&] { RoutingAttention<float> bad(c); }), word));
+  const RoutingAttention<double> good(c);
 }
 
 TEST_CASE("decoders refuse what they cannot continue, and say why") {

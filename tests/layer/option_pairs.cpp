@@ -42,7 +42,7 @@ std::vector<Option> options() {
   };
   add("kv_heads", "two key/value heads", [](auto& c) { c.kv_heads = 2; });
   add("heads", "no local heads", [](auto& c) { c.routed_heads = 4; });
-  add("heads", "no routed heads", [](auto& c) { c.routed_heads = 0; });
+  add("heads", "no routed heads", [](auto& c) { c.routed_heads = 0, c.gain.reset(); });
   add("local_window", "another local window", [](auto& c) { c.local_window = 6; });
   add("lookahead", "lookahead", [](auto& c) { c.lookahead = 2; });
   add("routing", "random", [](auto& c) { c.routing = Routing::random; });
@@ -155,6 +155,16 @@ std::vector<Rule> rules() {
                 c.self.value_or(c.induction ? Self::never
                                 : shares(c) ? Self::only_if_alone
                                             : Self::visible) != Self::visible;
+       }},
+      {"logits",
+       [](const C& c) {
+         return c.routed_heads == 0 && c.logits && c.logits != (shares(c) ? Logits::normalised : Logits::raw);
+       }},
+      {"learned_gain",
+       [](const C& c) { return c.routed_heads == 0 && c.learned_gain.value_or(shares(c)) != shares(c); }},
+      {"normalisation",
+       [](const C& c) {
+         return c.routed_heads == 0 && !c.local_induction && c.normalisation != Normalisation::layer_norm;
        }},
       {"routed_positions",
        [](const C& c) { return c.routed_heads == 0 && c.routed_positions != RoutedPositions::none; }},

@@ -252,8 +252,8 @@ struct Oracle {
     const Index first = at(key_offsets, s), end = at(key_offsets, s + 1);
     const Self self = local(head) ? (c.local_induction ? Self::never : Self::visible) : *c.self;
     const bool dense = !local(head) && c.routing == Routing::dense;
-    const bool global = !dense && place < c.globals;
-    const bool is_short = c.causal ? place < c.dense_up_to : end - first <= c.dense_up_to;
+    const bool global = !dense && c.globals > 0 && place < c.globals;
+    const bool is_short = c.dense_up_to > 0 && (c.causal ? place < c.dense_up_to : end - first <= c.dense_up_to);
     std::vector<Index> all;
     for (Index j = first; j < end; ++j)
       if (!c.causal || key_place(j) <= place) all.push_back(j);

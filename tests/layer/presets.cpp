@@ -205,6 +205,19 @@ TEST_CASE("the pytorch preset computes what the PyTorch port does") {
                      [&](const Head& h) { return pytorch_head(h, causal, causal, window); });
 }
 
+TEST_CASE("presets: the commitment loss is a mean over routers, and nothing is left of induction") {
+  RoutingAttentionConfig config = sizes(false, 10);
+  config.causal = config.induction = config.local_induction = true;
+  config.key_taps = 3;
+  REQUIRE(presets::google(config).commitment == 1e-4);  // two routers, counted twice
+  REQUIRE_FALSE(presets::pytorch(config).local_induction);
+  const RoutingAttention<float> layer(presets::google(config));
+  config = sizes(false, 10);
+  config.kv_heads = 1;
+  REQUIRE(presets::google(config).commitment == 1e-4);
+  REQUIRE(presets::pytorch(config).commitment == 0.5e-4);
+}
+
 TEST_CASE("presets: how centroids follow a batch") {
   const Matrix x = 2 * Random(5).matrix<double>(n, model_dim);
   Context context;

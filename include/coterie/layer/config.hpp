@@ -224,7 +224,21 @@ inline void check_routers(const RoutingAttentionConfig& c, Faults& faults) {
 inline void resolve_logits(RoutingAttentionConfig& c, Faults& faults) {
   const bool any_routed = c.routed_heads > 0, local_induction = c.routed_heads < c.heads && c.local_induction;
   check_normalisation(faults, c.normalisation);
-  if (!c.logits) c.logits = *c.shared_qk ? Logits::normalised : Logits::raw;
+  // Of heads that there are not, nothing but what would have been automatic.
+  const auto unused = [&](bool changed, const char* argument, const char* without) {
+    faults.require(!changed, argument, without, "another");
+  };
+  const Logits usual = *c.shared_qk ? Logits::normalised : Logits::raw;
+  if (!any_routed) {
+    unused(c.logits.value_or(usual) != usual, "logits", "automatic without routed heads");
+    unused(c.learned_gain.value_or(*c.shared_qk) != *c.shared_qk, "learned_gain", "automatic without routed heads");
+    if (!local_induction) {
+      unused(c.gain.has_value(), "gain", "automatic without routed or local induction heads");
+      unused(c.normalisation != Normalisation::layer_norm, "normalisation",
+             "its default without routed or local induction heads");
+    }
+  }
+  if (!c.logits) c.logits = usual;
   const auto logits = static_cast<int>(*c.logits);
   faults.require(logits >= 0 && logits <= static_cast<int>(Logits::normalised_keys), "logits",
                  "raw, normalised or normalised_keys", logits);

@@ -32,18 +32,19 @@ struct DecoderConfig {
 /// Requires a causal layer whose memberships do not depend on later tokens (not balanced), and self-attention. It refers to the
 /// layer, which has to stay where it is. Weights must not change between steps (nobody checks that), nor may centroids move
 /// (that is refused). Random routing draws the clusters of Input::step 0; dropout is off.
-/// A copy is independent of the original: for branches and beams, see also copy_sequence().
+/// A copy is independent of the original, but has no reserve: for branches and beams, see also copy_sequence().
 /// Allocates: nothing in step() within the tokens reserved, once a context has been used for it; otherwise where lists grow.
-/// Memory: at most 2 sequences kv_heads (clusters + 1) (window + max_rollback, rounded up to 16) head_dim numbers, and no
-///   more than tokens need; 4 bytes a row and head for places.
+/// Memory: at most 2 sequences kv_heads (clusters + 1) (window + max_rollback) head_dim numbers, windows rounded up to 16,
+///   besides globals and dense_up_to first tokens; no more than tokens need; 4 bytes a row and head for places.
 /// Threads and determinism: the same bits for any number of workers. A decoder is used by one thread at a time.
-/// Cost of a step: model_dim^2 and heads * (clusters + window) * head_dim operations a token, at any position; dense
-///   heads: all tokens before.
+/// Cost of a step: model_dim^2 and heads * (clusters + window + memory + globals) * head_dim operations a token, at any
+///   position; dense heads, and others below dense_up_to: all tokens before.
 /// Source: the cache of window and cluster members, exact because membership is by the nearest centroid: ours.
 template <class T>
 class Decoder {
  public:
   /// Requires: a layer as above, settings as DecoderConfig says (ValueError).
+  explicit Decoder(RoutingAttention<T>&&, const DecoderConfig& = {}) = delete;  // it would not stay where it is
   explicit Decoder(const RoutingAttention<T>& layer, const DecoderConfig& config = {}) : layer_(&layer) {
     const RoutingAttentionConfig& c = layer.config();
     detail::Faults faults("Decoder");
@@ -64,6 +65,7 @@ class Decoder {
     taken_back_.assign(static_cast<std::size_t>(config.sequences), 0);
     for (std::int32_t s = 0; s < static_cast<std::int32_t>(config.sequences); ++s) all_.push_back(s);
     places_.reserve(all_.size());
+    named_.assign(all_.size(), 0);
     max_rollback_ = config.max_rollback;
     for (const OnlineKMeans<T>& router : layer.routers()) revisions_.push_back(router.revision());
   }
@@ -87,14 +89,11 @@ class Decoder {
   /// The same for some of the sequences, row by row, each of them once.
   void step(ConstView<T> x, View<T> y, std::span<const std::int32_t> sequences, Context& context) {
     const char* const function = "Decoder::step";
-    std::size_t i = 0;
-    for (const std::int32_t s : sequences) {
-      check_sequence(function, s);
-      if (std::find(sequences.begin(), sequences.begin() + static_cast<std::ptrdiff_t>(i), s) !=
-          sequences.begin() + static_cast<std::ptrdiff_t>(i))
+    for (const std::int32_t s : sequences) check_sequence(function, s);
+    std::fill(named_.begin(), named_.end(), 0);
+    for (const std::int32_t s : sequences)
+      if (named_[static_cast<std::size_t>(s)]++ > 0)
         detail::fail<ValueError>(function, "sequences", "each sequence once", detail::join(s, " twice"));
-      ++i;
-    }
     advance(function, x, y, sequences, context);
   }
 
@@ -232,7 +231,7 @@ class Decoder {
   const RoutingAttention<T>* layer_;
   detail::DecoderHeads<T> local_, routed_;
   std::vector<Index> lengths_, taken_back_;
-  std::vector<std::int32_t> all_, places_;
+  std::vector<std::int32_t> all_, places_, named_;
   std::vector<std::uint64_t> revisions_;
   Index max_rollback_ = 0;
 };

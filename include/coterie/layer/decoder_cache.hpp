@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -32,7 +33,7 @@ class CacheUnit {
   std::vector<CacheList> lists;         ///< per sequence: one for each cluster
   std::vector<CacheList> beginning;     ///< per sequence: its first keys, which stay
   std::vector<std::int32_t> places;     ///< per cache row: the place of its key in the sequence
-  std::vector<std::int32_t> distances;  ///< of the current step's keys with a position, in the order of the plan
+  std::vector<std::int32_t> distances;  ///< StepPositions::listed: of the current step's keys, in the order of the plan
 
   /// The row of a key. Capacity: keys that a list keeps, the last ones; 0: all.
   static Index row(const CacheList& list, Index ordinal, Index capacity) {
@@ -157,8 +158,11 @@ class StepPlan {
     plan_.keys.push_back(static_cast<std::int32_t>(row));
     if (positions_ == StepPositions::none) return;
     const std::int32_t own = unit_.places[at];
-    plan_.key_positions[at] =
-        positions_ == StepPositions::places ? own : -static_cast<std::int32_t>(unit_.distances.size());
+    if (positions_ == StepPositions::places) {
+      plan_.key_positions[at] = own;
+      return;
+    }
+    plan_.key_positions[at] = -static_cast<std::int32_t>(unit_.distances.size());
     unit_.distances.push_back(static_cast<std::int32_t>(place) - own);
   }
 
@@ -168,7 +172,9 @@ class StepPlan {
 };
 
 /// Keys a list of which the last `window` are seen keeps, so that `rollback` of them may be taken back; 0: all.
-constexpr Index cache_capacity(Index window, Index rollback) { return window > 0 ? window + rollback : 0; }
+constexpr Index cache_capacity(Index window, Index rollback) {
+  return window > 0 && window <= std::numeric_limits<Index>::max() - rollback ? window + rollback : 0;
+}
 
 constexpr Index pages_for(Index rows) { return (rows + CacheUnit::page_rows - 1) / CacheUnit::page_rows; }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -29,8 +30,7 @@ class DecoderHeads {
   DecoderHeads() = default;
 
   DecoderHeads(const LayerParts<T>& layer, const HeadGroup& group, const CacheSizes& sizes)
-      : sizes_(sizes),
-        clustered_(group.routed && layer.config.routing != Routing::dense),
+      : clustered_(group.routed && layer.config.routing != Routing::dense),
         history_(sizes.max_rollback + std::max<Index>(group.taps, 2)) {
     if (group.count == 0) return;
     const RoutingAttentionConfig& c = layer.config;
@@ -62,7 +62,10 @@ class DecoderHeads {
       plan.memory_tokens = c.memory;
       plan.combine = clustered_ && has_members(c) ? Combine::lse : Combine::single;
     }
-    if (sizes.reserve > 0) reserve(c);
+    most_rows_ = capacity_ > 0
+                     ? sizes.sequences * (lists_ * pages_for(capacity_) + pages_for(beginning_)) * CacheUnit::page_rows
+                     : std::numeric_limits<Index>::max();
+    if (sizes.reserve > 0) reserve(c, sizes);
   }
 
   /// y (+)= the group's share of the output for the newest tokens, which enter the cache.
@@ -217,16 +220,26 @@ class DecoderHeads {
   void route(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, const HeadsMatrices<T>& m,
              Context& context) {
     const RoutingAttentionConfig& c = layer.config;
-    assign_labels(layer, group, in, m, labels_now_, context);
-    if (!has_members(c)) return;
+    if (!has_members(c)) {
+      assign_labels(layer, group, in, m, labels_now_, context);
+      return;
+    }
     labels_now_.members.resize(units_.size());
     Arena& arena = context.workspace().shared();
     Arena::Scope scope(arena);
     const Index n = in.x.rows();
     const View<T> scores = arena.matrix<T>(n, c.clusters), scratch = arena.matrix<T>(n, group.head_dim);
+    const Index units = static_cast<Index>(units_.size());
+    const auto query_labels = HeadsPlans::grow(labels_now_.query_labels, units * n);
+    const auto own_labels = HeadsPlans::grow(labels_now_.key_labels, group.shared ? 0 : units * n);
     for (std::size_t u = 0; u < units_.size(); ++u) {
-      const auto rows = router_queries(group, m).of(static_cast<Index>(u), scratch, c, context);
-      layer.routers[u].scores(rows, scores, context);
+      const Index unit = static_cast<Index>(u);
+      if (!group.shared) {
+        layer.routers[u].scores(router_keys(group, m).of(unit, scratch, c, context), scores, context);
+        best_columns<T>(scores, labels_of(own_labels, unit, n), context);
+      }
+      layer.routers[u].scores(router_queries(group, m).of(unit, scratch, c, context), scores, context);
+      best_columns<T>(scores, labels_of(query_labels, unit, n), context);
       coterie::nearest_members(scores, {.probes = c.probes}, labels_now_.members[u], context);
     }
   }
@@ -266,10 +279,10 @@ class DecoderHeads {
     unit.places[static_cast<std::size_t>(row)] = static_cast<std::int32_t>(place);
   }
 
-  // At least so many rows, doubling; the numbers stay.
+  // At least so many rows, doubling as far as there can be more; the numbers stay.
   void need_rows(Index rows) {
     if (rows <= keys_.rows()) return;
-    rows = std::max(rows, std::min(2 * keys_.rows(), keys_.rows() + (Index(1) << 20)));
+    rows = std::max(rows, std::min({2 * keys_.rows(), keys_.rows() + (Index(1) << 20), most_rows_}));
     keys_.conservativeResize(rows, keys_.cols());
     values_.conservativeResize(rows, values_.cols());
     for (CacheUnit& unit : units_) unit.places.resize(static_cast<std::size_t>(rows));
@@ -387,17 +400,29 @@ class DecoderHeads {
   }
 
   // Memory for so many tokens of every sequence.
-  void reserve(const RoutingAttentionConfig& c) {
-    const Index n = sizes_.reserve, kept = capacity_ > 0 ? std::min(n, capacity_) : n;
+  void reserve(const RoutingAttentionConfig& c, const CacheSizes& sizes) {
+    const Index n = sizes.reserve, kept = capacity_ > 0 ? std::min(n, capacity_) : n;
     const Index list_pages = pages_for(kept);
-    const Index lists_pages = std::min(lists_ * list_pages, lists_ + pages_for(n));
+    // Lists keep the pages of tokens that were taken back.
+    const Index taken_back = lists_ * pages_for(std::min(n, sizes.max_rollback));
+    const Index lists_pages = std::min(lists_ * list_pages, lists_ + pages_for(n) + taken_back);
     const Index beginning_pages = pages_for(std::min(n, beginning_));
-    const Index all = sizes_.sequences * (lists_pages + beginning_pages);
-    const Index entries = sizes_.sequences * (clustered_ ? c.probes : 1);
+    const Index all = sizes.sequences * (lists_pages + beginning_pages);
+    const Index entries = sizes.sequences * (clustered_ ? c.probes : 1);
     const Index seen = window_ > 0 ? std::max(std::min(n, window_), std::min(n, beginning_)) : n;
     const Index keys = entries * (c.memory + globals_ + 2 * key_block + seen);
     for (CacheUnit& unit : units_) unit.reserve(list_pages, beginning_pages, all, keys);
     need_rows(all * CacheUnit::page_rows);
+    if (clustered_) {
+      labels_now_.query_labels.reserve(units_.size() * static_cast<std::size_t>(sizes.sequences));
+      labels_now_.key_labels.reserve(units_.size() * static_cast<std::size_t>(sizes.sequences));
+    }
+    labels_now_.members.resize(clustered_ && has_members(c) ? units_.size() : 0);
+    for (ClusterMembers& members : labels_now_.members) {
+      members.begin.reserve(static_cast<std::size_t>(c.clusters) + 1);
+      members.rows.reserve(static_cast<std::size_t>(entries));
+      members.scratch.reserve(static_cast<std::size_t>(entries));
+    }
     for (AttentionPlan& plan : plans_) {
       for (auto* v : {&plan.entries, &plan.row_entries, &plan.row_begin, &plan.query_positions, &plan.task_begin})
         v->reserve(static_cast<std::size_t>(entries + 1));
@@ -409,12 +434,12 @@ class DecoderHeads {
     }
   }
 
-  CacheSizes sizes_;
   bool clustered_ = false;
   StepPositions positions_ = StepPositions::none;
   Index history_ = 0;                  // tokens of which labels, queries and pending keys are remembered
   Index beginning_ = 0, globals_ = 0;  // first tokens that are kept; those that all others see
   Index window_ = 0, capacity_ = 0;    // keys of a list that a query sees; that are kept; 0: all
+  Index most_rows_ = 0;                // that lists can take
   Index lists_ = 1;                    // of a unit and sequence
   std::vector<CacheUnit> units_;
   std::vector<AttentionPlan> plans_;  // of the current step, one per unit

@@ -36,9 +36,25 @@ struct LayerParts {
   std::vector<OnlineKMeans<T>> routers;  ///< one per routed key/value head, if learned
 };
 
+/// Requires numbers that stay numbers in the scalar type, otherwise ValueError: what attention would find out too late.
+template <class T>
+void check_numbers(const RoutingAttentionConfig& c, const Heads& heads) {
+  Faults faults("RoutingAttentionConfig");
+  const T cap = static_cast<T>(c.soft_cap) * log2_e<T>;
+  faults.require(c.soft_cap == 0 || (cap > 0 && std::isfinite(cap) && std::isfinite(1 / cap)), "soft_cap",
+                 "0, or a positive number that the scalar type can hold", c.soft_cap);
+  for (const HeadGroup* group : {&heads.local, &heads.routed})
+    if (group->count > 0 && !std::isfinite(static_cast<T>(group->gain))) {
+      faults.require(false, "gain", "a number that the scalar type can hold", group->gain);
+      break;
+    }
+  faults.raise();
+}
+
 /// The layer of a resolved config, with its first weights and centroids.
 template <class T>
 LayerParts<T> make_layer_parts(const RoutingAttentionConfig& c) {
+  check_numbers<T>(c, Heads(c));
   LayerParts<T> layer{c, Heads(c), initial_parameters<T>(c), {}, {}};
   for (const HeadGroup* group : {&layer.heads.local, &layer.heads.routed})
     if (group->count > 0 && group->positions == HeadPositions::rotary)

@@ -27,7 +27,8 @@ inline RoutingAttentionConfig balanced(RoutingAttentionConfig c) {
   c.unassigned = Unassigned::left_out;
   c.combine = Combine::mean;
   c.query_share = 0;
-  c.induction = false;
+  c.induction = c.local_induction = false;
+  c.key_taps = 0;
   c.learned_gain = false;
   c.decay = 0.999;
   c.renormalise = false;
@@ -36,9 +37,10 @@ inline RoutingAttentionConfig balanced(RoutingAttentionConfig c) {
   return c;
 }
 
-/// The weight of a loss that is the mean over heads, for ours is their sum.
-inline double over_heads(double weight, const RoutingAttentionConfig& c) {
-  return c.routed_heads > 0 ? weight / static_cast<double>(c.routed_heads) : 0.0;
+/// The weight of a loss that is the mean over routers, for ours is their sum.
+inline double over_routers(double weight, const RoutingAttentionConfig& c) {
+  const Index each = c.kv_heads > 0 ? c.heads / c.kv_heads : 1, routers = each > 0 ? c.routed_heads / each : 0;
+  return routers > 0 ? weight / static_cast<double>(routers) : 0.0;
 }
 
 }  // namespace detail
@@ -58,7 +60,7 @@ inline RoutingAttentionConfig google(RoutingAttentionConfig c) {
   c.gain = std::sqrt(static_cast<double>(d));
   c.mean_epsilon = 0.01;
   c.average = Average::counts_and_sums;
-  c.commitment = detail::over_heads(*c.shared_qk ? 2e-4 : 1e-4, c);
+  c.commitment = detail::over_routers(*c.shared_qk ? 2e-4 : 1e-4, c);
   return c;
 }
 
@@ -94,7 +96,7 @@ inline RoutingAttentionConfig pytorch(RoutingAttentionConfig c) {
   c.gain = 1;
   c.mean_epsilon = 1e-5;
   c.average = Average::batch_direction;
-  c.commitment = detail::over_heads(*c.shared_qk ? 1e-4 : 0.5e-4, c);
+  c.commitment = detail::over_routers(*c.shared_qk ? 1e-4 : 0.5e-4, c);
   return c;
 }
 

@@ -60,7 +60,8 @@ class RoutingAttention {
   /// y = layer(x), for evaluation: the bits of the other forward (but for dropout, which it leaves out), and nothing kept.
   /// Shapes: x, y tokens x model_dim.
   /// Requires: matching shapes, y apart from x (ShapeError); offsets ascending from 0 to tokens, routes in
-  ///   [-1, clusters) and only without a source, a source only where no head shares and Self::visible (ValueError).
+  ///   [-1, clusters) and only without a source, a source only where no head shares, with
+  ///   Self::visible and without globals (ValueError).
   /// Overwrites y.
   void forward(const Input<T>& input, View<T> y, Context& context) const {
     check_forward(input, y, context);
@@ -132,7 +133,7 @@ class RoutingAttention {
       detail::heads_backward<T>(parts_, heads.routed, in, tape.routed_, d_y, d_x.d_x, d_keys, gradients, context);
   }
 
-  /// The commitment loss of a forward pass, whose gradient backward adds: commitment times the sum over routed heads of the
+  /// The commitment loss of a forward pass, whose gradient backward adds: commitment times the sum over routed key/value heads of the
   /// mean squares of their normalised rows' distances to their nearest centroids; queries, and keys unless shared. Call it
   /// before update_router.
   /// Requires: a tape of a layer with this config (ValueError).
