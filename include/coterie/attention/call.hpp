@@ -215,11 +215,10 @@ class AttentionCall {
   }
 
   void check_relative(const char* function, const char* argument, ConstView<T> table, Index width) const {
-    if (table.rows() == 0 && table.cols() == 0) return;
-    if (table.rows() == 0 || (table.cols() != width && table.cols() != heads_ * width))
-      fail<ShapeError>(function, argument,
-                       join("at least 1 row of ", width, " columns, or of ", heads_ * width, " for ", heads_, " heads"),
-                       join(table.rows(), " x ", table.cols()));
+    if (table.rows() == 0) return;
+    if (table.cols() != width && table.cols() != heads_ * width)
+      fail<ShapeError>(function, argument, join(width, " columns, or ", heads_ * width, " for ", heads_, " heads"),
+                       table.cols());
     check_shape<T>(function, argument, table, table.rows(), table.cols());
   }
 

@@ -100,6 +100,7 @@ struct Forward {
       const int block_begin = key / key_block * key_block;
       sight.cut(block_begin);
       if (part.bias || part.relative_count > 0) positions.look_at_keys(part, sight, block_begin);
+      if (part.relative_count > 0) relative.look_at_keys(sight, block_begin);
       for (int j = sight.low; j < sight.high; ++j) part.locate(j, k_rows[j - block_begin], v_rows[j - block_begin]);
       following.fetch();
       // S = K Qt

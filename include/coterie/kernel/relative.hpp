@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <new>
 
 #include "coterie/kernel/micro.hpp"
@@ -35,7 +36,9 @@ struct Positions {
   Index above[width];           // of a lane above its vector's lowest
   bool ascending[V];            // by one, lane after lane
   Index of_key[key_block];
-  int key_begin, key_end;  // the block's keys that have a position
+  int key_begin, key_end;     // the block's keys that have a position
+  Index key_least, key_most;  // bounds of those positions
+  bool keys_ascend;           // by one, key after key
 
   COTERIE_INLINE void look(const AttentionPart<T>& part, Index first, const Lookout& sight) {
     for (int v = 0; v < sight.vectors; ++v) {
@@ -59,7 +62,15 @@ struct Positions {
     key_end = sight.high;
     while (key_begin < key_end && !part.has_position(key_begin)) ++key_begin;
     while (key_begin < key_end && !part.has_position(key_end - 1)) --key_end;
-    for (int key = key_begin; key < key_end; ++key) of_key[key - block_begin] = part.key_position(key);
+    keys_ascend = !part.key_positions && key_begin < key_end &&
+                  part.keys[key_end - 1] - part.keys[key_begin] == key_end - 1 - key_begin;
+    key_least = std::numeric_limits<Index>::max();
+    key_most = std::numeric_limits<Index>::min();
+    for (int key = key_begin; key < key_end; ++key) {
+      const Index position = of_key[key - block_begin] = part.key_position(key);
+      key_least = std::min(key_least, position);
+      key_most = std::max(key_most, position);
+    }
   }
 
   /// Calls f(at, v, low, high) for the segment's vectors and keys that have a position: `at` is the pairs' place in rows of
@@ -85,18 +96,29 @@ struct Relative {
 
   // Rows of a buffer: the table's first row; its last row; room for what skewing moves up; from here on the rows of `rows`,
   // ends among them; room behind.
-  static constexpr Index stride_rows = lanes / 2, listed = lanes + stride_rows, room = listed + lanes + stride_rows;
+  static constexpr Index skew_rows = lanes / 2, listed = lanes + skew_rows, room = listed + lanes + skew_rows;
 
   const AttentionPart<T>* part = nullptr;
   const Positions<T, M>* positions = nullptr;
   Index count = 0;                // of the table's rows
   std::int32_t* rows = nullptr;   // table rows that the tile reaches, ascending, and the two ends always
   Index reached = 0;              // how many
+  Index at_once = 0;              // of them go through a product: about the same number every time
   std::int32_t* place = nullptr;  // per table row: its row in buffers; 0 for those that no visible pair uses
   std::int32_t* marks = nullptr;  // per table row, and one more: zeros between tiles
   unsigned char* used = nullptr;  // [reached][width]: whether the lane uses the row; found where it is needed
   bool used_known = false;
   bool skewed = false;
+  Index earlier_low = 0,
+        earlier_high = 0;               // bounds of the rows of earlier blocks' pairs, which may be outside the table
+  Index block_low = 0, block_high = 0;  // of the current block's
+  // Where in a buffer the block's pairs have their numbers: of a vector that has them side by side the first one's, of
+  // others every lane's, the first as -1 - it.
+  std::int32_t where[key_block * width];
+  // Of a vector whose lanes ascend by one against keys that do, without `where`: keys [run_begin, run_end), counted from the
+  // block's first one, have theirs at run_from, one row further up for every key.
+  int run_begin[width / lanes], run_end[width / lanes];
+  Index run_from[width / lanes];
 
   /// Numbers of a buffer, and of the scratch memory beside the buffers.
   static constexpr Index buffer_size(Index count) { return count > 0 ? (count + room) * width : 0; }
@@ -122,9 +144,11 @@ struct Relative {
   COTERIE_INLINE void look(const Lookout& sight) {
     for (Index t = 0; t < reached; ++t) place[rows[t]] = 0;
     used_known = false;
+    earlier_low = block_low = count;
+    earlier_high = block_high = -1;
     skewed = true;
     for (int v = 0; v < sight.vectors; ++v) skewed &= positions->ascending[v];
-    Index low = count, high = 0;
+    Index begin_row = count, end_row = 0;
     // marks: +1 where a run of rows begins, -1 behind its end
     const auto mark = [&](Index begin, Index end) __attribute__((always_inline)) {
       begin = std::max<Index>(begin, 1);
@@ -132,8 +156,8 @@ struct Relative {
       if (begin >= end) return;
       ++marks[begin];
       --marks[end];
-      low = std::min(low, begin);
-      high = std::max(high, end);
+      begin_row = std::min(begin_row, begin);
+      end_row = std::max(end_row, end);
     };
     for (int i = 0; i < sight.intervals; ++i)
       for (int v = 0; v < sight.vectors; ++v) {
@@ -153,6 +177,9 @@ struct Relative {
           mark(lowest - part->key_position(end - 1), highest - part->key_position(begin) + 1);
           continue;
         }
+        // Mostly the first keys are beyond the last row, and the last ones before the first.
+        while (begin < end && lowest - part->key_position(begin) >= count - 1) ++begin;
+        while (begin < end && highest - part->key_position(end - 1) <= 0) --end;
         for (int key = begin; key < end; ++key) {
           const Index position = part->key_position(key);
           if (highest - position <= 0 || lowest - position >= count - 1) continue;
@@ -168,17 +195,21 @@ struct Relative {
       }
     reached = 0;
     rows[reached++] = 0;
-    for (Index r = low, open = 0; r < high; ++r) {
+    for (Index r = begin_row, open = 0; r < end_row; ++r) {
       open += marks[r];
       marks[r] = 0;
       if (open == 0) continue;
       rows[reached] = static_cast<std::int32_t>(r);
       place[r] = static_cast<std::int32_t>(listed + reached++);
     }
-    if (low < high) marks[high] = 0;
-    if (count == 1) return;
-    place[count - 1] = 1;
-    rows[reached++] = static_cast<std::int32_t>(count - 1);
+    if (begin_row < end_row) marks[end_row] = 0;
+    if (count > 1) {
+      place[count - 1] = 1;
+      rows[reached++] = static_cast<std::int32_t>(count - 1);
+    }
+    constexpr Index rows_of_sums = M::most_rows, most = key_block / rows_of_sums * rows_of_sums;
+    const Index products = (reached + most - 1) / most;
+    at_once = (reached + products * rows_of_sums - 1) / (products * rows_of_sums) * rows_of_sums;
   }
 
   /// R[r][lane] = sum_c table[r][c] packed[c][lane]
@@ -186,7 +217,7 @@ struct Relative {
                                T* buffer) const {
     T* const to = buffer + listed * width;
     const T* table_rows[key_block];
-    for (Index t = 0; t < reached; t += key_block) {
+    for (Index t = 0; t < reached; t += at_once) {
       const Index n = locate(table, stride, t, table_rows);
       M::scores(table_rows, n, columns, packed, to + t * width, sight.vectors);
     }
@@ -196,29 +227,89 @@ struct Relative {
   }
 
   COTERIE_INLINE void clear(T* buffer) const {
-    std::memset(buffer, 0, static_cast<std::size_t>(reached + room) * row_bytes);
+    std::memset(buffer, 0, static_cast<std::size_t>(listed + reached) * row_bytes);
   }
 
-  /// Calls whole(at, row) for vectors of pairs that find their numbers side by side, at `row` in a buffer, and
-  /// single(at, row) for the other pairs. `at` is their place in the block's scores. Masked pairs are among them.
+  /// Finds the places of the block's pairs, after Positions::look_at_keys.
+  COTERIE_INLINE void look_at_keys(const Lookout& sight, int block_begin) {
+    const Index end = count - 1, first = part->relative_first;
+    earlier_low = std::min(earlier_low, block_low);
+    earlier_high = std::max(earlier_high, block_high);
+    block_low = count;
+    block_high = -1;
+    for (int v = 0; v < sight.vectors && positions->key_begin < positions->key_end; ++v) {
+      block_low = std::min(block_low, positions->lowest[v] - positions->key_most - first);
+      block_high = std::max(block_high, positions->highest[v] - positions->key_least - first);
+    }
+    const int key_begin = positions->key_begin - block_begin, key_end = positions->key_end - block_begin;
+    for (int v = 0; v < sight.vectors; ++v) {
+      const Index lowest = positions->lowest[v] - first, span = positions->highest[v] - positions->lowest[v];
+      const Index* const of_key = positions->of_key;
+      std::int32_t* const at = where + v * lanes;
+      const std::int32_t to_first = v * lanes, to_last = place[end] * width + v * lanes;
+      // Mostly the first keys are beyond the last row, and the last ones before the first.
+      int j = key_begin, after = key_end;
+      for (; j < after && lowest - of_key[j] >= end; ++j) at[j * width] = to_last;
+      for (; j < after && lowest + span - of_key[after - 1] <= 0; --after) at[(after - 1) * width] = to_first;
+      const Index diagonals = skewed ? std::max<Index>(end - 1 - span, 0) : 0;  // table rows of lowest lanes
+      run_begin[v] = run_end[v] = after;
+      if (diagonals > 0 && positions->keys_ascend) {
+        const Index none = lowest - of_key[key_begin] + key_begin;  // the key at row 0
+        const auto from = static_cast<int>(std::clamp<Index>(none - diagonals, j, after));
+        const auto until = static_cast<int>(std::clamp<Index>(none, from, after));
+        // Rows that no visible pair uses have no place.
+        const bool placed = from < until && place[none - from] >= listed && place[none - until + 1] >= listed;
+        if (placed && place[none - from] - place[none - until + 1] == until - 1 - from) {
+          run_begin[v] = from;
+          run_end[v] = until;
+          run_from[v] = (place[none - from] + from) * Index(width) + v * lanes;
+        }
+      }
+      for (; j < after; ++j) {
+        if (j == run_begin[v]) {
+          j = run_end[v] - 1;
+          continue;
+        }
+        const Index row = lowest - of_key[j];
+        std::int32_t* const to = at + j * width;
+        if (row > 0 && row <= diagonals)
+          *to = place[row] * width + v * lanes;
+        else if (row >= end)
+          *to = to_last;
+        else if (row + span <= 0)
+          *to = to_first;
+        else
+          find_each(row, v, to);
+      }
+    }
+  }
+
+  /// Calls whole(at, place) for vectors of pairs that find their numbers side by side in a buffer, and single(at, place) for
+  /// the other pairs. `at` is where the block has them. Masked pairs are among them.
   template <class Whole, class Single>
   COTERIE_INLINE void each(const typename Lookout::Segment& s, int block_begin, const Whole& whole,
                            const Single& single) const {
-    const Index end = count - 1;
-    const auto pairs = [&](Index at, int v, Index low, Index high) __attribute__((always_inline)) {
-      if (high <= 0)
-        whole(at, Index(v) * lanes);
-      else if (low >= end)
-        whole(at, place[end] * Index(width) + v * lanes);
-      else if (skewed && low > 0 && high < end)
-        whole(at, place[low] * Index(width) + v * lanes);
-      else
-        for (int l = 0; l < lanes; ++l) {
-          const Index row = place[std::clamp<Index>(low + positions->above[v * lanes + l], 0, end)];
-          single(at + l, (row - (skewed && row >= listed ? l : 0)) * width + v * lanes + l);
+    const int begin = std::max(s.begin, positions->key_begin) - block_begin;
+    const int end = std::min(s.end, positions->key_end) - block_begin;
+    const auto found = [&](int v, int from, int until) __attribute__((always_inline)) {
+      for (int j = from; j < until; ++j) {
+        const Index at = Index(j) * width + v * lanes;
+        const std::int32_t* const to = where + at;
+        if (*to >= 0) {
+          whole(at, Index(*to));
+        } else {
+          single(at, Index(-1 - *to));
+          for (int l = 1; l < lanes; ++l) single(at + l, Index(to[l]));
         }
+      }
     };
-    positions->each(part->relative_first, s, block_begin, pairs);
+    for (int v = s.first; v < s.last; ++v) {
+      const int from = std::clamp(run_begin[v], begin, std::max(begin, end));
+      const int until = std::clamp(run_end[v], from, std::max(from, end));
+      found(v, begin, from);
+      for (int j = from; j < until; ++j) whole(Index(j) * width + v * lanes, run_from[v] - Index(j) * width);
+      found(v, until, end);
+    }
   }
 
   /// to[key][lane] += R[c][lane]
@@ -237,13 +328,21 @@ struct Relative {
 
   /// A[r][lane] *= factor[lane]
   COTERIE_INLINE void rescale(const Lookout& sight, const T* factor, T* buffer) const {
+    // Between the ends only rows of earlier blocks' pairs hold something.
+    const Index lower = std::lower_bound(rows, rows + reached, earlier_low) - rows;
+    const Index upper = std::upper_bound(rows, rows + reached, earlier_high) - rows;
+    T* const begin = buffer + (listed + lower - (skewed ? lanes - 1 : 0)) * width;
+    T* const end = buffer + (listed + upper) * width;
     for (int v = 0; v < sight.vectors; ++v) {
       F x, y;
       L::load(factor + v * lanes, y);
-      for (Index row = 0; row < listed + reached; ++row) {
-        L::load(buffer + row * width + v * lanes, x);
-        L::store(buffer + row * width + v * lanes, x * y);
-      }
+      const auto scale = [&](T * row) __attribute__((always_inline)) {
+        L::load(row + v * lanes, x);
+        L::store(row + v * lanes, x * y);
+      };
+      scale(buffer);
+      scale(buffer + width);
+      for (T* row = begin; row < end; row += width) scale(row);
     }
   }
 
@@ -258,7 +357,7 @@ struct Relative {
   COTERIE_INLINE void add_columns(const Lookout& sight, const T* table, Index stride, Index columns, const T* buffer,
                                   T* out) {
     const T* table_rows[key_block];
-    for (Index t = 0; t < reached; t += key_block) {
+    for (Index t = 0; t < reached; t += at_once) {
       const Index n = locate(table, stride, t, table_rows);
       const T* const a = buffer + (listed + t) * width;
       const Index from = M::columns(table_rows, 0, n, columns, a, out, sight.vectors, true);
@@ -287,8 +386,8 @@ struct Relative {
   COTERIE_INLINE void add_rows(const Lookout& sight, const T* buffer, const T* x, Index columns, T* sums, T* to) {
     const int depth = sight.vectors * lanes;
     const T* a[key_block];
-    for (Index t = 0; t < reached; t += key_block) {
-      const Index n = std::min<Index>(key_block, reached - t);
+    for (Index t = 0; t < reached; t += at_once) {
+      const Index n = std::min(at_once, reached - t);
       for (Index j = 0; j < n; ++j) a[j] = buffer + (listed + t + j) * width;
       const bool side_by_side = rows[t + n - 1] - rows[t] == n - 1;
       T* const target = side_by_side ? to + rows[t] * columns : sums;
@@ -328,7 +427,7 @@ struct Relative {
   /// The bits of l one after the other, each a choice between two rows; rows stream through registers.
   template <int Step>
   static COTERIE_INLINE void skew(const Lookout& sight, T* buffer, Index first, Index inner) {
-    constexpr int at_once = stride_rows;
+    constexpr int at_a_time = skew_rows;
     for (int v = 0; v < sight.vectors; ++v) {
       I moves[lanes];        // at a power of two: lanes whose number has that bit
       F earlier[2 * lanes];  // from a power of two on, as many rows: the last ones of that bit
@@ -338,23 +437,33 @@ struct Relative {
         COTERIE_UNROLL for (int i = 0; i < bit; ++i) earlier[bit + i] = F{};
       }
       T* from = buffer + first * width + v * lanes;
-      for (Index row = 0; row < inner + lanes - 1; row += at_once) {
-        F x[at_once], y[at_once];
-        COTERIE_UNROLL for (int i = 0; i < at_once; ++i) L::load(from + i * Step * width, x[i]);
+      for (Index row = 0; row < inner + lanes - 1; row += at_a_time) {
+        F x[at_a_time], y[at_a_time];
+        COTERIE_UNROLL for (int i = 0; i < at_a_time; ++i) L::load(from + i * Step * width, x[i]);
         COTERIE_UNROLL for (int bit = 1; bit < lanes; bit *= 2) {
-          COTERIE_UNROLL for (int i = 0; i < at_once; ++i) y[i] =
+          COTERIE_UNROLL for (int i = 0; i < at_a_time; ++i) y[i] =
               moves[bit] ? x[i] : (i < bit ? earlier[bit + i] : x[i < bit ? 0 : i - bit]);
-          COTERIE_UNROLL for (int i = 0; i < bit; ++i) earlier[bit + i] = x[at_once - bit + i];
-          COTERIE_UNROLL for (int i = 0; i < at_once; ++i) x[i] = y[i];
+          COTERIE_UNROLL for (int i = 0; i < bit; ++i) earlier[bit + i] = x[at_a_time - bit + i];
+          COTERIE_UNROLL for (int i = 0; i < at_a_time; ++i) x[i] = y[i];
         }
-        COTERIE_UNROLL for (int i = 0; i < at_once; ++i) L::store(from + (i - (lanes - 1)) * Step * width, x[i]);
-        from += at_once * Step * width;
+        COTERIE_UNROLL for (int i = 0; i < at_a_time; ++i) L::store(from + (i - (lanes - 1)) * Step * width, x[i]);
+        from += at_a_time * Step * width;
       }
     }
   }
 
+  /// Where the lanes of vector v, the lowest of which stands at table row `row`, have their numbers.
+  COTERIE_INLINE void find_each(Index row, int v, std::int32_t* to) const {
+    const Index* const above = positions->above + v * lanes;
+    for (int l = 0; l < lanes; ++l) {
+      const std::int32_t at = place[std::clamp<Index>(row + above[l], 0, count - 1)];
+      to[l] = (at - (skewed && at >= static_cast<std::int32_t>(listed) ? l : 0)) * width + v * lanes + l;
+    }
+    *to = -1 - *to;
+  }
+
   COTERIE_INLINE Index locate(const T* table, Index stride, Index t, const T** table_rows) const {
-    const Index n = std::min<Index>(key_block, reached - t);
+    const Index n = std::min(at_once, reached - t);
     for (Index j = 0; j < n; ++j) table_rows[j] = table + rows[t + j] * stride;
     return n;
   }
