@@ -15,6 +15,8 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace examples {
@@ -31,7 +33,8 @@ class Options {
 
   /// A whole number in [lowest, highest].
   void add(const std::string& name, std::int64_t& value, std::int64_t lowest, std::int64_t highest, const char* help) {
-    add_value(name, "N", help, std::to_string(value), [&value, lowest, highest, name](const std::string& text) {
+    const auto get = [&value] { return std::to_string(value); };
+    add_value(name, "N", help, get(), get, [&value, lowest, highest, name](const std::string& text) {
       std::int64_t number = 0;
       const char* end = text.data() + text.size();
       const auto [rest, error] = std::from_chars(text.data(), end, number);
@@ -44,29 +47,36 @@ class Options {
 
   /// A number above 0, at most `highest`.
   void add(const std::string& name, double& value, double highest, const char* help) {
-    add_value(name, "X", help, "", [&value, highest, name](const std::string& text) {
-      char* rest = nullptr;
-      const double number = std::strtod(text.c_str(), &rest);
-      if (text.empty() || *rest != '\0' || !(number > 0 && number <= highest))
-        throw UsageError(name + ": expected a number above 0, at most " + std::to_string(std::llround(highest)) +
-                         ", got '" + text + "'");
-      value = number;
-    });
+    add_number(name, value, highest, help, "above 0", [](double number) { return number > 0; });
+  }
+
+  /// A number of at least 0, at most `highest`.
+  void add_from_zero(const std::string& name, double& value, double highest, const char* help) {
+    add_number(name, value, highest, help, "of at least 0", [](double number) { return number >= 0; });
   }
 
   /// A file name.
   void add(const std::string& name, std::string& value, const char* help) {
-    add_value(name, "FILE", help, "", [&value, name](const std::string& text) {
-      if (text.empty()) throw UsageError(name + ": expected a file name, got ''");
-      value = text;
-    });
+    add_value(
+        name, "FILE", help, "", [&value] { return value; },
+        [&value, name](const std::string& text) {
+          if (text.empty()) throw UsageError(name + ": expected a file name, got ''");
+          value = text;
+        });
+  }
+
+  /// Any text.
+  void add_text(const std::string& name, std::string& value, const char* help) {
+    add_value(
+        name, "TEXT", help, "", [&value] { return value; }, [&value](const std::string& text) { value = text; });
   }
 
   /// One of several words.
   void add(const std::string& name, std::string& value, const std::vector<std::string>& choices, const char* help) {
     std::string list;
     for (const std::string& choice : choices) list += (list.empty() ? "" : "|") + choice;
-    add_value(name, list, help, value, [&value, choices, list, name](const std::string& text) {
+    const auto get = [&value] { return value; };
+    add_value(name, list, help, value, get, [&value, choices, list, name](const std::string& text) {
       for (const std::string& choice : choices)
         if (text == choice) {
           value = text;
@@ -78,7 +88,8 @@ class Options {
 
   /// A flag.
   void add(const std::string& name, bool& value, const char* help) {
-    entries_.push_back({name, "", help, "", [&value](const std::string&) { value = true; }, false});
+    const auto get = [&value] { return std::string(value ? "1" : "0"); };
+    entries_.push_back({name, "", help, "", get, [&value](const std::string&) { value = true; }, false});
   }
 
   /// Reads the command line; with --help prints the options and ends the program. Throws UsageError.
@@ -102,6 +113,12 @@ class Options {
     }
   }
 
+  /// Sets an option that takes a value as the command line does, but for given(). Throws UsageError.
+  void assign(const std::string& name, const std::string& text) { find(name)->set(text); }
+
+  /// The value of an option, as text that assign() would take.
+  std::string value(const std::string& name) { return find(name)->get(); }
+
   /// Whether the command line named this option.
   bool given(const std::string& name) const {
     for (const Entry& entry : entries_)
@@ -112,13 +129,31 @@ class Options {
  private:
   struct Entry {
     std::string name, placeholder, help, start;
+    std::function<std::string()> get;
     std::function<void(const std::string&)> set;
     bool given;
   };
 
   void add_value(const std::string& name, const std::string& placeholder, const char* help, const std::string& start,
-                 std::function<void(const std::string&)> set) {
-    entries_.push_back({name, placeholder, help, start, std::move(set), false});
+                 std::function<std::string()> get, std::function<void(const std::string&)> set) {
+    entries_.push_back({name, placeholder, help, start, std::move(get), std::move(set), false});
+  }
+
+  template <class Good>
+  void add_number(const std::string& name, double& value, double highest, const char* help, const std::string& bound,
+                  Good good) {
+    const auto get = [&value] {
+      char text[32];
+      return std::string(text, std::to_chars(text, text + sizeof text, value).ptr);  // the shortest that reads back
+    };
+    add_value(name, "X", help, "", get, [&value, highest, name, bound, good](const std::string& text) {
+      char* rest = nullptr;
+      const double number = std::strtod(text.c_str(), &rest);
+      if (text.empty() || *rest != '\0' || !(good(number) && number <= highest))
+        throw UsageError(name + ": expected a number " + bound + ", at most " + std::to_string(std::llround(highest)) +
+                         ", got '" + text + "'");
+      value = number;
+    });
   }
 
   Entry* find(const std::string& name) {
@@ -181,12 +216,17 @@ class ResultFile {
   bool in_place_ = false;
 };
 
-/// Runs a program's body and turns errors into a message and an exit code: 2 for the command line, 1 for the rest.
+/// Runs a program's body and turns errors into a message and an exit code: 2 for the command line, 1 for the rest. A body may
+/// return an exit code of its own.
 template <class Body>
 int run_program(const char* program, Body&& body) {
   try {
-    body();
-    return 0;
+    if constexpr (std::is_void_v<decltype(body())>) {
+      body();
+      return 0;
+    } else {
+      return body();
+    }
   } catch (const UsageError& error) {
     std::cerr << program << ": " << error.what() << "\nTry '" << program << " --help'.\n";
     return 2;

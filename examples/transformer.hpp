@@ -9,9 +9,11 @@
 #include <cmath>
 #include <coterie/coterie.hpp>
 #include <cstdint>
+#include <locale>
 #include <numbers>
 #include <random>
 #include <span>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -38,6 +40,23 @@ class Random {
   double normal() {
     const double radius = std::sqrt(-2 * std::log(1 - uniform()));
     return radius * std::cos(2 * std::numbers::pi * uniform());
+  }
+
+  /// Where the stream stands, as text.
+  std::string state() const {
+    std::ostringstream text;
+    text.imbue(std::locale::classic());
+    text << engine_;
+    return text.str();
+  }
+  /// Goes on from there; returns whether that was a state, and changes nothing if not.
+  bool restore(const std::string& state) {
+    std::istringstream text(state);
+    text.imbue(std::locale::classic());
+    std::mt19937_64 engine;
+    if (!(text >> engine) || !(text >> std::ws).eof()) return false;
+    engine_ = engine;
+    return true;
   }
 
  private:
@@ -253,17 +272,24 @@ void feed_forward_backward(ConstView<T> x, const FeedForward<T>& w, ConstView<T>
 
 // --------------------------------------------------------------------------------------------------------- embedding
 
+/// The row x of a token: E[token], plus E[previous] on the upper half of the channels; a negative `previous`: there is
+/// none. Overwrites x.
+template <class T>
+void embed_token(std::int32_t token, std::int32_t previous, const RowMatrix<T>& embedding, View<T> x) {
+  const Index upper = embedding.cols() - embedding.cols() / 2;
+  x.eigen().row(0) = embedding.row(token);
+  if (previous >= 0) x.eigen().row(0).tail(upper) += embedding.row(previous).tail(upper);
+}
+
 /// x_t = E[token_t], plus E[token_(t-1)] on the upper half of the channels, except at the start of a sequence ("smear":
 /// the model sees pairs of neighbours from the first layer on). Overwrites x.
 template <class T>
 void embed(std::span<const std::int32_t> tokens, std::span<const Index> offsets, const RowMatrix<T>& embedding,
            View<T> x) {
-  const Index half = embedding.cols() / 2, upper = embedding.cols() - half;
   for (std::size_t s = 0; s + 1 < offsets.size(); ++s)
     for (Index t = offsets[s]; t < offsets[s + 1]; ++t) {
-      x.eigen().row(t) = embedding.row(tokens[static_cast<std::size_t>(t)]);
-      if (t > offsets[s])
-        x.eigen().row(t).tail(upper) += embedding.row(tokens[static_cast<std::size_t>(t - 1)]).tail(upper);
+      const std::int32_t previous = t > offsets[s] ? tokens[static_cast<std::size_t>(t - 1)] : -1;
+      embed_token<T>(tokens[static_cast<std::size_t>(t)], previous, embedding, x.rows(t, 1));
     }
 }
 
@@ -411,6 +437,8 @@ class Model {
 
   const ModelConfig& config() const { return config_; }
   const std::vector<Attention>& attention() const { return attention_; }
+  std::vector<Attention>& attention() { return attention_; }
+  const Weights& weights() const { return weights_; }
 
   /// Gradients of the right shapes, all zero.
   Gradients zero_gradients() const {
@@ -431,6 +459,11 @@ class Model {
     visit(weights_, gradients.weights, f);
     for (std::size_t i = 0; i < attention_.size(); ++i)
       coterie::visit(attention_[i].parameters(), gradients.attention[i], f);
+  }
+  /// Calls f(name, weights) for every matrix but those of the attention.
+  template <class F>
+  void visit_weights(F&& f) {
+    visit(weights_, weights_, [&](std::string_view name, View<T> w, ConstView<T>) { f(name, w); });
   }
   Index parameter_count() {
     Index count = 0;
@@ -526,9 +559,9 @@ class Model {
   static void visit(Weights& w, const Weights& gradient, F&& f) {
     f("embedding", View<T>(w.embedding), ConstView<T>(gradient.embedding));
     for (std::size_t i = 0; i < w.norms.size(); ++i)
-      w.norms[i].visit("attention." + std::to_string(i), gradient.norms[i], f);
+      w.norms[i].visit("norms." + std::to_string(i), gradient.norms[i], f);
     for (std::size_t i = 0; i < w.feed_forwards.size(); ++i)
-      w.feed_forwards[i].visit("feed_forward." + std::to_string(i), gradient.feed_forwards[i], f);
+      w.feed_forwards[i].visit("feed_forwards." + std::to_string(i), gradient.feed_forwards[i], f);
     w.read_out.visit("read_out", gradient.read_out, f);
   }
 
@@ -592,6 +625,17 @@ class AdamW {
       }
     });
     return length;
+  }
+
+  /// Means of the gradients and of their squares, 1 x parameters in the order of visit; empty before the first step.
+  const RowMatrix<T>& first() const { return first_; }
+  const RowMatrix<T>& second() const { return second_; }
+  Index steps() const { return steps_; }
+  /// Goes on from what those three were.
+  void restore(RowMatrix<T> first, RowMatrix<T> second, Index steps) {
+    first_ = std::move(first);
+    second_ = std::move(second);
+    steps_ = steps;
   }
 
  private:

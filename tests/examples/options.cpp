@@ -8,8 +8,8 @@ namespace {
 
 struct Program {
   std::int64_t steps = 7;
-  double minutes = 0;
-  std::string pattern = "routed", file;
+  double minutes = 0, temperature = 0.5;
+  std::string pattern = "routed", file, prompt = "a";
   bool compare = false;
   Options options{"program", "A test."};
 
@@ -18,6 +18,8 @@ struct Program {
     options.add("--minutes", minutes, 60, "");
     options.add("--pattern", pattern, {"local", "routed"}, "");
     options.add("--file", file, "");
+    options.add_from_zero("--temperature", temperature, 100, "");
+    options.add_text("--prompt", prompt, "");
     options.add("--compare", compare, "");
   }
   void parse(std::vector<std::string> arguments) {
@@ -48,6 +50,27 @@ TEST_CASE("options that are not given keep their defaults") {
   REQUIRE_FALSE(program.options.given("--steps"));
 }
 
+TEST_CASE("numbers may be 0 and texts empty where that has a meaning") {
+  Program program;
+  program.parse({"--temperature", "0", "--prompt="});
+  REQUIRE(program.temperature == 0);
+  REQUIRE(program.prompt.empty());
+}
+
+TEST_CASE("values of options read back as what they were") {
+  Program program, other;
+  program.parse({"--steps=9", "--minutes=0.1", "--pattern=local", "--temperature=0", "--prompt=b c"});
+  for (const char* name : {"--steps", "--minutes", "--pattern", "--temperature", "--prompt"})
+    other.options.assign(name, program.options.value(name));
+  REQUIRE(other.steps == 9);
+  REQUIRE(other.minutes == 0.1);
+  REQUIRE(other.pattern == "local");
+  REQUIRE(other.temperature == 0);
+  REQUIRE(other.prompt == "b c");
+  REQUIRE_FALSE(other.options.given("--steps"));
+  REQUIRE_THROWS_AS(other.options.assign("--steps", "0"), UsageError);
+}
+
 TEST_CASE("bad command lines are refused") {
   const std::vector<std::vector<std::string>> bad{{"--unknown"},
                                                   {"stray"},
@@ -63,6 +86,10 @@ TEST_CASE("bad command lines are refused") {
                                                   {"--minutes", "0"},
                                                   {"--minutes", "inf"},
                                                   {"--minutes", "1m"},
+                                                  {"--temperature", "-0.1"},
+                                                  {"--temperature", "nan"},
+                                                  {"--temperature", "101"},
+                                                  {"--prompt"},
                                                   {"--pattern", "dense"},
                                                   {"--pattern="},
                                                   {"--file="},
@@ -91,6 +118,7 @@ TEST_CASE("a result file is there in full or not at all") {
 
 TEST_CASE("exit codes tell usage errors from others") {
   REQUIRE(run_program("program", [] {}) == 0);
+  REQUIRE(run_program("program", [] { return 130; }) == 130);
   REQUIRE(run_program("program", [] { throw UsageError("a"); }) == 2);
   REQUIRE(run_program("program", [] { throw std::runtime_error("b"); }) == 1);
 }
