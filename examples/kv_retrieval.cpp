@@ -5,10 +5,18 @@
 // what its heads have as queries, keys and values, and compares with dense attention over all keys: share of the attention
 // kept, error of the output, keys visited, time.
 //
-//     kv_retrieval                                   induction heads, 16384 keys
-//     kv_retrieval --model plain                     heads without their shortcut: flat attention, which no clusters keep
-//     kv_retrieval --full                            more clusters and probes, and times up to 262144 keys
+//     kv_retrieval                    induction heads, 16384 keys
+//     kv_retrieval --model plain      heads with queries and keys apart: flatter, so clusters keep less of their attention
+//     kv_retrieval --full             more clusters and probes, and times up to 262144 keys
 //     kv_retrieval --queries q.f32 --keys k.f32 --values v.f32 --dim 64 --kv-heads 8 --heads 32     your own cache
+//
+// Expect of the first (half a minute of processor time; error: of the outputs, relative to dense):
+//
+//     clusters   probes   keys per query   of all   attention kept   error
+//     64              4             1204    7.3 %            0.782   0.205
+//     64             16             4421   27.0 %            0.951   0.041
+//     256             8              678    4.1 %            0.766   0.218
+//     256            32             2342   14.3 %            0.922   0.063
 //
 // Files are rows of little-endian 32-bit floats, heads side by side: tokens x heads*dim, as NumPy's tofile writes them.
 #include <array>
