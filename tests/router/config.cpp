@@ -18,7 +18,7 @@ TEST_CASE("settings out of their range are refused") {
   REQUIRE(refused({.clusters = 0, .dim = 4}, "clusters"));
   REQUIRE(refused({.clusters = 4, .dim = 2}, "dim"));
   for (const double decay : {-0.1, 1.0, nan}) REQUIRE(refused({.clusters = 4, .dim = 4, .decay = decay}, "decay"));
-  REQUIRE(refused({.clusters = 4, .dim = 4, .average = static_cast<Average>(2)}, "average"));
+  REQUIRE(refused({.clusters = 4, .dim = 4, .average = static_cast<Average>(3)}, "average"));
   for (const double share : {-0.1, 1.0, nan})
     REQUIRE(refused({.clusters = 4, .dim = 4, .dead_share = share}, "dead_share"));
   for (const double share : {-2.0, 0.5, 1.0, nan, inf})
