@@ -88,8 +88,7 @@ class Task {
     Tokens input;
     for (Index i = 0; i < count_; ++i) {
       const Index length = shortest + random_.below(longest - shortest + 1);
-      for (std::size_t t = order_.size(); t > 1; --t)
-        std::swap(order_[t - 1], order_[static_cast<std::size_t>(random_.below(static_cast<Index>(t)))]);
+      random_.shuffle(order_);
       input.assign(1, first_mark);
       input.insert(input.end(), order_.begin(), order_.begin() + length);
       input.push_back(last_mark);

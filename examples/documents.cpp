@@ -57,10 +57,10 @@ class Documents {
       const Index length = shortest + random_.below(longest - shortest + 1), start = offsets_.back();
       for (Index t = 0; t < length; ++t) tokens_.push_back(static_cast<std::int32_t>(names + random_.below(fillers)));
       const bool again = random_.below(2) == 1;
-      shuffle(order_);
+      random_.shuffle(order_);
       std::vector<std::int32_t> first(order_.begin(), order_.begin() + names_each);
       std::vector<std::int32_t> last(order_.begin() + names_each, order_.begin() + 2 * names_each);
-      if (again) shuffle(last = first);
+      if (again) random_.shuffle(last = first);
       scatter(first, start, length / 4);
       scatter(last, start + length - length / 4, length / 4);
       classes_.push_back(again);
@@ -73,11 +73,6 @@ class Documents {
   const std::vector<int>& classes() const { return classes_; }
 
  private:
-  void shuffle(std::vector<std::int32_t>& order) {
-    for (std::size_t i = order.size(); i > 1; --i)
-      std::swap(order[i - 1], order[static_cast<std::size_t>(random_.below(static_cast<Index>(i)))]);
-  }
-
   // Puts the words, each after a mark, at different places of [begin, begin + length).
   void scatter(const std::vector<std::int32_t>& words, Index begin, Index length) {
     for (const std::int32_t word : words) {

@@ -36,6 +36,12 @@ class Random {
   double uniform() { return static_cast<double>(engine_() >> 11) * 0x1p-53; }
   /// Uniform in {0, ..., count - 1}.
   Index below(Index count) { return std::min(static_cast<Index>(uniform() * static_cast<double>(count)), count - 1); }
+  /// Puts elements into a random order.
+  template <class Element>
+  void shuffle(std::vector<Element>& elements) {
+    for (std::size_t i = elements.size(); i > 1; --i)
+      std::swap(elements[i - 1], elements[static_cast<std::size_t>(below(static_cast<Index>(i)))]);
+  }
   /// Standard normal, by Box and Muller.
   double normal() {
     const double radius = std::sqrt(-2 * std::log(1 - uniform()));

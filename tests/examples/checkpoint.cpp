@@ -1,24 +1,15 @@
 #include "checkpoint.hpp"
 
 #include "catch.hpp"
+#include "examples/small_model.hpp"
 
 using namespace transformer;
 
 namespace {
 
 ModelConfig small_model(coterie::Routing routing) {
-  ModelConfig config{.vocabulary = 40, .layers = 2, .feed_forward = 50, .embedding_deviation = 0.5};
-  config.attention.model_dim = 24;
-  config.attention.heads = 4;
-  config.attention.routed_heads = 2;
-  config.attention.clusters = 3;
-  config.attention.window = 16;
-  config.attention.causal = true;
+  ModelConfig config = test::small_model();
   config.attention.routing = routing;
-  config.attention.induction = true;
-  config.attention.key_taps = 3;
-  config.attention.local_positions = coterie::LocalPositions::bias;
-  config.attention.seed = 4;
   return config;
 }
 

@@ -2,6 +2,7 @@
 
 #include "bits_per_byte.hpp"
 #include "catch.hpp"
+#include "examples/small_model.hpp"
 #include "interrupt.hpp"
 
 using namespace transformer;
@@ -9,16 +10,8 @@ using namespace transformer;
 namespace {
 
 ModelConfig byte_model() {
-  ModelConfig config{.vocabulary = 256, .layers = 2, .feed_forward = 50, .embedding_deviation = 0.5};
-  config.attention.model_dim = 24;
-  config.attention.heads = 4;
-  config.attention.routed_heads = 2;
-  config.attention.clusters = 3;
-  config.attention.window = 16;
-  config.attention.causal = true;
-  config.attention.induction = true;
-  config.attention.key_taps = 3;
-  config.attention.local_positions = coterie::LocalPositions::bias;
+  ModelConfig config = test::small_model(256);
+  config.attention.seed = 0;
   return config;
 }
 

@@ -2,24 +2,17 @@
 
 #include "allocation.hpp"
 #include "catch.hpp"
+#include "examples/small_model.hpp"
 
 using namespace transformer;
 
 namespace {
 
 ModelConfig small_model(coterie::Routing routing, bool induction, Index feed_forward) {
-  ModelConfig config{.vocabulary = 40, .layers = 2, .feed_forward = feed_forward, .embedding_deviation = 0.5};
-  config.attention.model_dim = 24;
-  config.attention.heads = 4;
-  config.attention.routed_heads = 2;
-  config.attention.clusters = 3;
-  config.attention.window = 16;
-  config.attention.causal = true;
+  ModelConfig config = test::small_model(40, feed_forward);
   config.attention.routing = routing;
   config.attention.induction = induction;
   config.attention.key_taps = induction ? 3 : 0;
-  config.attention.local_positions = coterie::LocalPositions::bias;
-  config.attention.seed = 4;
   return config;
 }
 

@@ -169,7 +169,7 @@ TEST_CASE("key index: a query sees first, recent and its best clusters, once, as
         AttentionPlan quick = plans[static_cast<std::size_t>(h)];
         for (AttentionPlan::Part& part : quick.parts) part.alone = false;
         const AttentionPlan slow = quick;
-        detail::complete_for_forward(quick, probes + 1);
+        detail::derive(quick);
         REQUIRE(quick.row_begin == slow.row_begin);
         REQUIRE(quick.row_entries == slow.row_entries);
         REQUIRE(quick.task_begin == slow.task_begin);

@@ -15,6 +15,13 @@
 
 namespace coterie::detail {
 
+/// Whether a soft cap is 0, or a positive number that is one to base 2 in the scalar type as well.
+template <class T>
+bool is_soft_cap(double soft_cap) {
+  const T cap = static_cast<T>(soft_cap) * log2_e<T>;
+  return soft_cap == 0 || (cap > 0 && std::isfinite(cap) && std::isfinite(1 / cap));
+}
+
 /// Whether an optional matrix was given.
 template <class V>
 bool given(const V& m) {
@@ -47,9 +54,7 @@ class AttentionCall {
         faults.require(false, "scales", "finite numbers", scale);
         break;
       }
-    const T cap = static_cast<T>(config.soft_cap) * log2_e<T>;
-    faults.require(config.soft_cap == 0 || (cap > 0 && std::isfinite(cap) && std::isfinite(1 / cap)), "soft_cap",
-                   "0, or a positive number", config.soft_cap);
+    faults.require(is_soft_cap<T>(config.soft_cap), "soft_cap", "0, or a positive number", config.soft_cap);
     faults.require(config.dropout >= 0 && config.dropout < 1, "dropout", "at least 0 and below 1", config.dropout);
     faults.require(config.mean_epsilon >= 0 && std::isfinite(config.mean_epsilon), "mean_epsilon",
                    "0, or a positive number", config.mean_epsilon);

@@ -73,6 +73,13 @@ struct Lanes {
 
   static COTERIE_INLINE void load(const T* p, F& x) { x = *reinterpret_cast<const Loose*>(p); }
   static COTERIE_INLINE void store(T* p, const F& x) { *reinterpret_cast<Loose*>(p) = x; }
+  /// to += from, a vector of them.
+  static COTERIE_INLINE void add(const T* from, T* to) {
+    F x, y;
+    load(from, x);
+    load(to, y);
+    store(to, y + x);
+  }
 
   /// Asks for the cache lines of a row before it is read.
   static COTERIE_INLINE void fetch(const T* row, Index columns) {

@@ -314,14 +314,14 @@ struct Relative {
 
   /// to[key][lane] += R[c][lane]
   COTERIE_INLINE void add(const typename Lookout::Segment& s, int block_begin, const T* buffer, T* to) const {
-    const auto whole = [&](Index at, Index row) __attribute__((always_inline)) { add_vector(buffer + row, to + at); };
+    const auto whole = [&](Index at, Index row) __attribute__((always_inline)) { L::add(buffer + row, to + at); };
     const auto single = [&](Index at, Index row) __attribute__((always_inline)) { to[at] += buffer[row]; };
     each(s, block_begin, whole, single);
   }
 
   /// A[c][lane] += from[key][lane]; masked pairs must be zero.
   COTERIE_INLINE void collect(const typename Lookout::Segment& s, int block_begin, const T* from, T* buffer) const {
-    const auto whole = [&](Index at, Index row) __attribute__((always_inline)) { add_vector(from + at, buffer + row); };
+    const auto whole = [&](Index at, Index row) __attribute__((always_inline)) { L::add(from + at, buffer + row); };
     const auto single = [&](Index at, Index row) __attribute__((always_inline)) { buffer[row] += from[at]; };
     each(s, block_begin, whole, single);
   }
@@ -407,7 +407,7 @@ struct Relative {
           L::store(target + j * columns + c, sum);
         }
       for (Index j = 0; !side_by_side && j < n; ++j)
-        for (Index c = 0; c < columns; c += lanes) add_vector(sums + j * columns + c, to + rows[t + j] * columns + c);
+        for (Index c = 0; c < columns; c += lanes) L::add(sums + j * columns + c, to + rows[t + j] * columns + c);
     }
   }
 
@@ -415,13 +415,6 @@ struct Relative {
   static constexpr std::size_t row_bytes = width * sizeof(T);
   template <class U>
   static constexpr Index bytes = static_cast<Index>(sizeof(U));
-
-  static COTERIE_INLINE void add_vector(const T* from, T* to) {
-    F x, y;
-    L::load(from, x);
-    L::load(to, y);
-    L::store(to, y + x);
-  }
 
   /// Moves lane l of every vector by l rows, up (Step 1) or down (-1), for `inner` rows from `first` on in the step's direction.
   /// The bits of l one after the other, each a choice between two rows; rows stream through registers.

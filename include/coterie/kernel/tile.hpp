@@ -239,17 +239,10 @@ struct Tile {
     positions.each(part.bias_first, s, block_begin, pairs);
   }
 
-  static COTERIE_INLINE void add_vector(const T* from, T* to) {
-    F x, y;
-    L::load(from, x);
-    L::load(to, y);
-    L::store(to, y + x);
-  }
-
   static COTERIE_INLINE void add_bias(const AttentionPart<T>& part, const Positions<T, M>& positions,
                                       const typename Lookout::Segment& s, int block_begin, const T* table, T* scores) {
     const auto whole = [&](Index at, Index column) __attribute__((always_inline)) {
-      add_vector(table + column, scores + at);
+      L::add(table + column, scores + at);
     };
     const auto single = [&](Index at, Index column) __attribute__((always_inline)) { scores[at] += table[column]; };
     each_bias(part, positions, s, block_begin, whole, single);
@@ -260,7 +253,7 @@ struct Tile {
                                                const typename Lookout::Segment& s, int block_begin, const T* d_scores,
                                                T* table) {
     const auto whole = [&](Index at, Index column) __attribute__((always_inline)) {
-      add_vector(d_scores + at, table + column);
+      L::add(d_scores + at, table + column);
     };
     const auto single = [&](Index at, Index column) __attribute__((always_inline)) { table[column] += d_scores[at]; };
     each_bias(part, positions, s, block_begin, whole, single);

@@ -12,13 +12,6 @@
 
 namespace coterie {
 
-/// Settings of a Decoder; designated initialisers in this order.
-struct DecoderConfig {
-  Index sequences = 1;     ///< that are decoded side by side, each at its own position; at least 1
-  Index max_rollback = 0;  ///< tokens of a sequence that rollback() may take back at a time
-  Index reserve = 0;       ///< memory for so many tokens of every sequence is allocated at once; more comes as needed
-};
-
 /// The caches of a layer, with which it goes on from the tokens before: step() gives the rows that forward() gives.
 ///
 ///     Decoder<float> decoder(layer, {.sequences = 1, .reserve = 4096});
@@ -57,10 +50,9 @@ class Decoder {
                    config.max_rollback);
     faults.require(config.reserve >= 0 && config.reserve <= most, "reserve", "at least 0", config.reserve);
     faults.raise();
-    const detail::CacheSizes sizes{config.sequences, config.max_rollback, config.reserve};
     const detail::LayerParts<T>& parts = layer.parts_;
-    local_ = detail::DecoderHeads<T>(parts, parts.heads.local, sizes);
-    routed_ = detail::DecoderHeads<T>(parts, parts.heads.routed, sizes);
+    local_ = detail::DecoderHeads<T>(parts, parts.heads.local, config);
+    routed_ = detail::DecoderHeads<T>(parts, parts.heads.routed, config);
     lengths_.assign(static_cast<std::size_t>(config.sequences), 0);
     taken_back_.assign(static_cast<std::size_t>(config.sequences), 0);
     for (std::int32_t s = 0; s < static_cast<std::int32_t>(config.sequences); ++s) all_.push_back(s);

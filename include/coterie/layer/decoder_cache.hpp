@@ -11,7 +11,16 @@
 #include "coterie/layer/initialise.hpp"
 #include "coterie/plan/plan.hpp"
 
-namespace coterie::detail {
+namespace coterie {
+
+/// Settings of a Decoder; designated initialisers in this order.
+struct DecoderConfig {
+  Index sequences = 1;     ///< that are decoded side by side, each at its own position; at least 1
+  Index max_rollback = 0;  ///< tokens of a sequence that rollback() may take back at a time
+  Index reserve = 0;       ///< memory for so many tokens of every sequence is allocated at once; more comes as needed
+};
+
+namespace detail {
 
 /// The keys of one cluster of one sequence, by ordinal: the first one is 0, whether it is kept or not. Memory comes in pages of a
 /// few rows of the cache, when it is first needed.
@@ -178,4 +187,5 @@ constexpr Index cache_capacity(Index window, Index rollback) {
 
 constexpr Index pages_for(Index rows) { return (rows + CacheUnit::page_rows - 1) / CacheUnit::page_rows; }
 
-}  // namespace coterie::detail
+}  // namespace detail
+}  // namespace coterie

@@ -13,11 +13,6 @@
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
-/// Sequences, tokens that may be taken back, tokens of each sequence to allocate for.
-struct CacheSizes {
-  Index sequences = 1, max_rollback = 0, reserve = 0;
-};
-
 /// The newest tokens of some sequences.
 struct StepTokens {
   std::span<const std::int32_t> sequences, places;  ///< row by row; places in the sequence
@@ -29,7 +24,7 @@ class DecoderHeads {
  public:
   DecoderHeads() = default;
 
-  DecoderHeads(const LayerParts<T>& layer, const HeadGroup& group, const CacheSizes& sizes)
+  DecoderHeads(const LayerParts<T>& layer, const HeadGroup& group, const DecoderConfig& sizes)
       : clustered_(group.routed && layer.config.routing != Routing::dense),
         history_(sizes.max_rollback + std::max<Index>(group.taps, 2)) {
     if (group.count == 0) return;
@@ -71,44 +66,16 @@ class DecoderHeads {
   /// y (+)= the group's share of the output for the newest tokens, which enter the cache.
   void step(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, const StepTokens& tokens,
             View<T> y, bool add, Context& context) {
-    const Index n = tokens.count(), d = group.head_dim;
+    const Index n = tokens.count();
     Arena& arena = context.workspace().shared();
     Arena::Scope scope(arena);
-    HeadsMatrices<T> m;
-    m.q = arena.matrix<T>(n, group.cols());
-    if (!group.shared) m.k = arena.matrix<T>(n, group.kv_cols());
-    m.v = arena.matrix<T>(n + (group.induction ? 1 : 0), group.kv_cols());
-    m.out = arena.matrix<T>(n, group.cols());
-    project(layer, group, in, m, context);
-    m.u = m.q;
-    if (group.taps > 0) {
-      m.u = arena.matrix<T>(n, group.cols());
-      convolve_newest(layer, group, tokens, m, arena);
-    } else if (group.shared && group.logits != Logits::normalised) {
-      m.u = arena.matrix<T>(n, group.cols());
-      copy_rows<T>(m.u, m.q, context);
-    }
-    if (group.normalises_queries()) normalise_rows<T>(m.u, m.u, View<T>(), d, context, layer.config.normalisation);
-    if (group.normalises_keys()) normalise_rows<T>(m.k, m.k, View<T>(), d, context, layer.config.normalisation);
-    m.route = m.u;
-    if (group.routed && group.heads_per_kv() > 1 && !layer.routers.empty()) {
-      m.route = arena.matrix<T>(n, group.kv_cols());
-      sum_queries<T>(layer.config, group, m.u, m.route, context);
-    }
+    const auto take = [&](Buffer<T> HeadsTape<T>::*, Index rows, Index columns) {
+      return arena.matrix<T>(rows, columns);
+    };
+    const auto convolved = [&](View<T> from, View<T> to) { convolve_newest(layer, group, tokens, from, to, arena); };
+    HeadsMatrices<T> m = prepare_rows(layer, group, in, take, convolved, context);
     if (clustered_) route(layer, group, in, m, context);
-    m.read_q = group.logits == Logits::normalised ? m.u : m.q;
-    m.read_k = !group.shared ? m.k : group.logits == Logits::raw ? m.q : m.u;
-    if (group.positions == HeadPositions::rotary) {
-      const auto turned = [&](View<T> from, Index heads) {
-        const View<T> to = arena.matrix<T>(n, from.cols());
-        copy_rows<T>(to, from, context);
-        layer.rotary.forward(to, heads, tokens.places, context);
-        return to;
-      };
-      const bool same = m.read_k.data() == m.read_q.data();
-      m.read_q = turned(m.read_q, group.count);
-      m.read_k = same ? m.read_q : turned(m.read_k, group.kv_count);
-    }
+    read_rows(layer, group, in, take, m, context);
     for (Index i = 0; i < n; ++i) {
       remember(group, tokens, i, m, key_labels(labels_now_), n);
       enter(group, tokens, i, m);
@@ -198,8 +165,8 @@ class DecoderHeads {
   }
 
   // u = convolve(q) of the newest tokens, from the queries that are remembered.
-  void convolve_newest(const LayerParts<T>& layer, const HeadGroup& group, const StepTokens& tokens,
-                       const HeadsMatrices<T>& m, Arena& arena) {
+  void convolve_newest(const LayerParts<T>& layer, const HeadGroup& group, const StepTokens& tokens, View<T> q,
+                       View<T> u, Arena& arena) {
     const T** const rows = arena.take<const T*>(group.taps);
     const Index d = group.head_dim;
     for (Index i = 0; i < tokens.count(); ++i) {
@@ -207,11 +174,11 @@ class DecoderHeads {
       const Index sequence = tokens.sequences[static_cast<std::size_t>(i)];
       const Index reach = std::min(group.taps, place + 1);
       for (Index h = 0; h < group.count; ++h) {
-        rows[0] = m.q.row(i) + h * d;
+        rows[0] = q.row(i) + h * d;
         for (Index t = 1; t < reach; ++t)
           rows[t] = view(queries_).row(sequence * history_ + (place - t) % history_) + h * d;
         convolve_row<T>(rows, reach, view(layer.parameters.taps).rows(group.taps_first + h * group.taps, group.taps),
-                        m.u.row(i) + h * d);
+                        u.row(i) + h * d);
       }
     }
   }
@@ -400,7 +367,7 @@ class DecoderHeads {
   }
 
   // Memory for so many tokens of every sequence.
-  void reserve(const RoutingAttentionConfig& c, const CacheSizes& sizes) {
+  void reserve(const RoutingAttentionConfig& c, const DecoderConfig& sizes) {
     const Index n = sizes.reserve, kept = capacity_ > 0 ? std::min(n, capacity_) : n;
     const Index list_pages = pages_for(kept);
     // Lists keep the pages of tokens that were taken back.

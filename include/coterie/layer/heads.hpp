@@ -233,20 +233,15 @@ void build_plans(const LayerParts<T>& layer, const HeadGroup& group, const Check
   });
 }
 
-/// y (+)= the group's share of the output. `add`: another group has written y. With a tape, keeps its matrices; training: and
-/// what backward needs beside them.
-template <class T>
-void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, View<T> y, bool add,
-                   HeadsTape<T>* tape, bool training, HeadsPlans& plans, Context& context) {
+/// The group's matrices up to what routers see: projected, convolved, normalised, summed. take(buffer, rows, columns) gives
+/// memory, convolve(q, u) makes convolved queries: forward from the rows before, a decoder from those that it remembers.
+template <class T, class Take, class Convolve>
+HeadsMatrices<T> prepare_rows(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
+                              const Take& take, const Convolve& convolve, Context& context) {
   const Index n = in.x.rows(), keys = in.keys.rows(), d = group.head_dim, cols = group.cols(),
               kv_cols = group.kv_cols();
   const Normalisation normalisation = layer.config.normalisation;
-  Arena& arena = context.workspace().shared();
-  Arena::Scope scope(arena);
   HeadsMatrices<T> m;
-  const auto take = [&](Buffer<T> HeadsTape<T>::*buffer, Index rows, Index columns) {
-    return tape ? (tape->*buffer).matrix(rows, columns) : arena.matrix<T>(rows, columns);
-  };
   m.q = take(&HeadsTape<T>::q, n, cols);
   if (!group.shared) m.k = take(&HeadsTape<T>::k, keys, kv_cols);
   m.v = take(&HeadsTape<T>::v, keys + (group.induction ? 1 : 0), kv_cols);
@@ -259,9 +254,7 @@ void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const Che
   if (group.normalises_queries()) {
     m.inverse = take(&HeadsTape<T>::inverse, n, group.count);
     // u = normalise(convolve(q))
-    if (group.taps > 0)
-      convolve<T>(m.q, view(layer.parameters.taps).rows(group.taps_first, group.count * group.taps), group.taps,
-                  in.places, m.u, context);
+    if (group.taps > 0) convolve(m.q, m.u);
     normalise_rows<T>(group.taps > 0 ? m.u : m.q, m.u, m.inverse, d, context, normalisation);
   }
   if (group.normalises_keys()) {
@@ -273,34 +266,56 @@ void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const Che
     m.route = take(&HeadsTape<T>::route, n, kv_cols);
     sum_queries<T>(layer.config, group, m.u, m.route, context);
   }
-  build_plans(layer, group, in, m, plans, context);
+  return m;
+}
 
+/// Queries and keys as attention reads them. After routing, and apart from what routers and normalise_rows_backward read.
+template <class T, class Take>
+void read_rows(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, const Take& take,
+               HeadsMatrices<T>& m, Context& context) {
   m.read_q = group.logits == Logits::normalised ? m.u : m.q;
   m.read_k = !group.shared ? m.k : group.logits == Logits::raw ? m.q : m.u;
-  if (group.positions == HeadPositions::rotary) {
-    // After routing, and apart from what routers and normalise_rows_backward read. Rows that are both turn once: i is a
-    // query's place and its key's.
-    const auto turned = [&](Buffer<T> HeadsTape<T>::*buffer, View<T> from, Index heads,
-                            std::span<const std::int32_t> places) {
-      const View<T> to = group.routed || group.shared ? take(buffer, from.rows(), from.cols()) : from;
-      if (to.data() != from.data()) copy_rows<T>(to, from, context);
-      layer.rotary.forward(to, heads, places, context);
-      return to;
-    };
-    const bool same = m.read_k.data() == m.read_q.data();
-    m.read_q = turned(&HeadsTape<T>::read_q, m.read_q, group.count, in.places);
-    m.read_k = same ? m.read_q : turned(&HeadsTape<T>::read_k, m.read_k, group.kv_count, in.key_places);
-  }
+  if (group.positions != HeadPositions::rotary) return;
+  const auto turned = [&](Buffer<T> HeadsTape<T>::*buffer, View<T> from, Index heads,
+                          std::span<const std::int32_t> places) {
+    const View<T> to = group.routed || group.shared ? take(buffer, from.rows(), from.cols()) : from;
+    if (to.data() != from.data()) copy_rows<T>(to, from, context);
+    layer.rotary.forward(to, heads, places, context);
+    return to;
+  };
+  // Rows that are both turn once: i is a query's place and its key's.
+  const bool same = m.read_k.data() == m.read_q.data();
+  m.read_q = turned(&HeadsTape<T>::read_q, m.read_q, group.count, in.places);
+  m.read_k = same ? m.read_q : turned(&HeadsTape<T>::read_k, m.read_k, group.kv_count, in.key_places);
+}
+
+/// y (+)= the group's share of the output. `add`: another group has written y. With a tape, keeps its matrices; training: and
+/// what backward needs beside them.
+template <class T>
+void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, View<T> y, bool add,
+                   HeadsTape<T>* tape, bool training, HeadsPlans& plans, Context& context) {
+  Arena& arena = context.workspace().shared();
+  Arena::Scope scope(arena);
+  const auto take = [&](Buffer<T> HeadsTape<T>::*buffer, Index rows, Index columns) {
+    return tape ? (tape->*buffer).matrix(rows, columns) : arena.matrix<T>(rows, columns);
+  };
+  const auto convolved = [&](View<T> from, View<T> to) {
+    convolve<T>(from, view(layer.parameters.taps).rows(group.taps_first, group.count * group.taps), group.taps,
+                in.places, to, context);
+  };
+  HeadsMatrices<T> m = prepare_rows(layer, group, in, take, convolved, context);
+  build_plans(layer, group, in, m, plans, context);
+  read_rows(layer, group, in, take, m, context);
 
   const AttentionConfig config = attention_config(layer, group, in, training, arena);
   const AttentionTerms<T> terms = attention_terms(layer, group, in.key_places, arena);
-  const ConstView<T> q = m.read_q, k = m.read_k, v = carried_values(group, m.v, keys);
+  const ConstView<T> q = m.read_q, k = m.read_k, v = carried_values(group, m.v, in.keys.rows());
   if (training)
     attention_forward(Plans(plans.used()), q, k, v, m.out, tape->attention, config, context, terms);
   else
     attention_forward(Plans(plans.used()), q, k, v, m.out, config, context, terms);
   // y (+)= out w_o
-  product<T>(m.out, view(layer.parameters.w_o).rows(group.first_col(), cols), y, context, add);
+  product<T>(m.out, view(layer.parameters.w_o).rows(group.first_col(), group.cols()), y, context, add);
   if (tape) tape->matrices = m;
 }
 

@@ -39,12 +39,7 @@ class PytorchTensors {
   }
 
   /// Requires that everything under the prefix has been taken.
-  void require_no_others() const {
-    for (const SafetensorsTensor& tensor : file_.tensors())
-      if (tensor.name.starts_with(prefix_) && !known_.contains(tensor.name))
-        fail(join("under the prefix ", in_quotes(prefix_), ": expected the tensors of a layer, got ",
-                  in_quotes(tensor.name), " beside them"));
-  }
+  void require_no_others() const { file_.require_no_others(function_, prefix_, known_); }
 
   [[noreturn]] void fail(const std::string& text) const { file_.fail(function_, text); }
 

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "coterie/core/random.hpp"
 #include "coterie/layer/parameters.hpp"
@@ -113,41 +115,56 @@ enum class LayerStream : std::uint64_t {
   routed_relative_values
 };
 
-/// Parameters of the shapes of a resolved config, all zero.
-template <class T>
-Parameters<T> zero_parameters(const RoutingAttentionConfig& c) {
+/// Name and shape of a tensor.
+struct TensorShape {
+  std::string name;
+  Index rows = 0, cols = 0;
+};
+
+/// The parameters of a resolved config.
+inline std::vector<TensorShape> parameter_shapes(const RoutingAttentionConfig& c) {
   const Heads heads(c);
   const Index cols = c.heads * c.head_dim, kv_cols = c.kv_heads * c.head_dim, key_cols = heads.key_heads * c.head_dim;
-  Parameters<T> p;
-  p.w_q.setZero(c.model_dim, cols);
-  p.w_k.setZero(key_cols > 0 ? c.model_dim : 0, key_cols);
-  p.w_v.setZero(c.model_dim, kv_cols);
-  p.w_o.setZero(cols, c.model_dim);
+  std::vector<TensorShape> shapes;
+  const auto add = [&](const char* name, Index rows, Index n) {
+    if (rows > 0 && n > 0) shapes.push_back({name, rows, n});
+  };
+  add("w_q", c.model_dim, cols);
+  add("w_k", c.model_dim, key_cols);
+  add("w_v", c.model_dim, kv_cols);
+  add("w_o", cols, c.model_dim);
   if (c.bias) {
-    p.b_q.setZero(1, cols);
-    p.b_k.setZero(key_cols > 0 ? 1 : 0, key_cols);
-    p.b_v.setZero(1, kv_cols);
-    p.b_o.setZero(1, c.model_dim);
+    add("b_q", 1, cols);
+    add("b_k", 1, key_cols);
+    add("b_v", 1, kv_cols);
+    add("b_o", 1, c.model_dim);
   }
-  if (c.memory > 0) {
-    p.memory_keys.setZero(c.memory, kv_cols);
-    p.memory_values.setZero(c.memory, kv_cols);
-  }
-  if (heads.gains > 0) p.gain.setZero(1, heads.gains);
-  if (heads.taps_rows > 0) p.taps.setZero(heads.taps_rows, c.head_dim);
+  add("gain", 1, heads.gains);
+  add("taps", heads.taps_rows, c.head_dim);
   for (const HeadGroup* group : {&heads.local, &heads.routed}) {
     if (group->count == 0) continue;
     if (group->positions == HeadPositions::bias) {
-      const DistanceRange range = table_distances(c, *group, 1);
-      (group->routed ? p.routed_distance_bias : p.distance_bias).setZero(group->count, range.count);
-    } else if (group->positions == HeadPositions::t5_buckets) {
-      (group->routed ? p.routed_bucket_bias : p.bucket_bias).setZero(group->count, c.position_buckets);
+      add(group->routed ? "routed_distance_bias" : "distance_bias", group->count, table_distances(c, *group, 1).count);
     } else if (group->positions == HeadPositions::shaw) {
-      const DistanceRange range = table_distances(c, *group, 1);
-      (group->routed ? p.routed_relative_keys : p.relative_keys).setZero(range.count, c.head_dim);
-      (group->routed ? p.routed_relative_values : p.relative_values).setZero(range.count, c.head_dim);
+      const Index rows = table_distances(c, *group, 1).count;
+      add(group->routed ? "routed_relative_keys" : "relative_keys", rows, c.head_dim);
+      add(group->routed ? "routed_relative_values" : "relative_values", rows, c.head_dim);
+    } else if (group->positions == HeadPositions::t5_buckets) {
+      add(group->routed ? "routed_bucket_bias" : "bucket_bias", group->count, c.position_buckets);
     }
   }
+  add("memory_keys", c.memory, kv_cols);
+  add("memory_values", c.memory, kv_cols);
+  return shapes;
+}
+
+/// Parameters of the shapes of a resolved config, all zero.
+template <class T>
+Parameters<T> zero_parameters(const RoutingAttentionConfig& c) {
+  Parameters<T> p;
+  for (const TensorShape& shape : parameter_shapes(c))
+    for (const auto& tensor : Parameters<T>::tensors())
+      if (tensor.name == shape.name) (p.*tensor.member).setZero(shape.rows, shape.cols);
   return p;
 }
 

@@ -61,8 +61,8 @@ struct ProbeScratch {
       w.members.scratch.reserve(probed);
       w.members.rows.reserve(probed);
       w.members.begin.reserve(static_cast<std::size_t>(clusters) + 1);
-      for (auto* list : {&w.plan.entries, &w.plan.row_entries}) list->reserve(entries);
-      for (auto* list : {&w.plan.row_begin, &w.plan.scratch}) list->reserve(static_cast<std::size_t>(queries) + 1);
+      for (auto* list : {&w.plan.entries, &w.plan.row_entries, &w.plan.scratch}) list->reserve(entries);
+      w.plan.row_begin.reserve(static_cast<std::size_t>(queries) + 1);
       w.plan.visible.reserve(entries);
       w.plan.keys.reserve(std::bit_ceil(static_cast<std::size_t>(keys)));  // it grows with every key
       w.plan.groups.reserve(groups);
@@ -85,27 +85,6 @@ struct ProbeScratch {
     }
   }
 };
-
-/// What complete() derives, for a plan of `per_row` entries a row that is known to be right and that only forward reads.
-/// complete() also finds keys that two groups share, for backward, in time linear in all key rows: more than a query of a
-/// long cache may cost.
-inline void complete_for_forward(AttentionPlan& plan, Index per_row) {
-  plan.row_begin.resize(static_cast<std::size_t>(plan.tokens) + 1);
-  for (std::size_t i = 0; i < plan.row_begin.size(); ++i)
-    plan.row_begin[i] = static_cast<std::int32_t>(i) * static_cast<std::int32_t>(per_row);
-  plan.row_entries.resize(plan.entries.size());
-  plan.scratch.assign(plan.row_begin.begin(), plan.row_begin.end());
-  for (std::size_t e = 0; e < plan.entries.size(); ++e)
-    plan.row_entries[static_cast<std::size_t>(plan.scratch[static_cast<std::size_t>(plan.entries[e])]++)] =
-        static_cast<std::int32_t>(e);
-  plan.parts.clear();
-  plan.task_begin.clear();
-  each_part(plan, [&plan](const AttentionPlan::Part& part, bool begins_task) {
-    if (begins_task) plan.task_begin.push_back(static_cast<std::int32_t>(plan.parts.size()));
-    plan.parts.push_back(part);
-  });
-  plan.task_begin.push_back(static_cast<std::int32_t>(plan.parts.size()));
-}
 
 }  // namespace detail
 
@@ -206,8 +185,9 @@ class KeyIndex {
                   first = task % chunks * detail::probe_chunk;
       const Index count = std::min(q.rows() - first, detail::probe_chunk);
       const ConstView<T> rows = q.rows(first, count).columns(head * d, d);
-      const Index per_row = write_plan(rows, kv, config.probes, own.members, own.plan, own.context);
-      detail::complete_for_forward(own.plan, per_row);
+      write_plan(rows, kv, config.probes, own.members, own.plan, own.context);
+      // Not complete(): its time for all key rows is more than a query of a long cache may cost.
+      detail::derive(own.plan);
       attention_forward(own.plan, rows, k.columns(kv * d, d), v.columns(kv * dv, dv),
                         out.rows(first, count).columns(head * dv, dv), {.scale = config.scale}, own.context);
     });
@@ -257,9 +237,9 @@ class KeyIndex {
     return {heads, d};
   }
 
-  /// Writes all but what complete() derives; returns the number of entries of every row.
-  Index write_plan(ConstView<T> q, Index kv_head, Index probes, ClusterMembers& members, AttentionPlan& plan,
-                   Context& context) const {
+  /// Writes all but what complete() derives.
+  void write_plan(ConstView<T> q, Index kv_head, Index probes, ClusterMembers& members, AttentionPlan& plan,
+                  Context& context) const {
     const auto& head = clusters_.of("KeyIndex", kv_head);
     const auto count = static_cast<std::int32_t>(q.rows());
     plan.tokens = count;
@@ -281,7 +261,7 @@ class KeyIndex {
     for (Index i = clusters_.clustered().end; i < tokens(); ++i) plan.keys.push_back(static_cast<std::int32_t>(i));
     add_group(0, 0);
     probes = std::min(probes, head.count);
-    if (probes == 0) return 1;
+    if (probes == 0) return;
 
     // scores = q centroids^T
     Arena& arena = context.workspace().shared();
@@ -298,7 +278,6 @@ class KeyIndex {
       plan.keys.insert(plan.keys.end(), keys.begin(), keys.end());
       add_group(entries_before, keys_before);
     }
-    return probes + 1;
   }
 
   detail::KeyClusters<T> clusters_;

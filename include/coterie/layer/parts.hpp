@@ -6,7 +6,7 @@
 #include <span>
 #include <vector>
 
-#include "coterie/kernel/lanes.hpp"
+#include "coterie/attention/call.hpp"
 #include "coterie/kernel/positions.hpp"
 #include "coterie/layer/input.hpp"
 #include "coterie/layer/tape.hpp"
@@ -28,9 +28,8 @@ struct LayerParts {
 template <class T>
 void check_numbers(const RoutingAttentionConfig& c, const Heads& heads) {
   Faults faults("RoutingAttentionConfig");
-  const T cap = static_cast<T>(c.soft_cap) * log2_e<T>;
-  faults.require(c.soft_cap == 0 || (cap > 0 && std::isfinite(cap) && std::isfinite(1 / cap)), "soft_cap",
-                 "0, or a positive number that the scalar type can hold", c.soft_cap);
+  faults.require(is_soft_cap<T>(c.soft_cap), "soft_cap", "0, or a positive number that the scalar type can hold",
+                 c.soft_cap);
   for (const HeadGroup* group : {&heads.local, &heads.routed})
     if (group->count > 0 && !std::isfinite(static_cast<T>(group->gain))) {
       faults.require(false, "gain", "a number that the scalar type can hold", group->gain);

@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -200,6 +201,15 @@ class SafetensorsView {
     if (!std::equal(shape.begin(), shape.end(), tensor.shape.begin(), tensor.shape.end()))
       fail(function, detail::join("tensor ", detail::in_quotes(tensor.name), ": shape: expected ",
                                   detail::shape_text(shape), ", got ", detail::shape_text(tensor.shape)));
+  }
+
+  /// Requires that a file has no tensors under a prefix but the known ones (FileError).
+  void require_no_others(const char* function, std::string_view prefix, const std::set<std::string>& known) const {
+    for (const SafetensorsTensor& tensor : tensors_)
+      if (tensor.name.starts_with(prefix) && !known.contains(tensor.name))
+        fail(function,
+             detail::join("under the prefix ", detail::in_quotes(prefix), ": expected the tensors of the layer, got ",
+                          detail::in_quotes(tensor.name), " beside them"));
   }
 
  private:

@@ -32,49 +32,6 @@ inline std::string router_name(std::string_view prefix, Index head, std::string_
   return join(prefix, "routers.", head, ".", what);
 }
 
-/// Name and shape of a tensor.
-struct TensorShape {
-  std::string name;
-  Index rows = 0, cols = 0;
-};
-
-/// The parameters of a resolved config of countable_sizes: those of zero_parameters, without their memory.
-inline std::vector<TensorShape> parameter_shapes(const RoutingAttentionConfig& c) {
-  const Heads heads(c);
-  const Index cols = c.heads * c.head_dim, kv_cols = c.kv_heads * c.head_dim, key_cols = heads.key_heads * c.head_dim;
-  std::vector<TensorShape> shapes;
-  const auto add = [&](const char* name, Index rows, Index n) {
-    if (rows > 0 && n > 0) shapes.push_back({name, rows, n});
-  };
-  add("w_q", c.model_dim, cols);
-  add("w_k", c.model_dim, key_cols);
-  add("w_v", c.model_dim, kv_cols);
-  add("w_o", cols, c.model_dim);
-  if (c.bias) {
-    add("b_q", 1, cols);
-    add("b_k", 1, key_cols);
-    add("b_v", 1, kv_cols);
-    add("b_o", 1, c.model_dim);
-  }
-  add("gain", 1, heads.gains);
-  add("taps", heads.taps_rows, c.head_dim);
-  for (const HeadGroup* group : {&heads.local, &heads.routed}) {
-    if (group->count == 0) continue;
-    if (group->positions == HeadPositions::bias) {
-      add(group->routed ? "routed_distance_bias" : "distance_bias", group->count, table_distances(c, *group, 1).count);
-    } else if (group->positions == HeadPositions::shaw) {
-      const Index rows = table_distances(c, *group, 1).count;
-      add(group->routed ? "routed_relative_keys" : "relative_keys", rows, c.head_dim);
-      add(group->routed ? "routed_relative_values" : "relative_values", rows, c.head_dim);
-    } else if (group->positions == HeadPositions::t5_buckets) {
-      add(group->routed ? "routed_bucket_bias" : "bucket_bias", group->count, c.position_buckets);
-    }
-  }
-  add("memory_keys", c.memory, kv_cols);
-  add("memory_values", c.memory, kv_cols);
-  return shapes;
-}
-
 /// Whether products of two sizes of a resolved config can be counted; what a file says may be anything.
 inline bool countable_sizes(const RoutingAttentionConfig& c) {
   const auto small = [](Index size) { return size <= std::numeric_limits<std::int32_t>::max(); };
@@ -149,10 +106,7 @@ void check_tensors(const char* function, const SafetensorsView& file, std::strin
     check(router_name(prefix, h, "updates"), Dtype::i64, 1, 1);
     check(router_name(prefix, h, "frozen"), Dtype::i64, 1, 1);
   }
-  for (const SafetensorsTensor& tensor : file.tensors())
-    if (tensor.name.starts_with(prefix) && !known.contains(tensor.name))
-      file.fail(function, join("under the prefix ", in_quotes(prefix), ": expected the tensors of the layer, got ",
-                               in_quotes(tensor.name), " beside them"));
+  file.require_no_others(function, prefix, known);
 }
 
 /// Sets weights and routers of a layer of the config for which check_tensors has passed; all or nothing.

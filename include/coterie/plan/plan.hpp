@@ -232,6 +232,43 @@ inline void check_structure(const char* function, const AttentionPlan& plan) {
   }
 }
 
+/// Derives row_begin, row_entries, parts and task_begin of a plan that is known to be right, but for parts that are alone:
+/// those are backward's, and to find them takes time for all key rows. Requires one entry a row for Combine::single
+/// (ValueError).
+inline void derive(AttentionPlan& plan) {
+  // Each row's first entry, and each entry's next one of its row; then row by row along them.
+  const bool single = plan.combine == Combine::single;
+  plan.row_begin.assign(static_cast<std::size_t>(plan.tokens) + 1, -1);
+  if (!single) plan.scratch.resize(std::max(plan.scratch.size(), plan.entries.size()));
+  auto second = static_cast<std::uint32_t>(-1);  // the first entry that is not its row's first; -1, the most: none
+  for (std::size_t e = plan.entries.size(); e-- > 0;) {
+    std::int32_t& first = plan.row_begin[static_cast<std::size_t>(plan.entries[e])];
+    second = std::min(second, static_cast<std::uint32_t>(first));
+    if (!single) plan.scratch[e] = first;
+    first = static_cast<std::int32_t>(e);
+  }
+  if (single && second < plan.entries.size()) {
+    plan.row_begin.clear();
+    fail<ValueError>("complete", join("entries of row ", plan.entries[second]).c_str(), "one for Combine::single", 2);
+  }
+  plan.row_entries.resize(plan.entries.size());
+  std::int32_t count = 0;
+  for (std::int32_t& begin : plan.row_begin) {
+    const std::int32_t first = begin;
+    begin = count;
+    for (std::int32_t e = first; e >= 0; e = single ? -1 : plan.scratch[static_cast<std::size_t>(e)])
+      plan.row_entries[static_cast<std::size_t>(count++)] = e;
+  }
+
+  plan.parts.clear();
+  plan.task_begin.clear();
+  each_part(plan, [&plan](const AttentionPlan::Part& part, bool begins_task) {
+    if (begins_task) plan.task_begin.push_back(static_cast<std::int32_t>(plan.parts.size()));
+    plan.parts.push_back(part);
+  });
+  plan.task_begin.push_back(static_cast<std::int32_t>(plan.parts.size()));
+}
+
 }  // namespace detail
 
 /// Derives row_begin, row_entries, parts and task_begin from what a builder has written; ends every builder and every
@@ -247,36 +284,7 @@ inline void complete(AttentionPlan& plan) {
   plan.task_begin.clear();
   detail::check_structure("complete", plan);
 
-  // Each row's first entry, and each entry's next one of its row; then row by row along them.
-  const bool single = plan.combine == Combine::single;
-  plan.row_begin.assign(static_cast<std::size_t>(plan.tokens) + 1, -1);
-  if (!single) plan.scratch.resize(std::max(plan.scratch.size(), plan.entries.size()));
-  auto second = static_cast<std::uint32_t>(-1);  // the first entry that is not its row's first; -1, the most: none
-  for (std::size_t e = plan.entries.size(); e-- > 0;) {
-    std::int32_t& first = plan.row_begin[static_cast<std::size_t>(plan.entries[e])];
-    second = std::min(second, static_cast<std::uint32_t>(first));
-    if (!single) plan.scratch[e] = first;
-    first = static_cast<std::int32_t>(e);
-  }
-  if (single && second < plan.entries.size()) {
-    plan.row_begin.clear();
-    detail::fail<ValueError>("complete", detail::join("entries of row ", plan.entries[second]).c_str(),
-                             "one for Combine::single", 2);
-  }
-  plan.row_entries.resize(plan.entries.size());
-  std::int32_t count = 0;
-  for (std::int32_t& begin : plan.row_begin) {
-    const std::int32_t first = begin;
-    begin = count;
-    for (std::int32_t e = first; e >= 0; e = single ? -1 : plan.scratch[static_cast<std::size_t>(e)])
-      plan.row_entries[static_cast<std::size_t>(count++)] = e;
-  }
-
-  detail::each_part(plan, [&plan](const AttentionPlan::Part& part, bool begins_task) {
-    if (begins_task) plan.task_begin.push_back(static_cast<std::int32_t>(plan.parts.size()));
-    plan.parts.push_back(part);
-  });
-  plan.task_begin.push_back(static_cast<std::int32_t>(plan.parts.size()));
+  detail::derive(plan);
   detail::find_alone(plan, plan.parts, plan.scratch);
 }
 
