@@ -60,7 +60,26 @@ struct Head {
   double forward_flops() const { return 4 * static_cast<double>(d) * pairs; }
   double backward_flops() const { return 10 * static_cast<double>(d) * pairs; }
 
-  void forward(Context& on) { coterie::attention_forward(plan, q, k, v, out, tape, {.heads = heads}, on); }
+  /// A bias for each of `distances` distances from 0 on.
+  void add_bias(Index distances) {
+    bias = test::Random(4).matrix<T>(1, distances);
+    d_bias.setZero(1, distances);
+    terms.bias = bias;
+    term_gradients.d_bias = d_bias;
+  }
+  /// Shaw's relative keys and values for each of `distances` distances from 0 on.
+  void add_relative(Index distances) {
+    relative_keys = test::Random(5).matrix<T>(distances, d);
+    relative_values = test::Random(6).matrix<T>(distances, d);
+    d_relative_keys.setZero(distances, d);
+    d_relative_values.setZero(distances, d);
+    terms.relative_keys = relative_keys;
+    terms.relative_values = relative_values;
+    term_gradients.d_relative_keys = d_relative_keys;
+    term_gradients.d_relative_values = d_relative_values;
+  }
+
+  void forward(Context& on) { coterie::attention_forward(plan, q, k, v, out, tape, {.heads = heads}, on, terms); }
   void forward() { forward(context); }
 
   /// What backward() needs, once.
@@ -72,13 +91,17 @@ struct Head {
     d_v.setZero(plan.key_tokens, heads * d);
   }
   void backward() {
-    coterie::attention_backward(plan, q, k, v, out, tape, d_out, d_q, d_k, d_v, {.heads = heads}, context);
+    coterie::attention_backward(plan, q, k, v, out, tape, d_out, d_q, d_k, d_v, {.heads = heads}, context, terms,
+                                term_gradients);
   }
 
   coterie::AttentionPlan plan;
   Index d, heads;
   Context context;
   RowMatrix<T> q, k, v, out, d_out, d_q, d_k, d_v;
+  RowMatrix<T> bias, relative_keys, relative_values, d_bias, d_relative_keys, d_relative_values;
+  coterie::AttentionTerms<T> terms;
+  coterie::AttentionTermGradients<T> term_gradients;
   coterie::AttentionTape<T> tape;
   double pairs = 0;
 };

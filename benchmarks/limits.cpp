@@ -66,6 +66,8 @@ class SingleCore {
     backward("backward, routed (clusters of 512), w=256, n=8192", routed_plan(shuffled_labels(tokens(8192), 512), 256));
     fraction("double, forward, local, w=256, n=8192", add_forward<double>(local_plan(tokens(8192), 256), 64),
              *peak_double_, 0.60, 0.75);
+    distances("local", local_plan(tokens(8192), 256), 1.10, 1.6);
+    distances("routed (clusters of 512)", routed_plan(shuffled_labels(tokens(8192), 512), 256), 1.6, 2);
     avx2();
     router();
     plan_building();
@@ -137,6 +139,27 @@ class SingleCore {
     head->prepare_backward();
     Timed& timed = add({.call = [head] { head->backward(); }, .flops = head->backward_flops()});
     fraction(name, timed, *peak_float_, 0.55, 0.70);
+  }
+
+  // What a bias and Shaw's vectors of 256 distances cost: against the same plan without, which runs just before.
+  void distances(const std::string& pattern, const AttentionPlan& plan, double bias_bar, double shaw_bar) {
+    const auto head = [&](bool bias, bool shaw) {
+      const auto made = std::make_shared<Head<float>>(plan, 64);
+      if (bias) made->add_bias(256);
+      if (shaw) made->add_relative(256);
+      made->prepare_backward();
+      return made;
+    };
+    const auto plain = head(false, false), bias = head(true, false), shaw = head(false, true);
+    const auto add_all = [&](const char* pass, void (Head<float>::*run)()) {
+      const auto timed = [&](const auto& of) -> Timed& { return add({.call = [of, run] { (*of.*run)(); }}); };
+      Timed &without = timed(plain), &with_bias = timed(bias), &with_shaw = timed(shaw);
+      const std::string name = std::string(pass) + ", " + pattern + ", w=256, n=8192, ";
+      ratio(name + "bias by distance : without", Unit::ratio, bias_bar, 1.05, with_bias, without, 1);
+      ratio(name + "Shaw's keys and values : without", Unit::ratio, shaw_bar, 1.5, with_shaw, without, 1);
+    };
+    add_all("forward", &Head<float>::forward);
+    add_all("backward", &Head<float>::backward);
   }
 
   void avx2() {

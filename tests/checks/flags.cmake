@@ -37,8 +37,7 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
   add_flags_check(O2 FLAGS -O2)
   add_flags_check(fast-math FLAGS -O2 -ffast-math)
   add_flags_check(native FLAGS -O2 -march=native)
-  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")  # minutes of compiling, and the same macros with any compiler
-    add_flags_check(v3 ${avx2} FLAGS -O2 -march=x86-64-v3)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")  # a minute of compiling, and the same macros with any compiler
     add_flags_check(avx2 ${avx2} FLAGS -O2 -mavx2)
   endif()
   add_flags_check(avx512 COMPILE_ONLY FLAGS -O2 -mavx512f -mfma)  # Eigen asks for both

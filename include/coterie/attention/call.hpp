@@ -228,8 +228,8 @@ class AttentionCall {
   }
 
   static RowSource<T> source(ConstView<T> rows, ConstView<T> memory, Index column) {
-    return {rows.data() + column, rows.stride(), rows.rows(), memory.data() ? memory.data() + column : nullptr,
-            memory.stride()};
+    const auto from_column = [column](ConstView<T> m) { return m.data() ? m.data() + column : nullptr; };
+    return {from_column(rows), rows.stride(), rows.rows(), from_column(memory), memory.stride()};
   }
 
   Plans plans_;
