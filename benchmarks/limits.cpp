@@ -66,7 +66,7 @@ class SingleCore {
     backward("backward, routed (clusters of 512), w=256, n=8192", routed_plan(shuffled_labels(tokens(8192), 512), 256));
     fraction("double, forward, local, w=256, n=8192", add_forward<double>(local_plan(tokens(8192), 256), 64),
              *peak_double_, 0.60, 0.75);
-    distances("local", local_plan(tokens(8192), 256), 1.10, 1.6);
+    distances("local", local_plan(tokens(8192), 256), 1.10, 2);
     distances("routed (clusters of 512)", routed_plan(shuffled_labels(tokens(8192), 512), 256), 1.6, 2);
     avx2();
     router();

@@ -1,4 +1,4 @@
-// Terms by distance: where a tile's queries stand, and Shaw's relative keys and values.
+// Shaw's relative keys and values in a tile.
 //
 //     R[r][lane]    = sum_d rK[r][d] Qt[d][lane]     rows kernel, once a tile, for the table rows r that it reaches
 //     S[key][lane] += R[c][lane]                     c: the table row of the pair's distance
@@ -16,74 +16,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <new>
 
 #include "coterie/kernel/micro.hpp"
 #include "coterie/kernel/sight.hpp"
+#include "coterie/kernel/tile_positions.hpp"
 
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
-
-/// The positions of a tile's queries, and of the keys of the current block.
-template <class T, class M>
-struct Positions {
-  using L = typename M::L;
-  using Lookout = Sight<T, M>;
-  static constexpr int lanes = L::count, width = M::width, V = width / lanes;
-
-  Index lowest[V], highest[V];  // of a vector's lanes; those without an entry go on by one
-  Index above[width];           // of a lane above its vector's lowest
-  bool ascending[V];            // by one, lane after lane
-  Index of_key[key_block];
-  int key_begin, key_end;     // the block's keys that have a position
-  Index key_least, key_most;  // bounds of those positions
-  bool keys_ascend;           // by one, key after key
-
-  COTERIE_INLINE void look(const AttentionPart<T>& part, Index first, const Lookout& sight) {
-    for (int v = 0; v < sight.vectors; ++v) {
-      Index* const here = above + v * lanes;
-      ascending[v] = true;
-      for (int l = 0; l < lanes; ++l) {
-        const Index entry = first + v * lanes + l;
-        here[l] = v * lanes + l < sight.count ? part.query_position(entry) : here[l - 1] + 1;
-        lowest[v] = l == 0 ? here[0] : std::min(lowest[v], here[l]);
-        highest[v] = l == 0 ? here[0] : std::max(highest[v], here[l]);
-        if (l > 0) ascending[v] &= here[l] == here[l - 1] + 1;
-      }
-      for (int l = 0; l < lanes; ++l) here[l] -= lowest[v];
-    }
-  }
-
-  /// Turns to the block of keys that sight was cut to.
-  COTERIE_INLINE void look_at_keys(const AttentionPart<T>& part, const Lookout& sight, int block_begin) {
-    // Memory comes before all tokens or after.
-    key_begin = sight.low;
-    key_end = sight.high;
-    while (key_begin < key_end && !part.has_position(key_begin)) ++key_begin;
-    while (key_begin < key_end && !part.has_position(key_end - 1)) --key_end;
-    keys_ascend = !part.key_positions && key_begin < key_end &&
-                  part.keys[key_end - 1] - part.keys[key_begin] == key_end - 1 - key_begin;
-    key_least = std::numeric_limits<Index>::max();
-    key_most = std::numeric_limits<Index>::min();
-    for (int key = key_begin; key < key_end; ++key) {
-      const Index position = of_key[key - block_begin] = part.key_position(key);
-      key_least = std::min(key_least, position);
-      key_most = std::max(key_most, position);
-    }
-  }
-
-  /// Calls f(at, v, low, high) for the segment's vectors and keys that have a position: `at` is the pairs' place in rows of
-  /// `width` from the block's first key on, `low` and `high` bound their rows in a table whose row 0 is for distance `first`.
-  template <class F>
-  COTERIE_INLINE void each(Index first, const typename Lookout::Segment& s, int block_begin, const F& f) const {
-    const int begin = std::max(s.begin, key_begin) - block_begin, end = std::min(s.end, key_end) - block_begin;
-    for (int v = s.first; v < s.last; ++v) {
-      const Index low = lowest[v] - first, high = highest[v] - first;
-      for (int j = begin; j < end; ++j) f(Index(j) * width + v * lanes, v, low - of_key[j], high - of_key[j]);
-    }
-  }
-};
 
 /// Relative keys and values of the tiles of a part. Its buffers hold numbers per table row and lane.
 template <class T, class M>
@@ -118,6 +58,7 @@ struct Relative {
   // Of a vector whose lanes ascend by one against keys that do, without `where`: keys [run_begin, run_end), counted from the
   // block's first one, have theirs at run_from, one row further up for every key.
   int run_begin[width / lanes], run_end[width / lanes];
+  int far_end[width / lanes], near_begin[width / lanes];  // keys before and from there on: all of the last, first row
   Index run_from[width / lanes];
 
   /// Numbers of a buffer, and of the scratch memory beside the buffers.
@@ -149,7 +90,7 @@ struct Relative {
     skewed = true;
     for (int v = 0; v < sight.vectors; ++v) skewed &= positions->ascending[v];
     Index begin_row = count, end_row = 0;
-    // marks: +1 where a run of rows begins, -1 behind its end
+    // marks of skewed tiles: +1 where a run of rows begins, -1 behind its end; of others: 1 for every row
     const auto mark = [&](Index begin, Index end) __attribute__((always_inline)) {
       begin = std::max<Index>(begin, 1);
       end = std::min(end, count - 1);
@@ -185,24 +126,25 @@ struct Relative {
           if (highest - position <= 0 || lowest - position >= count - 1) continue;
           if (skewed) {
             mark(lowest - position, highest - position + 1);
-          } else {
-            for (int l = v * lanes; l < (v + 1) * lanes; ++l) {
-              const Index row = lowest + positions->above[l] - position;
-              mark(row, row + 1);
-            }
+            continue;
           }
+          for (int l = v * lanes; l < (v + 1) * lanes; ++l)
+            marks[std::clamp<Index>(lowest + positions->above[l] - position, 0, count - 1)] = 1;
+          begin_row = std::min(begin_row, std::max<Index>(lowest - position, 1));
+          end_row = std::max(end_row, std::min(highest - position + 1, count - 1));
         }
       }
     reached = 0;
     rows[reached++] = 0;
     for (Index r = begin_row, open = 0; r < end_row; ++r) {
-      open += marks[r];
+      open = marks[r] + (skewed ? open : 0);
       marks[r] = 0;
-      if (open == 0) continue;
       rows[reached] = static_cast<std::int32_t>(r);
-      place[r] = static_cast<std::int32_t>(listed + reached++);
+      place[r] = static_cast<std::int32_t>(open != 0 ? listed + reached : 0);
+      reached += open != 0;  // no branch, for what scattered tiles reach is chance
     }
     if (begin_row < end_row) marks[end_row] = 0;
+    marks[0] = marks[count - 1] = 0;
     if (count > 1) {
       place[count - 1] = 1;
       rows[reached++] = static_cast<std::int32_t>(count - 1);
@@ -246,11 +188,12 @@ struct Relative {
       const Index lowest = positions->lowest[v] - first, span = positions->highest[v] - positions->lowest[v];
       const Index* const of_key = positions->of_key;
       std::int32_t* const at = where + v * lanes;
-      const std::int32_t to_first = v * lanes, to_last = place[end] * width + v * lanes;
       // Mostly the first keys are beyond the last row, and the last ones before the first.
       int j = key_begin, after = key_end;
-      for (; j < after && lowest - of_key[j] >= end; ++j) at[j * width] = to_last;
-      for (; j < after && lowest + span - of_key[after - 1] <= 0; --after) at[(after - 1) * width] = to_first;
+      while (j < after && lowest - of_key[j] >= end) ++j;
+      while (j < after && lowest + span - of_key[after - 1] <= 0) --after;
+      far_end[v] = j;
+      near_begin[v] = after;
       const Index diagonals = skewed ? std::max<Index>(end - 1 - span, 0) : 0;  // table rows of lowest lanes
       run_begin[v] = run_end[v] = after;
       if (diagonals > 0 && positions->keys_ascend) {
@@ -275,20 +218,21 @@ struct Relative {
         if (row > 0 && row <= diagonals)
           *to = place[row] * width + v * lanes;
         else if (row >= end)
-          *to = to_last;
+          *to = place[end] * width + v * lanes;
         else if (row + span <= 0)
-          *to = to_first;
+          *to = v * lanes;
         else
           find_each(row, v, to);
       }
     }
   }
 
-  /// Calls whole(at, place) for vectors of pairs that find their numbers side by side in a buffer, and single(at, place) for
-  /// the other pairs. `at` is where the block has them. Masked pairs are among them.
-  template <class Whole, class Single>
+  /// Calls whole(at, place) for vectors of pairs that find their numbers side by side in a buffer, single(at, place) for the
+  /// other pairs, and same(at, keys, place) for vectors of as many keys that find the same ones. `at` is where the block has
+  /// them. Masked pairs are among them.
+  template <class Whole, class Single, class Same>
   COTERIE_INLINE void each(const typename Lookout::Segment& s, int block_begin, const Whole& whole,
-                           const Single& single) const {
+                           const Single& single, const Same& same) const {
     const int begin = std::max(s.begin, positions->key_begin) - block_begin;
     const int end = std::min(s.end, positions->key_end) - block_begin;
     const auto found = [&](int v, int from, int until) __attribute__((always_inline)) {
@@ -303,12 +247,14 @@ struct Relative {
         }
       }
     };
-    for (int v = s.first; v < s.last; ++v) {
-      const int from = std::clamp(run_begin[v], begin, std::max(begin, end));
-      const int until = std::clamp(run_end[v], from, std::max(from, end));
-      found(v, begin, from);
+    for (int v = s.first; v < s.last && begin < end; ++v) {
+      const int middle = std::clamp(far_end[v], begin, end), near = std::clamp(near_begin[v], middle, end);
+      const int from = std::clamp(run_begin[v], middle, near), until = std::clamp(run_end[v], from, near);
+      same(Index(begin) * width + v * lanes, middle - begin, place[count - 1] * Index(width) + v * lanes);
+      found(v, middle, from);
       for (int j = from; j < until; ++j) whole(Index(j) * width + v * lanes, run_from[v] - Index(j) * width);
-      found(v, until, end);
+      found(v, until, near);
+      same(Index(near) * width + v * lanes, end - near, Index(v) * lanes);
     }
   }
 
@@ -316,14 +262,31 @@ struct Relative {
   COTERIE_INLINE void add(const typename Lookout::Segment& s, int block_begin, const T* buffer, T* to) const {
     const auto whole = [&](Index at, Index row) __attribute__((always_inline)) { L::add(buffer + row, to + at); };
     const auto single = [&](Index at, Index row) __attribute__((always_inline)) { to[at] += buffer[row]; };
-    each(s, block_begin, whole, single);
+    const auto same = [&](Index at, int keys, Index row) __attribute__((always_inline)) {
+      F x, y;
+      L::load(buffer + row, y);
+      for (T* here = to + at; keys > 0; --keys, here += width) {
+        L::load(here, x);
+        L::store(here, x + y);
+      }
+    };
+    each(s, block_begin, whole, single, same);
   }
 
   /// A[c][lane] += from[key][lane]; masked pairs must be zero.
   COTERIE_INLINE void collect(const typename Lookout::Segment& s, int block_begin, const T* from, T* buffer) const {
     const auto whole = [&](Index at, Index row) __attribute__((always_inline)) { L::add(from + at, buffer + row); };
     const auto single = [&](Index at, Index row) __attribute__((always_inline)) { buffer[row] += from[at]; };
-    each(s, block_begin, whole, single);
+    const auto same = [&](Index at, int keys, Index row) __attribute__((always_inline)) {
+      F x, sum;
+      L::load(buffer + row, sum);
+      for (const T* here = from + at; keys > 0; --keys, here += width) {
+        L::load(here, x);
+        sum += x;
+      }
+      L::store(buffer + row, sum);
+    };
+    each(s, block_begin, whole, single, same);
   }
 
   /// A[r][lane] *= factor[lane]
