@@ -111,13 +111,22 @@ class Reference {
   }
 
   const double* query(Index head, Index row) const { return q_.row(row) + head * d_; }
-  const double* key(Index head, Index row) const {
+
+  /// A pair's key or value: the row's own plus the one for the pair's distance, if there is one.
+  struct Row {
+    const double* own;
+    const double* relative;
+    double operator[](Index l) const { return relative == nullptr ? own[l] : own[l] + relative[l]; }
+  };
+  Row key(Index head, Index query_row, Index key_row) const {
     const Index own = plan(head).key_tokens;
-    return (row < own ? k_.row(row) : terms_.memory_keys.row(row - own)) + kv_head(head) * d_;
+    return {(key_row < own ? k_.row(key_row) : terms_.memory_keys.row(key_row - own)) + kv_head(head) * d_,
+            relative(head, query_row, key_row, terms_.relative_keys, d_)};
   }
-  const double* value(Index head, Index row) const {
+  Row value(Index head, Index query_row, Index key_row) const {
     const Index own = plan(head).key_tokens;
-    return (row < own ? v_.row(row) : terms_.memory_values.row(row - own)) + kv_head(head) * dv_;
+    return {(key_row < own ? v_.row(key_row) : terms_.memory_values.row(key_row - own)) + kv_head(head) * dv_,
+            relative(head, query_row, key_row, terms_.relative_values, dv_)};
   }
 
   /// Memory rows have no position.
@@ -139,18 +148,12 @@ class Reference {
     return table.cols() == width ? 0 : head * width;
   }
 
-  /// Element l of a pair's key and of its value, the relative ones included.
-  double key(Index head, Index query_row, Index key_row, Index l) const {
-    return key(head, key_row)[l] + relative(head, query_row, key_row, terms_.relative_keys, d_, l);
-  }
-  double value(Index head, Index query_row, Index key_row, Index l) const {
-    return value(head, key_row)[l] + relative(head, query_row, key_row, terms_.relative_values, dv_, l);
-  }
-
   /// q . k, before scale and bias.
   double dot(Index head, Index query_row, Index key_row) const {
+    const double* const q_row = query(head, query_row);
+    const Row k_row = key(head, query_row, key_row);
     double sum = 0;
-    for (Index l = 0; l < d_; ++l) sum += query(head, query_row)[l] * key(head, query_row, key_row, l);
+    for (Index l = 0; l < d_; ++l) sum += q_row[l] * k_row[l];
     return sum;
   }
 
@@ -163,6 +166,7 @@ class Reference {
 
   /// What becomes of a pair's probability: 0 where it is dropped.
   double kept(Index head, Index query_row, Index key_row) const {
+    if (config_.dropout == 0) return 1;
     const std::uint64_t call = dropout_call(config_, head);
     const Index memory = key_row - plan(head).key_tokens;
     const std::uint32_t key_bits =
@@ -201,9 +205,9 @@ class Reference {
     return at < count ? at : count - 1;
   }
 
-  double relative(Index head, Index query_row, Index key_row, ConstView<double> table, Index width, Index l) const {
-    if (!has_relative(head, table, key_row)) return 0;
-    return table(relative_row(head, query_row, key_row, table), relative_column(head, table, width) + l);
+  const double* relative(Index head, Index query_row, Index key_row, ConstView<double> table, Index width) const {
+    if (!has_relative(head, table, key_row)) return nullptr;
+    return table.row(relative_row(head, query_row, key_row, table)) + relative_column(head, table, width);
   }
 
   Plans plans_;
@@ -245,10 +249,11 @@ inline void reference_forward(Plans plans, ConstView<double> q, ConstView<double
         const double log_sum = reference.probabilities(h, i, softmax, p);
         if (wants_lse) lse(i, h) = log_sum;
         // out_i += share sum_j p_ij v_j
-        for (std::size_t j = 0; j < p.size(); ++j)
-          for (Index l = 0; l < dv; ++l)
-            out(i, h * dv + l) += softmax.share * p[j] * reference.kept(h, i, softmax.keys[j]) *
-                                  reference.value(h, i, softmax.keys[j], l);
+        for (std::size_t j = 0; j < p.size(); ++j) {
+          const auto value = reference.value(h, i, softmax.keys[j]);
+          const double used = softmax.share * p[j] * reference.kept(h, i, softmax.keys[j]);
+          for (Index l = 0; l < dv; ++l) out(i, h * dv + l) += used * value[l];
+        }
       }
     }
 }
@@ -305,7 +310,8 @@ inline void reference_backward(Plans plans, ConstView<double> q, ConstView<doubl
         dp.assign(p.size(), 0);
         double mean = 0;  // sum_j p_ij dp_ij
         for (std::size_t j = 0; j < p.size(); ++j) {
-          for (Index l = 0; l < dv; ++l) dp[j] += softmax.share * g[l] * reference.value(h, i, softmax.keys[j], l);
+          const auto value = reference.value(h, i, softmax.keys[j]);
+          for (Index l = 0; l < dv; ++l) dp[j] += softmax.share * g[l] * value[l];
           dp[j] *= reference.kept(h, i, softmax.keys[j]);
           mean += p[j] * dp[j];
         }
@@ -315,7 +321,8 @@ inline void reference_backward(Plans plans, ConstView<double> q, ConstView<doubl
           const double ds = d_logit * reference.slope(h, i, key_row);
           const double used = softmax.share * p[j] * reference.kept(h, i, key_row);
           const double* const q_i = reference.query(h, i);
-          for (Index l = 0; l < d; ++l) d_q(i, h * d + l) += scale * ds * reference.key(h, i, key_row, l);
+          const auto k_j = reference.key(h, i, key_row);
+          for (Index l = 0; l < d; ++l) d_q(i, h * d + l) += scale * ds * k_j[l];
           if (key_row < key_tokens) {
             for (Index l = 0; l < d; ++l) d_k(key_row, kv_head * d + l) += scale * ds * q_i[l];
             for (Index l = 0; l < dv; ++l) d_v(key_row, kv_head * dv + l) += used * g[l];
