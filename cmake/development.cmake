@@ -34,20 +34,17 @@ if(COTERIE_NATIVE)
   endif()
 endif()
 
-# Kernels and heads of layers are instantiated once per build, in a file each; whoever links this target only declares them.
-add_library(coterie_kernels STATIC ${PROJECT_SOURCE_DIR}/tests/kernels.cpp ${PROJECT_SOURCE_DIR}/tests/heads.cpp)
+# Tests, examples and benchmarks share one instance of the kernels.
 target_link_libraries(coterie_kernels PUBLIC coterie_dev)
-target_compile_definitions(coterie_kernels INTERFACE COTERIE_EXTERN_KERNELS COTERIE_EXTERN_HEADS)
-set_source_files_properties(${PROJECT_SOURCE_DIR}/tests/heads.cpp PROPERTIES COMPILE_DEFINITIONS COTERIE_EXTERN_KERNELS)
 
-# Kernels are optimised even in debug builds. Under sanitizers they go without UBSan and call AddressSanitizer's checks instead of
-# inlining them: one minute of compiling instead of many.
-if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
-  set(kernel_options $<$<CONFIG:Debug>:-O2> -fno-sanitize=undefined)
+# Under sanitizers kernels go without UBSan and call AddressSanitizer's checks instead of inlining them: one minute of compiling
+# instead of many.
+if(COTERIE_SANITIZE AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+  set(kernel_options -O2 -fno-sanitize=undefined)
   if(COTERIE_SANITIZE MATCHES "address" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     list(APPEND kernel_options --param=asan-instrumentation-with-call-threshold=0)
   elseif(COTERIE_SANITIZE MATCHES "address")
     list(APPEND kernel_options -mllvm -asan-instrumentation-with-call-threshold=0)
   endif()
-  set_source_files_properties(${PROJECT_SOURCE_DIR}/tests/kernels.cpp PROPERTIES COMPILE_OPTIONS "${kernel_options}")
+  set_source_files_properties(${PROJECT_SOURCE_DIR}/cmake/kernels/kernels.cpp PROPERTIES COMPILE_OPTIONS "${kernel_options}")
 endif()

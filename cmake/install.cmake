@@ -11,6 +11,7 @@ install(EXPORT coterie-targets NAMESPACE coterie:: DESTINATION ${package})
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/coterie-config-version.cmake
   COMPATIBILITY SameMinorVersion ARCH_INDEPENDENT)
 install(FILES cmake/coterie-config.cmake ${PROJECT_BINARY_DIR}/coterie-config-version.cmake DESTINATION ${package})
+install(DIRECTORY cmake/kernels DESTINATION ${package})
 
 configure_file(cmake/coterie.pc.in coterie.pc @ONLY)
 install(FILES ${PROJECT_BINARY_DIR}/coterie.pc DESTINATION share/pkgconfig)

@@ -25,17 +25,17 @@ function(compile source)
   string(MAKE_C_IDENTIFIER ${source} name)
   execute_process(
     COMMAND ${COMPILER} -std=c++20 ${ARGN} -I${SOURCE}/include -I${SOURCE}/tests -isystem ${SCRATCH}/include -isystem ${EIGEN}
-      -c ${SOURCE}/tests/${source} -o ${SCRATCH}/${name}.o
+      -c ${source} -o ${SCRATCH}/${name}.o
     COMMAND_ERROR_IS_FATAL ANY)
   set(objects ${objects} ${SCRATCH}/${name}.o PARENT_SCOPE)
 endfunction()
 
 set(warnings -Wall -Wextra -Werror -DCOTERIE_EXTERN_KERNELS)
-compile(kernels.cpp -O2)
-compile(catch_main.cpp -O0)
-compile(kernel/lanes.cpp -O1 ${warnings})
-compile(kernel/exp2.cpp -O2 ${warnings})  # without -O2 no multiply-adds
-compile(kernel/instruction_sets.cpp -O1 ${warnings})
+compile(${SOURCE}/cmake/kernels/kernels.cpp -O2)
+compile(${SOURCE}/tests/catch_main.cpp -O0)
+compile(${SOURCE}/tests/kernel/lanes.cpp -O1 ${warnings})
+compile(${SOURCE}/tests/kernel/exp2.cpp -O2 ${warnings})  # without -O2 no multiply-adds
+compile(${SOURCE}/tests/kernel/instruction_sets.cpp -O1 ${warnings})
 
 # Static: the emulator needs no ARM libraries of this machine.
 execute_process(COMMAND ${COMPILER} -static ${objects} -o ${SCRATCH}/neon COMMAND_ERROR_IS_FATAL ANY)
