@@ -34,25 +34,26 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
     set(avx2 COMPILE_ONLY)
   endif()
   add_flags_check(O0 FLAGS -O0)
-  add_flags_check(O2 FLAGS -O2)
   add_flags_check(fast-math FLAGS -O2 -ffast-math)
   add_flags_check(native FLAGS -O2 -march=native)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")  # a minute of compiling, and the same macros with any compiler
-    add_flags_check(avx2 ${avx2} FLAGS -O2 -mavx2)
+    add_flags_check(avx2 ${avx2} FLAGS -O1 -mavx2)
+    add_flags_check(avx512 COMPILE_ONLY FLAGS -O1 -mavx512f -mfma)  # Eigen asks for both
   endif()
-  add_flags_check(avx512 COMPILE_ONLY FLAGS -O2 -mavx512f -mfma)  # Eigen asks for both
 
-  # Files built for different instruction sets in one program. Eigen asks for one alignment in all of them.
+  # Files built for different instruction sets in one program, of which one has its kernels elsewhere. Eigen asks for one
+  # alignment in all of them.
   check_cxx_compiler_flag(-march=native COTERIE_HAS_MARCH_NATIVE)
   if(COTERIE_HAS_MARCH_NATIVE)
     foreach(name IN ITEMS plain native)
       add_library(check_mixed_${name} OBJECT mixed.cpp)
-      target_link_libraries(check_mixed_${name} PRIVATE coterie::coterie)
       target_compile_definitions(check_mixed_${name} PRIVATE NAME=${name} EIGEN_MAX_ALIGN_BYTES=64)
     endforeach()
+    target_link_libraries(check_mixed_plain PRIVATE coterie_kernels)
+    target_link_libraries(check_mixed_native PRIVATE coterie::coterie)
     target_compile_options(check_mixed_native PRIVATE -march=native)
     add_executable(check_mixed mixed_main.cpp)
-    target_link_libraries(check_mixed PRIVATE check_mixed_native check_mixed_plain Threads::Threads)
+    target_link_libraries(check_mixed PRIVATE check_mixed_native check_mixed_plain coterie_kernels)
     add_test(NAME checks.flags.mixed COMMAND check_mixed)
   endif()
 endif()

@@ -1,5 +1,5 @@
-# Every code block of the README under a line `<!-- example -->` is a program: it compiles and runs. The first one compiles with the
-# library alone, as a user's; the others leave the kernels to the tests' library, for compiling them takes longest.
+# Every code block of the README under a line `<!-- example -->` is a program: it compiles and runs. Kernels come from the tests'
+# library, for compiling them takes longest; consumers/ compiles all as a user.
 
 set(readme ${PROJECT_SOURCE_DIR}/README.md)
 if(EXISTS ${readme})
@@ -21,11 +21,7 @@ if(EXISTS ${readme})
     string(SUBSTRING "${text}" 0 ${length} example)
     file(CONFIGURE OUTPUT readme_example_${number}.cpp CONTENT "@example@\n" @ONLY)
     add_executable(check_readme_${number} ${CMAKE_CURRENT_BINARY_DIR}/readme_example_${number}.cpp)
-    if(number EQUAL 1)
-      target_link_libraries(check_readme_${number} PRIVATE coterie::coterie)
-    else()
-      target_link_libraries(check_readme_${number} PRIVATE coterie_kernels)
-    endif()
+    target_link_libraries(check_readme_${number} PRIVATE coterie_kernels)
     add_test(NAME checks.readme.${number} COMMAND check_readme_${number})
     string(FIND "${text}" "${begin}" start)
   endwhile()

@@ -9,13 +9,13 @@ using namespace coterie;
 
 namespace {
 
-const RoutingAttentionConfig good{
+const RoutingAttentionConfig valid_config{
     .model_dim = 64, .heads = 4, .routed_heads = 2, .clusters = 8, .window = 16, .causal = true};
 
 // The error of a config, empty if there is none.
 template <class Change>
-std::string fault(Change change) {
-  RoutingAttentionConfig config = good;
+std::string config_fault(Change change) {
+  RoutingAttentionConfig config = valid_config;
   change(config);
   try {
     detail::resolve(config);
@@ -28,7 +28,7 @@ std::string fault(Change change) {
 }  // namespace
 
 TEST_CASE("automatic settings are filled in") {
-  RoutingAttentionConfig c = detail::resolve(good);
+  RoutingAttentionConfig c = detail::resolve(valid_config);
   REQUIRE(c.head_dim == 16);
   REQUIRE(c.local_window == 16);
   REQUIRE(c.shared_qk == true);
@@ -39,7 +39,7 @@ TEST_CASE("automatic settings are filled in") {
   REQUIRE(c.local_positions == LocalPositions::rotary);
   REQUIRE(detail::resolve(c) == c);
 
-  RoutingAttentionConfig two_sided = good;
+  RoutingAttentionConfig two_sided = valid_config;
   two_sided.causal = false;
   c = detail::resolve(two_sided);
   REQUIRE(c.shared_qk == false);
@@ -49,28 +49,28 @@ TEST_CASE("automatic settings are filled in") {
   REQUIRE(c.logits == Logits::raw);
   REQUIRE(c.learned_gain == false);
 
-  RoutingAttentionConfig grouped = good;
+  RoutingAttentionConfig grouped = valid_config;
   grouped.kv_heads = 2;
   REQUIRE(detail::resolve(grouped).shared_qk == false);
 
-  RoutingAttentionConfig induction = good;
+  RoutingAttentionConfig induction = valid_config;
   induction.induction = true;
   c = detail::resolve(induction);
   REQUIRE(c.shared_qk == true);
   REQUIRE(c.self == Self::never);
 
   // Of induction heads and heads of one column: none, unless asked for.
-  RoutingAttentionConfig control = good;
+  RoutingAttentionConfig control = valid_config;
   control.local_induction = true;
   REQUIRE(detail::resolve(control).local_positions == LocalPositions::none);
   control.local_positions = LocalPositions::rotary;
   REQUIRE(detail::resolve(control).local_positions == LocalPositions::rotary);
-  RoutingAttentionConfig narrow = good;
+  RoutingAttentionConfig narrow = valid_config;
   narrow.routed_heads = 0;
   narrow.head_dim = 1;
   REQUIRE(detail::resolve(narrow).local_positions == LocalPositions::none);
 
-  RoutingAttentionConfig wide = good;
+  RoutingAttentionConfig wide = valid_config;
   wide.heads = 5;
   wide.head_dim = 7;
   REQUIRE(detail::resolve(wide).head_dim == 7);
@@ -187,38 +187,41 @@ TEST_CASE("what makes no sense is refused, naming the setting") {
       {"decay", [](C& c) { c.decay = 0; }},
       {"decay", [](C& c) { c.decay = std::numeric_limits<double>::quiet_NaN(); }},
   };
-  REQUIRE(fault([](C&) {}).empty());
+  REQUIRE(config_fault([](C&) {}).empty());
   for (const Bad& bad : faults) {
     INFO(bad.name);
-    REQUIRE(fault(bad.change).find(std::string(bad.name) + ": expected") != std::string::npos);
+    REQUIRE(config_fault(bad.change).find(std::string(bad.name) + ": expected") != std::string::npos);
   }
 }
 
 TEST_CASE("values that no enumerator has are refused") {
-  REQUIRE(fault([](auto& c) { c.routing = static_cast<Routing>(7); }).find("routing: expected") != std::string::npos);
-  REQUIRE(fault([](auto& c) {
+  REQUIRE(config_fault([](auto& c) { c.routing = static_cast<Routing>(7); }).find("routing: expected") !=
+          std::string::npos);
+  REQUIRE(config_fault([](auto& c) {
             c.local_positions = static_cast<LocalPositions>(-1);
           }).find("local_positions: expected") != std::string::npos);
-  REQUIRE(fault([](auto& c) {
+  REQUIRE(config_fault([](auto& c) {
             c.routed_positions = static_cast<RoutedPositions>(6);
           }).find("routed_positions: expected") != std::string::npos);
-  REQUIRE(fault([](auto& c) { c.rotary_layout = static_cast<RotaryLayout>(2); }).find("rotary_layout: expected") !=
-          std::string::npos);
-  REQUIRE(fault([](auto& c) { c.self = static_cast<Self>(3); }).find("self: expected") != std::string::npos);
+  REQUIRE(config_fault([](auto& c) {
+            c.rotary_layout = static_cast<RotaryLayout>(2);
+          }).find("rotary_layout: expected") != std::string::npos);
+  REQUIRE(config_fault([](auto& c) { c.self = static_cast<Self>(3); }).find("self: expected") != std::string::npos);
 }
 
 TEST_CASE("narrow heads are fine where nothing is normalised") {
   using C = RoutingAttentionConfig;
-  REQUIRE(fault([](C& c) { c.routed_heads = 0, c.head_dim = 1; }).empty());
-  REQUIRE(fault([](C& c) { c.causal = false, c.routing = Routing::random, c.head_dim = 2; }).empty());
-  REQUIRE(fault([](C& c) { c.routed_heads = 0, c.clusters = 0; }).empty());
+  REQUIRE(config_fault([](C& c) { c.routed_heads = 0, c.head_dim = 1; }).empty());
+  REQUIRE(config_fault([](C& c) { c.causal = false, c.routing = Routing::random, c.head_dim = 2; }).empty());
+  REQUIRE(config_fault([](C& c) { c.routed_heads = 0, c.clusters = 0; }).empty());
   // Where nothing is sorted into buckets, their number is nobody's.
-  REQUIRE(fault([](C& c) { c.position_buckets = 1, c.max_distance = 0; }).empty());
-  REQUIRE(fault([](C& c) { c.routing = Routing::dense, c.clusters = 0, c.window = 0, c.local_window = 3; }).empty());
+  REQUIRE(config_fault([](C& c) { c.position_buckets = 1, c.max_distance = 0; }).empty());
+  REQUIRE(
+      config_fault([](C& c) { c.routing = Routing::dense, c.clusters = 0, c.window = 0, c.local_window = 3; }).empty());
 }
 
 TEST_CASE("one error names all faults") {
-  const std::string text = fault([](RoutingAttentionConfig& c) {
+  const std::string text = config_fault([](RoutingAttentionConfig& c) {
     c.model_dim = 0;
     c.clusters = 0;
     c.decay = 2;

@@ -69,7 +69,7 @@ void change(V& value) {
 }
 
 template <class V>
-std::string fault(const char* text, V value) {
+std::string field_fault(const char* text, V value) {
   return detail::read_field(text, value);
 }
 
@@ -174,17 +174,17 @@ TEST_CASE("doubles come back exactly, in any locale") {
 
 TEST_CASE("texts that are no value of a field are refused, with what would have been right") {
   for (const char* const bad : {"", " 1", "1 ", "1.5", "+1", "x", "9223372036854775808", "0x10"})
-    REQUIRE(fault(bad, Index()) == "a whole number in range");
-  REQUIRE(fault("-1", Index()).empty());
-  REQUIRE(!fault("-1", std::uint64_t()).empty());
+    REQUIRE(field_fault(bad, Index()) == "a whole number in range");
+  REQUIRE(field_fault("-1", Index()).empty());
+  REQUIRE(!field_fault("-1", std::uint64_t()).empty());
   for (const char* const bad : {"", " 1", "1 ", "1,5", "x", "nan", "inf", "1e999", "0.5abc"}) {
     INFO(bad);
-    REQUIRE(fault(bad, 0.0) == "a number");
+    REQUIRE(field_fault(bad, 0.0) == "a number");
   }
-  for (const char* const bad : {"", "1", "True", "automatic"}) REQUIRE(fault(bad, false) == "true or false");
+  for (const char* const bad : {"", "1", "True", "automatic"}) REQUIRE(field_fault(bad, false) == "true or false");
   for (const char* const bad : {"", "0", "Learned", "learned "})
-    REQUIRE(fault(bad, Routing()) == "one of learned, random, dense");
-  REQUIRE(fault("x", std::optional<bool>()) == "automatic, or true or false");
+    REQUIRE(field_fault(bad, Routing()) == "one of learned, random, dense");
+  REQUIRE(field_fault("x", std::optional<bool>()) == "automatic, or true or false");
 }
 
 TEST_CASE("every enumerator has a name: a value beyond the names is refused as a setting, too") {

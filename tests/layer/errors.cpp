@@ -12,20 +12,20 @@ namespace {
 
 using Layer = RoutingAttention<float>;
 
-const RoutingAttentionConfig config{.model_dim = 10,
-                                    .heads = 3,
-                                    .head_dim = 4,
-                                    .routed_heads = 2,
-                                    .clusters = 5,
-                                    .window = 8,
-                                    .causal = true,
-                                    .bias = true,
-                                    .seed = 3};
+const RoutingAttentionConfig called_config{.model_dim = 10,
+                                           .heads = 3,
+                                           .head_dim = 4,
+                                           .routed_heads = 2,
+                                           .clusters = 5,
+                                           .window = 8,
+                                           .causal = true,
+                                           .bias = true,
+                                           .seed = 3};
 
 // Everything that a call could write, and the arguments of a good call, which a test spoils.
 struct Call {
   Index n = 12;
-  Layer layer{config};
+  Layer layer{called_config};
   RowMatrix<float> memory = Random(1).matrix<float>(60, 10);
   RowMatrix<float> gradient_source = Random(2).matrix<float>(12, 10);
   ConstView<float> x = view(memory).rows(0, 12), d_y = gradient_source;
@@ -120,10 +120,10 @@ TEST_CASE("routes are refused where nothing is routed by labels") {
         if (c.routes.empty()) c.routes.assign(12, 0);
       };
     };
-    RoutingAttentionConfig other = config;
+    RoutingAttentionConfig other = called_config;
     other.routing = Routing::dense;
     refuses(Expected::value, "routes", spoil(other), act);
-    other = config;
+    other = called_config;
     other.routed_heads = 0;
     refuses(Expected::value, "routes", spoil(other), act);
   }
@@ -143,7 +143,7 @@ TEST_CASE("outputs that do not fit or share memory are refused, and nothing is w
 }
 
 TEST_CASE("sources that do not fit are refused, and nothing is written") {
-  RoutingAttentionConfig separate = config;
+  RoutingAttentionConfig separate = called_config;
   separate.shared_qk = false;
   const auto with_source = [&](auto spoil) {
     return [=](Call& c) {
@@ -209,7 +209,7 @@ TEST_CASE("backward refuses what does not fit, and adds nothing") {
   value("parameters.gain", [](Call& c) { c.layer.parameters().gain(0, 0) = std::numeric_limits<float>::infinity(); });
   value("tape", [](Call& c) { c.tape = Layer::Tape(); });
   value("tape", [](Call& c) {
-    RoutingAttentionConfig other = config;
+    RoutingAttentionConfig other = called_config;
     other.seed = 4;
     RowMatrix<float> y(12, 10);
     Layer(other).forward(c.x, y, c.tape, c.context);

@@ -14,7 +14,7 @@ using namespace test;
 
 namespace {
 
-constexpr Index dim = 10, d = 4;
+constexpr Index torch_dim = 10, torch_d = 4;
 
 // A state_dict: tensors of float of any shape, and flags.
 struct State {
@@ -64,17 +64,17 @@ State state_of(const RoutingAttentionConfig& c) {
   State state;
   const Index routed = c.routed_heads * c.head_dim, all = c.heads * c.head_dim, local = all - routed;
   if (local > 0) {
-    state.add("local_to_qkv.weight", {3 * local, dim});
+    state.add("local_to_qkv.weight", {3 * local, torch_dim});
     state.add("local_to_qkv.bias", {3 * local});
     state.add("local_attn.rel_pos.inv_freq", {c.head_dim / 2});
     for (Index j = 0; j < c.head_dim / 2; ++j)
       state["local_attn.rel_pos.inv_freq"][static_cast<std::size_t>(j)] =
           static_cast<float>(std::pow(10000.0, -2.0 * static_cast<double>(j) / static_cast<double>(c.head_dim)));
   }
-  state.add("to_q.weight", {routed, dim});
-  if (!c.shared_qk.value_or(c.causal)) state.add("to_k.weight", {routed, dim});
-  state.add("to_v.weight", {routed, dim});
-  state.add("to_out.weight", {dim, all});
+  state.add("to_q.weight", {routed, torch_dim});
+  if (!c.shared_qk.value_or(c.causal)) state.add("to_k.weight", {routed, torch_dim});
+  state.add("to_v.weight", {routed, torch_dim});
+  state.add("to_out.weight", {torch_dim, all});
   if (routed > 0) {
     state.add("global_attn.kmeans.means", {c.routed_heads, c.clusters, c.head_dim});
     state.flags["m.global_attn.kmeans.initted"] = true;
@@ -85,8 +85,13 @@ State state_of(const RoutingAttentionConfig& c) {
 }
 
 // Two local heads and three routed ones.
-const RoutingAttentionConfig mixed = presets::pytorch(
-    {.model_dim = dim, .heads = 5, .head_dim = d, .routed_heads = 3, .clusters = 2, .window = 4, .bias = true});
+const RoutingAttentionConfig mixed = presets::pytorch({.model_dim = torch_dim,
+                                                       .heads = 5,
+                                                       .head_dim = torch_d,
+                                                       .routed_heads = 3,
+                                                       .clusters = 2,
+                                                       .window = 4,
+                                                       .bias = true});
 
 // Two routed heads with memory.
 RoutingAttentionConfig routed_config() {
@@ -101,7 +106,7 @@ RoutingAttentionConfig routed_config() {
 
 // What import_pytorch says once state and config are spoilt.
 template <class Error>
-std::string fault(const std::function<void(State&, RoutingAttentionConfig&)>& spoil) {
+std::string import_fault(const std::function<void(State&, RoutingAttentionConfig&)>& spoil) {
   State state = state_of(mixed);
   RoutingAttentionConfig config = mixed;
   spoil(state, config);
@@ -117,34 +122,37 @@ TEMPLATE_TEST_CASE("weights of PyTorch arrive transposed, local heads before rou
   const RoutingAttention<TestType> layer = import_pytorch<TestType>(parse_safetensors(bytes), "m.", mixed);
   const Parameters<TestType>& p = layer.parameters();
   const auto row_of = [&](const std::string& name, Index row) {
-    return Eigen::Map<const Eigen::VectorXf>(state[name].data() + row * dim, dim).template cast<TestType>().eval();
+    return Eigen::Map<const Eigen::VectorXf>(state[name].data() + row * torch_dim, torch_dim)
+        .template cast<TestType>()
+        .eval();
   };
-  for (Index j = 0; j < 2 * d; ++j) {
+  for (Index j = 0; j < 2 * torch_d; ++j) {
     REQUIRE(p.w_q.col(j) == row_of("local_to_qkv.weight", j));
-    REQUIRE(p.w_k.col(j) == row_of("local_to_qkv.weight", 2 * d + j));
-    REQUIRE(p.w_v.col(j) == row_of("local_to_qkv.weight", 4 * d + j));
+    REQUIRE(p.w_k.col(j) == row_of("local_to_qkv.weight", 2 * torch_d + j));
+    REQUIRE(p.w_v.col(j) == row_of("local_to_qkv.weight", 4 * torch_d + j));
     const std::vector<float>& bias = state["local_to_qkv.bias"];
     REQUIRE(p.b_q(0, j) == static_cast<TestType>(bias[static_cast<std::size_t>(j)]));
-    REQUIRE(p.b_k(0, j) == static_cast<TestType>(bias[static_cast<std::size_t>(2 * d + j)]));
-    REQUIRE(p.b_v(0, j) == static_cast<TestType>(bias[static_cast<std::size_t>(4 * d + j)]));
+    REQUIRE(p.b_k(0, j) == static_cast<TestType>(bias[static_cast<std::size_t>(2 * torch_d + j)]));
+    REQUIRE(p.b_v(0, j) == static_cast<TestType>(bias[static_cast<std::size_t>(4 * torch_d + j)]));
   }
-  for (Index j = 0; j < 3 * d; ++j) {
-    REQUIRE(p.w_q.col(2 * d + j) == row_of("to_q.weight", j));
-    REQUIRE(p.w_k.col(2 * d + j) == row_of("to_k.weight", j));
-    REQUIRE(p.w_v.col(2 * d + j) == row_of("to_v.weight", j));
-    for (const RowMatrix<TestType>* b : {&p.b_q, &p.b_k, &p.b_v}) REQUIRE((*b)(0, 2 * d + j) == 0);
+  for (Index j = 0; j < 3 * torch_d; ++j) {
+    REQUIRE(p.w_q.col(2 * torch_d + j) == row_of("to_q.weight", j));
+    REQUIRE(p.w_k.col(2 * torch_d + j) == row_of("to_k.weight", j));
+    REQUIRE(p.w_v.col(2 * torch_d + j) == row_of("to_v.weight", j));
+    for (const RowMatrix<TestType>* b : {&p.b_q, &p.b_k, &p.b_v}) REQUIRE((*b)(0, 2 * torch_d + j) == 0);
   }
   REQUIRE(p.b_o.isZero(0));
-  for (Index i = 0; i < dim; ++i)
-    for (Index j = 0; j < 5 * d; ++j)
-      REQUIRE(p.w_o(j, i) == static_cast<TestType>(state["to_out.weight"][static_cast<std::size_t>(i * 5 * d + j)]));
+  for (Index i = 0; i < torch_dim; ++i)
+    for (Index j = 0; j < 5 * torch_d; ++j)
+      REQUIRE(p.w_o(j, i) ==
+              static_cast<TestType>(state["to_out.weight"][static_cast<std::size_t>(i * 5 * torch_d + j)]));
   for (Index h = 0; h < 3; ++h) {
     const OnlineKMeans<TestType>& router = layer.routers()[static_cast<std::size_t>(h)];
     for (Index c = 0; c < 2; ++c)
-      for (Index j = 0; j < d; ++j)
-        REQUIRE(
-            router.centroids()(c, j) ==
-            static_cast<TestType>(state["global_attn.kmeans.means"][static_cast<std::size_t>((h * 2 + c) * d + j)]));
+      for (Index j = 0; j < torch_d; ++j)
+        REQUIRE(router.centroids()(c, j) ==
+                static_cast<TestType>(
+                    state["global_attn.kmeans.means"][static_cast<std::size_t>((h * 2 + c) * torch_d + j)]));
     REQUIRE(router.next_decay() == 0.999);
   }
   // What was imported is a layer like any other.
@@ -160,37 +168,42 @@ TEST_CASE("heads of one cluster give torch's formula: y = softmax(x W_q^T (x W_k
   const std::vector<std::byte> bytes = state.bytes();
   const RoutingAttention<double> layer = import_pytorch<double>(parse_safetensors(bytes), "m.", config);
   const Index n = 9;
-  const RowMatrix<double> x = Random(3).matrix<double>(n, dim);
+  const RowMatrix<double> x = Random(3).matrix<double>(n, torch_dim);
   const auto matrix = [&](const char* name, Index rows, Index cols) {
     return Eigen::Map<const RowMatrix<float>>(state[name].data(), rows, cols).cast<double>().eval();
   };
-  const RowMatrix<double> w_q = matrix("to_q.weight", 2 * d, dim), w_k = matrix("to_k.weight", 2 * d, dim),
-                          w_v = matrix("to_v.weight", 2 * d, dim), w_out = matrix("to_out.weight", dim, 2 * d);
-  RowMatrix<double> joined(n, 2 * d);
+  const RowMatrix<double> w_q = matrix("to_q.weight", 2 * torch_d, torch_dim),
+                          w_k = matrix("to_k.weight", 2 * torch_d, torch_dim),
+                          w_v = matrix("to_v.weight", 2 * torch_d, torch_dim),
+                          w_out = matrix("to_out.weight", torch_dim, 2 * torch_d);
+  RowMatrix<double> joined(n, 2 * torch_d);
   for (Index h = 0; h < 2; ++h) {
     // Memory stands before the keys.
-    RowMatrix<double> k(3 + n, d), v(3 + n, d);
-    k << matrix("global_attn.mem_key", 6, d).middleRows(3 * h, 3), x * w_k.middleRows(h * d, d).transpose();
-    v << matrix("global_attn.mem_value", 6, d).middleRows(3 * h, 3), x * w_v.middleRows(h * d, d).transpose();
-    RowMatrix<double> p = (x * w_q.middleRows(h * d, d).transpose() * k.transpose() / 2).array().exp();
+    RowMatrix<double> k(3 + n, torch_d), v(3 + n, torch_d);
+    k << matrix("global_attn.mem_key", 6, torch_d).middleRows(3 * h, 3),
+        x * w_k.middleRows(h * torch_d, torch_d).transpose();
+    v << matrix("global_attn.mem_value", 6, torch_d).middleRows(3 * h, 3),
+        x * w_v.middleRows(h * torch_d, torch_d).transpose();
+    RowMatrix<double> p = (x * w_q.middleRows(h * torch_d, torch_d).transpose() * k.transpose() / 2).array().exp();
     for (Index i = 0; i < n; ++i) p.row(i) /= p.row(i).sum();
-    joined.middleCols(h * d, d) = p * v / (1 + 1e-5);  // the module's mean over one cluster
+    joined.middleCols(h * torch_d, torch_d) = p * v / (1 + 1e-5);  // the module's mean over one cluster
   }
-  RowMatrix<double> y(n, dim);
+  RowMatrix<double> y(n, torch_dim);
   Context context;
   layer.forward(x, y, context);
   REQUIRE((y - joined * w_out.transpose()).cwiseAbs().maxCoeff() < 1e-12);
 }
 
 TEST_CASE("modules without local heads, without routed heads, shared, and untrained ones") {
-  const RoutingAttentionConfig local{.model_dim = dim, .heads = 5, .head_dim = d, .window = 4, .bias = true};
+  const RoutingAttentionConfig local{
+      .model_dim = torch_dim, .heads = 5, .head_dim = torch_d, .window = 4, .bias = true};
   for (const bool empty_tensors : {true, false}) {
     State state = state_of(local);
     if (!empty_tensors)
       for (const char* const name : {"m.to_q.weight", "m.to_k.weight", "m.to_v.weight"}) state.tensors.erase(name);
     const std::vector<std::byte> bytes = state.bytes();
     REQUIRE(import_pytorch<float>(parse_safetensors(bytes), "m.", local).parameters().w_q(1, 2) ==
-            state["local_to_qkv.weight"][2 * dim + 1]);
+            state["local_to_qkv.weight"][2 * torch_dim + 1]);
   }
 
   RoutingAttentionConfig shared = mixed;
@@ -202,8 +215,8 @@ TEST_CASE("modules without local heads, without routed heads, shared, and untrai
   state.tensors.erase("m.local_attn.rel_pos.inv_freq");
   const std::vector<std::byte> bytes = state.bytes();
   const RoutingAttention<float> layer = import_pytorch<float>(parse_safetensors(bytes), "m.", shared);
-  REQUIRE(layer.parameters().w_k.cols() == 2 * d);
-  REQUIRE(layer.parameters().w_q(1, 2 * d) == state["to_q.weight"][1]);
+  REQUIRE(layer.parameters().w_k.cols() == 2 * torch_d);
+  REQUIRE(layer.parameters().w_q(1, 2 * torch_d) == state["to_q.weight"][1]);
   // The first update is still to come, and takes centroids of its own.
   REQUIRE(layer.routers()[0].updates() == 0);
   REQUIRE(same_bits<float>(layer.routers()[2].centroids(), RoutingAttention<float>(shared).routers()[2].centroids()));
@@ -223,22 +236,22 @@ TEST_CASE("memory of clusters: taken where all of a head have the same, else ref
                "got others for the clusters 0 and 1 of head 0"));
   for (const char* const name : {"global_attn.mem_key", "global_attn.mem_value"})
     for (const std::size_t h : {0u, 1u})
-      std::copy_n(state[name].begin() + static_cast<std::ptrdiff_t>(h * 2 * 3 * d), 3 * d,
-                  state[name].begin() + static_cast<std::ptrdiff_t>((h * 2 + 1) * 3 * d));
+      std::copy_n(state[name].begin() + static_cast<std::ptrdiff_t>(h * 2 * 3 * torch_d), 3 * torch_d,
+                  state[name].begin() + static_cast<std::ptrdiff_t>((h * 2 + 1) * 3 * torch_d));
   const RoutingAttention<float> layer = import();
   for (Index h = 0; h < 2; ++h)
     for (Index i = 0; i < 3; ++i)
-      for (Index j = 0; j < d; ++j) {
-        const auto at = static_cast<std::size_t>(h * 2 * 3 * d + i * d + j);
-        REQUIRE(layer.parameters().memory_keys(i, h * d + j) == state["global_attn.mem_key"][at]);
-        REQUIRE(layer.parameters().memory_values(i, h * d + j) == state["global_attn.mem_value"][at]);
+      for (Index j = 0; j < torch_d; ++j) {
+        const auto at = static_cast<std::size_t>(h * 2 * 3 * torch_d + i * torch_d + j);
+        REQUIRE(layer.parameters().memory_keys(i, h * torch_d + j) == state["global_attn.mem_key"][at]);
+        REQUIRE(layer.parameters().memory_values(i, h * torch_d + j) == state["global_attn.mem_value"][at]);
       }
   state["global_attn.mem_value"].back() += 1;
   REQUIRE(contains(message_of<FileError>(import), "clusters 0 and 1 of head 1"));
 }
 
 TEST_CASE("files that are not of the config are refused by what is wrong") {
-  REQUIRE(fault<FileError>([](State&, RoutingAttentionConfig&) {}).empty());
+  REQUIRE(import_fault<FileError>([](State&, RoutingAttentionConfig&) {}).empty());
   struct Lie {
     const char* names;
     void (*spoil)(State&, RoutingAttentionConfig&);
@@ -276,7 +289,7 @@ TEST_CASE("files that are not of the config are refused by what is wrong") {
   };
   for (const Lie& lie : lies) {
     INFO(lie.names);
-    const std::string text = fault<FileError>(lie.spoil);
+    const std::string text = import_fault<FileError>(lie.spoil);
     INFO(text);
     REQUIRE(contains(text, "import_pytorch: 'x': "));
     REQUIRE(contains(text, lie.names));
@@ -294,9 +307,9 @@ TEST_CASE("configs that the module's tensors do not fit are refused by what is w
       {"import_pytorch: memory: expected 0 with local heads", [](State&, RoutingAttentionConfig& c) { c.memory = 1; }},
       {"import_pytorch: routing: expected learned",
        [](State&, RoutingAttentionConfig& c) {
-         c = {.model_dim = dim,
+         c = {.model_dim = torch_dim,
               .heads = 5,
-              .head_dim = d,
+              .head_dim = torch_d,
               .routed_heads = 3,
               .clusters = 2,
               .window = 4,
@@ -314,7 +327,7 @@ TEST_CASE("configs that the module's tensors do not fit are refused by what is w
   };
   for (const Lie& lie : lies) {
     INFO(lie.names);
-    const std::string text = fault<ValueError>(lie.spoil);
+    const std::string text = import_fault<ValueError>(lie.spoil);
     INFO(text);
     REQUIRE(contains(text, lie.names));
   }

@@ -21,13 +21,13 @@ Shapes shapes(const RoutingAttentionConfig& config) {
   return result;
 }
 
-const RoutingAttentionConfig base{
+const RoutingAttentionConfig named_config{
     .model_dim = 12, .heads = 4, .head_dim = 5, .routed_heads = 3, .clusters = 4, .window = 6, .seed = 1};
 
 }  // namespace
 
 TEST_CASE("names and shapes of the parameters are fixed") {
-  RoutingAttentionConfig c = base;
+  RoutingAttentionConfig c = named_config;
   REQUIRE(shapes(c) == Shapes{{"w_q", {12, 20}}, {"w_k", {12, 20}}, {"w_v", {12, 20}}, {"w_o", {20, 12}}});
   c.bias = true;
   c.lookahead = 2;
@@ -42,7 +42,7 @@ TEST_CASE("names and shapes of the parameters are fixed") {
                               {"b_o", {1, 12}},
                               {"distance_bias", {1, 8}}});
   // Heads that share have no keys of their own.
-  c = base;
+  c = named_config;
   c.causal = true;
   REQUIRE(shapes(c) ==
           Shapes{{"w_q", {12, 20}}, {"w_k", {12, 5}}, {"w_v", {12, 20}}, {"w_o", {20, 12}}, {"gain", {1, 3}}});
@@ -57,7 +57,7 @@ TEST_CASE("names and shapes of the parameters are fixed") {
                               {"gain", {1, 4}},
                               {"taps", {32, 5}}});
   // Tables of positions.
-  c = base;
+  c = named_config;
   c.local_positions = LocalPositions::t5_buckets;
   c.routed_positions = RoutedPositions::bias;
   c.position_buckets = 6;
@@ -142,7 +142,7 @@ TEST_CASE("parameters start as documented and follow from the seed") {
 }
 
 TEST_CASE("gradients are zeros of the same shapes, and both are visited side by side") {
-  RoutingAttentionConfig c = base;
+  RoutingAttentionConfig c = named_config;
   c.causal = c.induction = true;
   c.key_taps = 2;
   RoutingAttention<float> layer(c);

@@ -18,7 +18,7 @@ namespace {
 using Matrix = RowMatrix<double>;
 using Rows = std::vector<Index>;
 
-constexpr Index model_dim = 12, heads = 2, d = 6, n = 40, clusters = 4;
+constexpr struct { Index model_dim = 12, heads = 2, d = 6, n = 40, clusters = 4; } preset;
 
 Matrix dot_products(const Matrix& a, const Matrix& b) { return a * b.transpose(); }
 
@@ -78,12 +78,13 @@ struct Head {
 
 // google-research, routing_transformer: one head.
 Matrix google_head(const Head& h, bool causal, Index window) {
-  const Matrix q = layer_norm(h.q / std::sqrt(double(d)));  // the scale comes before the norm, which takes it away
+  const Matrix q =
+      layer_norm(h.q / std::sqrt(double(preset.d)));  // the scale comes before the norm, which takes it away
   const Matrix k = causal ? q : layer_norm(h.k);
-  Matrix sum = Matrix::Zero(n, d);
-  Eigen::VectorXd count = Eigen::VectorXd::Zero(n);
+  Matrix sum = Matrix::Zero(preset.n, preset.d);
+  Eigen::VectorXd count = Eigen::VectorXd::Zero(preset.n);
   const Matrix q_scores = dot_products(q, h.centroids), k_scores = dot_products(k, h.centroids);
-  for (Index c = 0; c < clusters; ++c) {
+  for (Index c = 0; c < preset.clusters; ++c) {
     const Rows queries = top_rows(q_scores.col(c), window), keys = top_rows(k_scores.col(c), window);
     Matrix logits(window, window);
     for (Index a = 0; a < window; ++a)
@@ -93,7 +94,7 @@ Matrix google_head(const Head& h, bool causal, Index window) {
     add_cluster(logits, queries, keys, h.v, sum);
     for (const Index i : queries) count(i) += 1;
   }
-  for (Index i = 0; i < n; ++i) sum.row(i) /= count(i) + 1e-2;
+  for (Index i = 0; i < preset.n; ++i) sum.row(i) /= count(i) + 1e-2;
   return sum;
 }
 
@@ -101,26 +102,26 @@ Matrix google_head(const Head& h, bool causal, Index window) {
 // give nothing and do not count.
 Matrix lingvo_head(const Head& h, bool causal, Index window) {
   const Matrix q = layer_norm(h.q), k = layer_norm(h.k);
-  Matrix sum = Matrix::Zero(n, d);
-  Eigen::VectorXd count = Eigen::VectorXd::Zero(n);
+  Matrix sum = Matrix::Zero(preset.n, preset.d);
+  Eigen::VectorXd count = Eigen::VectorXd::Zero(preset.n);
   const auto closeness = [&](const Matrix& rows, Index c) {
-    Eigen::VectorXd result(n);
-    for (Index i = 0; i < n; ++i) result(i) = -(rows.row(i) - h.centroids.row(c)).squaredNorm();
+    Eigen::VectorXd result(preset.n);
+    for (Index i = 0; i < preset.n; ++i) result(i) = -(rows.row(i) - h.centroids.row(c)).squaredNorm();
     return result;
   };
-  for (Index c = 0; c < clusters; ++c) {
-    const Rows queries = top_rows(closeness(q, c), Index(1.2 * double(n) / double(clusters))),
+  for (Index c = 0; c < preset.clusters; ++c) {
+    const Rows queries = top_rows(closeness(q, c), Index(1.2 * double(preset.n) / double(preset.clusters))),
                keys = top_rows(closeness(k, c), window);
     Matrix logits(Index(queries.size()), window);
     for (std::size_t a = 0; a < queries.size(); ++a)
       for (std::size_t b = 0; b < keys.size(); ++b)
         logits(Index(a), Index(b)) = causal && keys[b] > queries[a]
                                          ? minus_infinity
-                                         : q.row(queries[a]).dot(k.row(keys[b])) / std::sqrt(double(d));
+                                         : q.row(queries[a]).dot(k.row(keys[b])) / std::sqrt(double(preset.d));
     const auto sees = add_cluster(logits, queries, keys, h.v, sum);
     for (std::size_t a = 0; a < queries.size(); ++a) count(queries[a]) += sees[a];
   }
-  for (Index i = 0; i < n; ++i) sum.row(i) /= std::max(1.0, count(i));
+  for (Index i = 0; i < preset.n; ++i) sum.row(i) /= std::max(1.0, count(i));
   return sum;
 }
 
@@ -128,22 +129,22 @@ Matrix lingvo_head(const Head& h, bool causal, Index window) {
 Matrix pytorch_head(const Head& h, bool causal, bool shared, Index window) {
   const Matrix k = shared ? unit_rows(h.q) : h.k;
   const Matrix q_scores = dot_products(unit_rows(h.q), h.centroids), k_scores = dot_products(unit_rows(k), h.centroids);
-  Matrix sum = Matrix::Zero(n, d);
-  Eigen::VectorXd count = Eigen::VectorXd::Zero(n);
-  for (Index c = 0; c < clusters; ++c) {
+  Matrix sum = Matrix::Zero(preset.n, preset.d);
+  Eigen::VectorXd count = Eigen::VectorXd::Zero(preset.n);
+  for (Index c = 0; c < preset.clusters; ++c) {
     const Rows queries = top_rows(q_scores.col(c), window), keys = top_rows(k_scores.col(c), window);
     Matrix logits(window, window);
     for (Index a = 0; a < window; ++a)
       for (Index b = 0; b < window; ++b) {
         const Index i = queries[std::size_t(a)], j = keys[std::size_t(b)];
-        logits(a, b) = h.q.row(i).dot(k.row(j)) / std::sqrt(double(d));
+        logits(a, b) = h.q.row(i).dot(k.row(j)) / std::sqrt(double(preset.d));
         if (shared && i == j) logits(a, b) = -5e4;
         if (causal && j > i) logits(a, b) = minus_infinity;
       }
     add_cluster(logits, queries, keys, h.v, sum);
     for (const Index i : queries) count(i) += 1;
   }
-  for (Index i = 0; i < n; ++i) sum.row(i) /= count(i) + 1e-5;
+  for (Index i = 0; i < preset.n; ++i) sum.row(i) /= count(i) + 1e-5;
   return sum;
 }
 
@@ -152,18 +153,18 @@ template <class Restated>
 void require_preset(const RoutingAttentionConfig& config, double tolerance, Restated restated) {
   const RoutingAttention<double> layer(config);
   const Parameters<double>& p = layer.parameters();
-  const Matrix x = 2 * Random(5).matrix<double>(n, model_dim);
-  Matrix y(n, model_dim), expected = Matrix::Zero(n, model_dim);
+  const Matrix x = 2 * Random(5).matrix<double>(preset.n, preset.model_dim);
+  Matrix y(preset.n, preset.model_dim), expected = Matrix::Zero(preset.n, preset.model_dim);
   Context context;
   layer.forward(x, y, context);
-  for (Index h = 0; h < heads; ++h) {
+  for (Index h = 0; h < preset.heads; ++h) {
     const auto columns = [&](const Matrix& w) -> Matrix {
       if (w.size() == 0) return {};
-      return x * w.middleCols(h * d, d);
+      return x * w.middleCols(h * preset.d, preset.d);
     };
     const Head head{columns(p.w_q), columns(p.w_k), columns(p.w_v),
                     layer.routers()[std::size_t(h)].centroids().eigen()};
-    expected += restated(head) * p.w_o.middleRows(h * d, d);
+    expected += restated(head) * p.w_o.middleRows(h * preset.d, preset.d);
   }
   REQUIRE((y - expected).cwiseAbs().maxCoeff() < tolerance);
   // Not because there is nothing to see.
@@ -171,11 +172,11 @@ void require_preset(const RoutingAttentionConfig& config, double tolerance, Rest
 }
 
 RoutingAttentionConfig sizes(bool causal, Index window) {
-  return {.model_dim = model_dim,
-          .heads = heads,
-          .head_dim = d,
-          .routed_heads = heads,
-          .clusters = clusters,
+  return {.model_dim = preset.model_dim,
+          .heads = preset.heads,
+          .head_dim = preset.d,
+          .routed_heads = preset.heads,
+          .clusters = preset.clusters,
           .window = window,
           .causal = causal,
           .seed = 21};
@@ -219,7 +220,7 @@ TEST_CASE("presets: the commitment loss is a mean over routers, and nothing is l
 }
 
 TEST_CASE("presets: how centroids follow a batch") {
-  const Matrix x = 2 * Random(5).matrix<double>(n, model_dim);
+  const Matrix x = 2 * Random(5).matrix<double>(preset.n, preset.model_dim);
   Context context;
   for (const int which : {0, 1, 2}) {
     RoutingAttentionConfig config = sizes(true, 10);
@@ -228,19 +229,19 @@ TEST_CASE("presets: how centroids follow a batch") {
     OnlineKMeans<double>& router = layer.routers()[0];
     const Matrix start = router.centroids().eigen();
     // Far along the schedule the decay is the config's.
-    router.set_centroids(start, std::vector<double>(clusters, 7.0), 1000000);
+    router.set_centroids(start, std::vector<double>(preset.clusters, 7.0), 1000000);
     RoutingAttention<double>::Tape tape;
-    Matrix y(n, model_dim);
+    Matrix y(preset.n, preset.model_dim);
     layer.forward(x, y, tape, context);
     layer.update_router(tape, context);
-    std::vector<Matrix> rows = {x * layer.parameters().w_q.leftCols(d)};
-    if (!*layer.config().shared_qk) rows.push_back(x * layer.parameters().w_k.leftCols(d));
-    for (Index c = 0; c < clusters; ++c) {
-      Eigen::RowVectorXd sum = Eigen::RowVectorXd::Zero(d);
+    std::vector<Matrix> rows = {x * layer.parameters().w_q.leftCols(preset.d)};
+    if (!*layer.config().shared_qk) rows.push_back(x * layer.parameters().w_k.leftCols(preset.d));
+    for (Index c = 0; c < preset.clusters; ++c) {
+      Eigen::RowVectorXd sum = Eigen::RowVectorXd::Zero(preset.d);
       double count = 0;
       for (const Matrix& side : rows) {
         const Matrix normal = which == 2 ? unit_rows(side) : layer_norm(side), scores = dot_products(normal, start);
-        for (Index i = 0; i < n; ++i) {
+        for (Index i = 0; i < preset.n; ++i) {
           Index best = 0;
           scores.row(i).maxCoeff(&best);
           if (best == c) sum += normal.row(i), count += 1;

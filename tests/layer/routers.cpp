@@ -9,18 +9,18 @@ using namespace test;
 
 namespace {
 
-const RoutingAttentionConfig shared{.model_dim = 10,
-                                    .heads = 3,
-                                    .head_dim = 4,
-                                    .routed_heads = 2,
-                                    .clusters = 5,
-                                    .window = 8,
-                                    .causal = true,
-                                    .decay = 0.9,
-                                    .seed = 3};
+const RoutingAttentionConfig shared_config{.model_dim = 10,
+                                           .heads = 3,
+                                           .head_dim = 4,
+                                           .routed_heads = 2,
+                                           .clusters = 5,
+                                           .window = 8,
+                                           .causal = true,
+                                           .decay = 0.9,
+                                           .seed = 3};
 
-RoutingAttentionConfig separate() {
-  RoutingAttentionConfig c = shared;
+RoutingAttentionConfig separate_config() {
+  RoutingAttentionConfig c = shared_config;
   c.causal = false;
   return c;
 }
@@ -38,7 +38,7 @@ bool same_routers(const RoutingAttention<T>& a, const RoutingAttention<T>& b) {
 }  // namespace
 
 TEMPLATE_TEST_CASE("both forms of the router update do the same, step after step", "", float, double) {
-  for (const RoutingAttentionConfig& config : {shared, separate()}) {
+  for (const RoutingAttentionConfig& config : {shared_config, separate_config()}) {
     RoutingAttention<TestType> brief(config), full(config);
     Context context;
     typename RoutingAttention<TestType>::Tape tape;
@@ -64,7 +64,7 @@ TEMPLATE_TEST_CASE("both forms of the router update do the same, step after step
 }
 
 TEST_CASE("statistics count the queries, and the keys that are not shared, by their labels") {
-  for (const RoutingAttentionConfig& config : {shared, separate()}) {
+  for (const RoutingAttentionConfig& config : {shared_config, separate_config()}) {
     const RoutingAttention<double> layer(config);
     const Index n = 50;
     const RowMatrix<double> x = Random(1).matrix<double>(n, 10);
@@ -98,7 +98,7 @@ TEST_CASE("statistics count the queries, and the keys that are not shared, by th
 }
 
 TEST_CASE("micro-batches add up, and blocks of two machines sum to one update") {
-  RoutingAttention<double> whole(shared), split(shared);
+  RoutingAttention<double> whole(shared_config), split(shared_config);
   const RowMatrix<double> x = Random(1).matrix<double>(80, 10);
   RowMatrix<double> y(80, 10);
   Context context;
@@ -131,7 +131,7 @@ TEST_CASE("micro-batches add up, and blocks of two machines sum to one update") 
 }
 
 TEST_CASE("a frozen router stays, and moves again when thawed") {
-  RoutingAttention<float> layer(shared);
+  RoutingAttention<float> layer(shared_config);
   const RowMatrix<float> x = Random(1).matrix<float>(80, 10);
   RowMatrix<float> y(80, 10);
   Context context;
@@ -147,7 +147,7 @@ TEST_CASE("a frozen router stays, and moves again when thawed") {
 }
 
 TEST_CASE("T6: forward, backward and observing move no centroid") {
-  for (const RoutingAttentionConfig& config : {shared, separate()}) {
+  for (const RoutingAttentionConfig& config : {shared_config, separate_config()}) {
     RoutingAttention<float> layer(config);
     const RowMatrix<float> x = Random(1).matrix<float>(80, 10), d_y = Random(2).matrix<float>(80, 10);
     RowMatrix<float> y(80, 10), d_x = RowMatrix<float>::Zero(80, 10);
@@ -169,7 +169,7 @@ TEST_CASE("T6: forward, backward and observing move no centroid") {
 }
 
 TEST_CASE("T27: centroids are no parameters: what an optimiser does to every weight leaves them") {
-  RoutingAttention<float> layer(shared);
+  RoutingAttention<float> layer(shared_config);
   const RoutingAttention<float> before = layer;
   layer.parameters().visit([](std::string_view name, View<float> weight) {
     REQUIRE(name.find("centroid") == std::string_view::npos);
@@ -180,7 +180,7 @@ TEST_CASE("T27: centroids are no parameters: what an optimiser does to every wei
 
 TEST_CASE("routing that is not learned has no routers and nothing to update") {
   for (const Routing routing : {Routing::random, Routing::dense}) {
-    RoutingAttentionConfig config = shared;
+    RoutingAttentionConfig config = shared_config;
     config.routing = routing;
     RoutingAttention<float> layer(config);
     REQUIRE(layer.routers().empty());
@@ -202,7 +202,7 @@ TEST_CASE("routing that is not learned has no routers and nothing to update") {
 }
 
 TEST_CASE("random routes are a function of seed, step, head and position") {
-  RoutingAttentionConfig config = shared;
+  RoutingAttentionConfig config = shared_config;
   config.routing = Routing::random;
   const Index n = 4000;
   const auto labels = [&](std::uint64_t seed, std::uint64_t step, Index head, const std::vector<Index>& offsets = {}) {

@@ -17,7 +17,7 @@ using test::message_of;
 namespace {
 
 // What parse_safetensors says of a file of this header and so many bytes of data; empty if it takes it.
-std::string fault(std::string_view header, std::size_t data = 0) {
+std::string header_fault(std::string_view header, std::size_t data = 0) {
   const std::vector<std::byte> bytes = file_bytes(header, data);
   return message_of<FileError>([&] { parse_safetensors(bytes, "x"); });
 }
@@ -85,7 +85,7 @@ TEST_CASE("files that end too early, files of other kinds and newer files are to
     INFO(size);
     REQUIRE(contains(parse({good.begin(), good.begin() + static_cast<std::ptrdiff_t>(size)}), "truncated: expected"));
   }
-  REQUIRE(contains(fault(header, 25), "damaged: expected 24 bytes of tensors, got 25"));
+  REQUIRE(contains(header_fault(header, 25), "damaged: expected 24 bytes of tensors, got 25"));
 
   // A zip (what torch.save writes), a pickle, a text, zeros, a number that no header has.
   for (const std::string& text :
@@ -97,14 +97,14 @@ TEST_CASE("files that end too early, files of other kinds and newer files are to
     INFO(detail::in_quotes(text));
     REQUIRE(contains(parse(bytes), "'model.safetensors': not a safetensors file: expected"));
   }
-  REQUIRE(contains(fault(tensor("F128", "[1]", "[0,16]"), 16),
+  REQUIRE(contains(header_fault(tensor("F128", "[1]", "[0,16]"), 16),
                    "x': tensor 'a': newer than this library: expected a dtype that it knows, got 'F128'"));
 }
 
 TEST_CASE("every lie of a header is found and named") {
-  REQUIRE(fault("{}").empty());
-  REQUIRE(fault(tensor("F32", "[2,3]", "[0,24]"), 24).empty());
-  REQUIRE(fault(tensor("F4", "[3,2]", "[0,3]"), 3).empty());
+  REQUIRE(header_fault("{}").empty());
+  REQUIRE(header_fault(tensor("F32", "[2,3]", "[0,24]"), 24).empty());
+  REQUIRE(header_fault(tensor("F4", "[3,2]", "[0,3]"), 3).empty());
   struct Lie {
     const char* names;
     std::string header;
@@ -166,15 +166,15 @@ TEST_CASE("every lie of a header is found and named") {
   };
   for (const Lie& lie : lies) {
     INFO(lie.header);
-    const std::string text = fault(lie.header, lie.data);
+    const std::string text = header_fault(lie.header, lie.data);
     INFO(text);
     REQUIRE(contains(text, "parse_safetensors: 'x': "));
     REQUIRE(contains(text, lie.names));
   }
   // Whatever nests, nothing is called more deeply for it.
   const std::string deep = "{\"a\":" + std::string(1000000, '{');
-  REQUIRE(contains(fault(deep), "expected '\"'"));
-  REQUIRE(contains(fault("{\"a\":{\"shape\":" + std::string(1000000, '[')), "expected a whole number"));
+  REQUIRE(contains(header_fault(deep), "expected '\"'"));
+  REQUIRE(contains(header_fault("{\"a\":{\"shape\":" + std::string(1000000, '[')), "expected a whole number"));
 }
 
 TEST_CASE("every dtype is known by its size") {
@@ -185,8 +185,8 @@ TEST_CASE("every dtype is known by its size") {
       {"C64", 64},    {"F64", 64},    {"I64", 64},    {"U64", 64}};
   for (const auto& [name, bits] : sizes) {
     INFO(name);
-    REQUIRE(fault(tensor(name, "[8]", "[0," + std::to_string(bits) + "]"), bits).empty());
-    REQUIRE(!fault(tensor(name, "[8]", "[0," + std::to_string(bits + 1) + "]"), bits + 1).empty());
+    REQUIRE(header_fault(tensor(name, "[8]", "[0," + std::to_string(bits) + "]"), bits).empty());
+    REQUIRE(!header_fault(tensor(name, "[8]", "[0," + std::to_string(bits + 1) + "]"), bits + 1).empty());
   }
 }
 

@@ -12,7 +12,7 @@ using namespace test;
 namespace {
 
 template <class T>
-std::vector<std::byte> bytes_of(const RoutingAttention<T>& layer, std::string_view prefix = {}) {
+std::vector<std::byte> saved_bytes(const RoutingAttention<T>& layer, std::string_view prefix = {}) {
   SafetensorsWriter writer;
   add_layer(writer, prefix, layer);
   return writer.bytes();
@@ -54,14 +54,14 @@ bool same_state(const RoutingAttention<T>& a, const RoutingAttention<T>& b) {
   return true;
 }
 
-const RoutingAttentionConfig small{.model_dim = 6,
-                                   .heads = 2,
-                                   .head_dim = 3,
-                                   .routed_heads = 1,
-                                   .clusters = 2,
-                                   .window = 4,
-                                   .causal = true,
-                                   .seed = 9};
+const RoutingAttentionConfig saved_config{.model_dim = 6,
+                                          .heads = 2,
+                                          .head_dim = 3,
+                                          .routed_heads = 1,
+                                          .clusters = 2,
+                                          .window = 4,
+                                          .causal = true,
+                                          .seed = 9};
 
 // The tensors and metadata of a file, to be spoilt and written again.
 struct Contents {
@@ -96,19 +96,19 @@ struct Contents {
 
 // What read_layer says of the file of a small layer once it is spoilt; nothing may have been changed in the layer it reads into.
 template <class Spoil>
-std::string fault(Spoil spoil) {
-  const RoutingAttention<float> layer = make_layer<float>(small);
-  const std::vector<std::byte> good = bytes_of(layer, "a.");
+std::string saved_fault(Spoil spoil) {
+  const RoutingAttention<float> layer = make_layer<float>(saved_config);
+  const std::vector<std::byte> good = saved_bytes(layer, "a.");
   Contents contents(parse_safetensors(good));
   spoil(contents);
   const std::vector<std::byte> bytes = contents.bytes();
   const SafetensorsView file = parse_safetensors(bytes, "x");
-  RoutingAttention<float> other(small);
-  const std::vector<std::byte> before = bytes_of(other, "a.");
+  RoutingAttention<float> other(saved_config);
+  const std::vector<std::byte> before = saved_bytes(other, "a.");
   const std::string made = message_of<FileError>([&] { read_layer<float>(file, "a."); });
   const std::string into = message_of<FileError>([&] { read_layer(file, "a.", other); });
   REQUIRE(made.empty() == into.empty());
-  REQUIRE((bytes_of(other, "a.") == before) == !into.empty());
+  REQUIRE((saved_bytes(other, "a.") == before) == !into.empty());
   return made;
 }
 
@@ -119,15 +119,15 @@ TEMPLATE_TEST_CASE("save, load, continue gives the bits of not having stopped", 
     INFO(kind.name);
     RoutingAttention<TestType> layer = make_layer<TestType>(kind.config);
     train(layer, 0, 3);
-    const std::vector<std::byte> bytes = bytes_of(layer);
+    const std::vector<std::byte> bytes = saved_bytes(layer);
     RoutingAttention<TestType> loaded = read_layer<TestType>(parse_safetensors(bytes));
     REQUIRE(same_state(layer, loaded));
     const RowMatrix<TestType> y = train(layer, 3, 6), loaded_y = train(loaded, 3, 6);
     REQUIRE(y.allFinite());
     REQUIRE(same_bits<TestType>(y, loaded_y));
     REQUIRE(same_state(layer, loaded));
-    REQUIRE(bytes_of(layer) == bytes_of(loaded));
-    REQUIRE(bytes_of(layer) != bytes);
+    REQUIRE(saved_bytes(layer) == saved_bytes(loaded));
+    REQUIRE(saved_bytes(layer) != bytes);
   }
 }
 
@@ -155,7 +155,7 @@ TEST_CASE("settings of the routers and of membership are saved as well") {
   for (const RoutingAttentionConfig& config : configs) {
     RoutingAttention<float> layer = make_layer<float>(config);
     train(layer, 0, 4);
-    const std::vector<std::byte> bytes = bytes_of(layer);
+    const std::vector<std::byte> bytes = saved_bytes(layer);
     RoutingAttention<float> loaded = read_layer<float>(parse_safetensors(bytes));
     REQUIRE(same_bits<float>(train(layer, 4, 24), train(loaded, 4, 24)));
     REQUIRE(same_state(layer, loaded));
@@ -223,26 +223,26 @@ TEST_CASE("a model: several layers under prefixes, other matrices beside them") 
 }
 
 TEST_CASE("a layer of another config is not read into, and the settings that differ are named") {
-  RoutingAttention<float> layer(small);
-  const std::vector<std::byte> bytes = bytes_of(layer, "a.");
+  RoutingAttention<float> layer(saved_config);
+  const std::vector<std::byte> bytes = saved_bytes(layer, "a.");
   const SafetensorsView file = parse_safetensors(bytes, "x");
-  RoutingAttentionConfig config = small;
+  RoutingAttentionConfig config = saved_config;
   config.window = 5;
   config.self = Self::never;
   RoutingAttention<float> other(config);
   REQUIRE(message_of<FileError>([&] { read_layer(file, "a.", other); }) ==
           "read_layer: 'x': a.config.window: expected 5, got 4; local_window: expected 5, got 4; "
           "self: expected never, got only_if_alone");
-  RoutingAttention<double> wide(small);
+  RoutingAttention<double> wide(saved_config);
   REQUIRE(contains(message_of<FileError>([&] { read_layer(file, "a.", wide); }), "dtype: expected F64, got F32"));
   REQUIRE(contains(message_of<FileError>([&] { read_layer<double>(file, "a."); }),
                    "tensor 'a.w_q': dtype: expected F64, got F32"));
 }
 
 TEST_CASE("files that are not what they say are refused, and nothing is changed") {
-  REQUIRE(fault([](Contents&) {}).empty());
+  REQUIRE(saved_fault([](Contents&) {}).empty());
   // Other things may stand beside the layer.
-  REQUIRE(fault([](Contents& c) { c.floats["b"] = c.floats["a.w_q"], c.metadata["b"] = "c"; }).empty());
+  REQUIRE(saved_fault([](Contents& c) { c.floats["b"] = c.floats["a.w_q"], c.metadata["b"] = "c"; }).empty());
   struct Lie {
     const char* names;
     void (*spoil)(Contents&);
@@ -298,7 +298,7 @@ TEST_CASE("files that are not what they say are refused, and nothing is changed"
   };
   for (const Lie& lie : lies) {
     INFO(lie.names);
-    const std::string text = fault(lie.spoil);
+    const std::string text = saved_fault(lie.spoil);
     INFO(text);
     REQUIRE(contains(text, "read_layer: 'x': "));
     REQUIRE(contains(text, lie.names));
