@@ -127,21 +127,19 @@ struct Backward {
       relative.products(sight, part.relative_values, part.relative_values_stride, part.dv, b.d_out, b.by_value);
     if (gradients.d_relative_values) relative.clear(b.d_by_value);
 
-    typename Common::Following following(part, first);
+    typename Common::Following following(part, first, 3 * sight.blocks());
     const auto fetch_some = [&]() __attribute__((always_inline)) {
-      following.fetch(
-          1, [&](const AttentionPart<T>& later, Index entry) __attribute__((always_inline)) {
-            L::fetch(gradients.d_out + later.rows[entry] * gradients.d_out_stride, later.dv);
-            if (!gradients.by_entry) L::fetch(gradients.d_q + later.rows[entry] * gradients.d_q_stride, later.d);
-          });
+      following.fetch([&](const AttentionPart<T>& later, Index entry) __attribute__((always_inline)) {
+        L::fetch(gradients.d_out + later.rows[entry] * gradients.d_out_stride, later.dv);
+        if (!gradients.by_entry) L::fetch(gradients.d_q + later.rows[entry] * gradients.d_q_stride, later.d);
+      });
     };
     const T* k_rows[key_block];
     const T* v_rows[key_block];
     const T* p_rows[key_block];
-    for (int key = sight.next_key(0); key != Lookout::none;
-         key = sight.next_key(key / key_block * key_block + key_block)) {
-      const int block_begin = key / key_block * key_block;
-      sight.cut(block_begin);
+    for (int block_begin = sight.first_block(); block_begin != Lookout::none;
+         block_begin = sight.next_block(block_begin)) {
+      sight.cut_by_keys(block_begin);
       if (part.bias || part.relative_count > 0) positions.look_at_keys(part, sight, block_begin);
       if (part.relative_count > 0) relative.look_at_keys(sight, block_begin);
       for (int j = sight.low; j < sight.high; ++j) part.locate(j, k_rows[j - block_begin], v_rows[j - block_begin]);
@@ -234,6 +232,9 @@ struct Backward {
       L::load(b.max + v * lanes, max);
       L::load(b.inverse + v * lanes, inverse);
       L::load(b.delta + v * lanes, delta);
+      typename Lookout::Mask mask;
+      const bool masked = s.masked || sight.partial(v);
+      if (masked) sight.used(v, mask);
       for (int j = s.begin; j < s.end; ++j) {
         const Index at = (j - block_begin) * width + v * lanes;
         F x, p, d_p;
@@ -242,11 +243,11 @@ struct Backward {
         L::exp2(x - max, p);
         p *= inverse;
         F d_s = p * ((d_p - delta) * ln_2<T>);
-        if (s.masked || sight.partial(v)) {
-          I mask;
-          sight.used(v, j, mask);
-          p = mask ? p : F{};
-          d_s = mask ? d_s : F{};
+        if (masked) {
+          I sees;
+          mask.of(j, sees);
+          p = sees < 0 ? p : F{};
+          d_s = sees < 0 ? d_s : F{};
         }
         L::store(b.scores + at, p);
         L::store(b.d_scores + at, d_s);
@@ -257,20 +258,24 @@ struct Backward {
   /// Undoes cap_scores: dS *= slope; zero where masked, whatever the slope is.
   static COTERIE_INLINE void uncap(const Lookout& sight, const typename Lookout::Segment& s, int block_begin,
                                    const Scratch& b) {
-    for (int key = s.begin; key < s.end; ++key)
-      for (int v = s.first; v < s.last; ++v) {
+    for (int v = s.first; v < s.last; ++v) {
+      typename Lookout::Mask mask;
+      const bool masked = s.masked || sight.partial(v);
+      if (masked) sight.used(v, mask);
+      for (int key = s.begin; key < s.end; ++key) {
         const Index at = (key - block_begin) * width + v * lanes;
         F d_s, slope;
         L::load(b.d_scores + at, d_s);
         L::load(b.slope + at, slope);
         d_s *= slope;
-        if (s.masked || sight.partial(v)) {
-          I mask;
-          sight.used(v, key, mask);
-          d_s = mask ? d_s : F{};
+        if (masked) {
+          I sees;
+          mask.of(key, sees);
+          d_s = sees < 0 ? d_s : F{};
         }
         L::store(b.d_scores + at, d_s);
       }
+    }
   }
 
   /// to[key][c] += sum over the segment's lanes of p[key][lane] x[lane][c].
@@ -284,9 +289,7 @@ struct Backward {
         F sum, y;
         L::load(to + j * columns + c, sum);
         for (int l = 0; l < depth; ++l) {
-          I mask;
-          sight.visible(s.first + l / lanes, s.begin + j, mask);
-          if (mask[l % lanes] == 0) continue;
+          if (!sight.sees(s.first * lanes + l, s.begin + j)) continue;
           L::load(x + l * columns + c, y);
           COTERIE_OPAQUE(sum);
           sum = sum + p[s.begin - block_begin + j][l] * y;

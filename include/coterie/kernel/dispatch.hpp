@@ -68,6 +68,10 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
     target __attribute__((noinline)) static void row_scores(const T* q, Index depth, const T* keys, T* s, int used) { \
       Inline::row_scores(q, depth, keys, s, used);                                                                    \
     }                                                                                                                 \
+    target __attribute__((noinline)) static void row_dots(const T* const* rows, Index depth, const T* q, T* s,        \
+                                                          int used) {                                                 \
+      Inline::row_dots(rows, depth, q, s, used);                                                                      \
+    }                                                                                                                 \
     target __attribute__((noinline)) static void row_values(const T* p, const T* const* rows, Index begin, Index end, \
                                                             Index columns, T* out, T& total) {                        \
       Inline::row_values(p, rows, begin, end, columns, out, total);                                                   \

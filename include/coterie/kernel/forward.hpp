@@ -24,10 +24,11 @@ struct Forward {
   using Lookout = Sight<T, M>;
   using Distant = Relative<T, M>;
   static constexpr int lanes = L::count, width = M::width;
+  static constexpr int at_once = 2 * M::most_rows;  // keys of a product between which rows are asked for
   static constexpr T lowest = std::numeric_limits<T>::lowest();
 
   struct Scratch {
-    T *rows, *q, *scores, *out, *bias, *max, *sum, *factor, *by_key, *by_value;
+    T *zeros, *q, *scores, *out, *bias, *max, *reference, *sum, *factor, *by_key, *by_value;
   };
 
   static constexpr Index scratch_size(const PartSizes& sizes) {
@@ -38,8 +39,8 @@ struct Forward {
   }
   static constexpr Index tile_size(const PartSizes& sizes) {
     const Index d = padded(sizes.d), dv = padded(sizes.dv);
-    return std::max(d, dv) * width + d * width + key_block * width + dv * width + padded(sizes.bias_count + 2 * width) +
-           3 * width + 2 * Distant::buffer_size(sizes.relative_count) + Distant::scratch_size(sizes.relative_count);
+    return d + d * width + key_block * width + dv * width + padded(sizes.bias_count + 2 * width) + 4 * width +
+           2 * Distant::buffer_size(sizes.relative_count) + Distant::scratch_size(sizes.relative_count);
   }
 
   static COTERIE_INLINE void run(const AttentionPart<T>& given, T* scratch) {
@@ -47,13 +48,14 @@ struct Forward {
     const PartSizes sizes = part.sizes();
     Common::gather(part, scratch + tiles_size(sizes));
     Scratch f;
-    f.rows = scratch;
-    f.q = f.rows + padded(std::max(part.d, part.dv)) * width;
+    f.zeros = scratch;
+    f.q = f.zeros + padded(part.d);
     f.scores = f.q + padded(part.d) * width;
     f.out = f.scores + key_block * width;
     f.bias = f.out + padded(part.dv) * width;
     f.max = f.bias + padded(part.bias_count + 2 * width);
-    f.sum = f.max + width;
+    f.reference = f.max + width;
+    f.sum = f.reference + width;
     f.factor = f.sum + width;
     f.by_key = f.factor + width;
     f.by_value = f.by_key + Distant::buffer_size(part.relative_count);
@@ -78,11 +80,14 @@ struct Forward {
                                   Positions<T, M>& positions, Distant& relative) {
     Lookout sight;
     sight.look(part, first, count);
-    const auto q_row = [&](int l) __attribute__((always_inline)) { return part.q.row(part.rows[first + l]); };
-    const auto q_factor = [&](int) __attribute__((always_inline)) { return part.scale * log2_e<T>; };
-    Common::pack(sight, part.d, f.rows, f.q, q_row, q_factor);
+    // Lanes without an entry have queries of zero.
+    std::memset(f.zeros, 0, static_cast<std::size_t>(part.d) * sizeof(T));
+    const T* q_rows[width];
+    for (int l = 0; l < sight.vectors * lanes; ++l) q_rows[l] = l < count ? part.q.row(part.rows[first + l]) : f.zeros;
+    M::gather_columns(q_rows, sight.vectors, part.d, part.scale * log2_e<T>, f.q);
     for (int v = 0; v < sight.vectors; ++v) {
       L::store(f.max + v * lanes, F{} + lowest);
+      L::store(f.reference + v * lanes, F{});
       L::store(f.sum + v * lanes, F{});
     }
     std::memset(f.out, 0, static_cast<std::size_t>(padded(part.dv) * width) * sizeof(T));
@@ -92,28 +97,28 @@ struct Forward {
       relative.products(sight, part.relative_keys, part.relative_keys_stride, part.d, f.q, f.by_key);
     if (part.relative_values) relative.clear(f.by_value);
 
-    typename Common::Following following(part, first);
+    typename Common::Following following(part, first, (key_block / at_once) * sight.blocks());
     const T* k_rows[key_block];
     const T* v_rows[key_block];
-    for (int key = sight.next_key(0); key != Lookout::none;
-         key = sight.next_key(key / key_block * key_block + key_block)) {
-      const int block_begin = key / key_block * key_block;
-      sight.cut(block_begin);
+    for (int block_begin = sight.first_block(); block_begin != Lookout::none;
+         block_begin = sight.next_block(block_begin)) {
+      sight.cut_by_vectors(block_begin);
       if (part.bias || part.relative_count > 0) positions.look_at_keys(part, sight, block_begin);
       if (part.relative_count > 0) relative.look_at_keys(sight, block_begin);
       for (int j = sight.low; j < sight.high; ++j) part.locate(j, k_rows[j - block_begin], v_rows[j - block_begin]);
-      following.fetch();
       // S = K Qt
       for (int i = 0; i < sight.segment_count; ++i) {
         const typename Lookout::Segment& s = sight.segments[i];
-        M::scores(k_rows + (s.begin - block_begin), s.end - s.begin, part.d, f.q + s.first * lanes,
-                  f.scores + (s.begin - block_begin) * width + s.first * lanes, s.last - s.first);
+        for (int j = s.begin; j < s.end; j += at_once) {
+          following.fetch();
+          M::scores(k_rows + (j - block_begin), std::min(at_once, s.end - j), part.d, f.q + s.first * lanes,
+                    f.scores + (j - block_begin) * width + s.first * lanes, s.last - s.first);
+        }
         if (part.relative_keys) relative.add(s, block_begin, f.by_key, f.scores);
         if (part.soft_cap != 0) Common::cap_scores(part, s, block_begin, f.scores, nullptr);
         if (part.bias) Common::add_bias(part, positions, s, block_begin, f.bias, f.scores);
       }
       // P = 2^(S - max), with earlier sums rescaled where the maximum grew
-      following.fetch();
       const bool rescale = softmax(sight, block_begin, f);
       if (rescale)
         for (Index c = 0; c < part.dv; ++c)
@@ -124,7 +129,6 @@ struct Forward {
             L::store(f.out + c * width + v * lanes, x * factor);
           }
       if (rescale && part.relative_values) relative.rescale(sight, f.factor, f.by_value);
-      following.fetch();
       // P without what is dropped; the sums have all of it
       if (part.dropout_bound != 0)
         for (int i = 0; i < sight.segment_count; ++i)
@@ -142,69 +146,104 @@ struct Forward {
     finish(part, first, sight, f);
   }
 
-  /// Returns whether any lane's maximum grew after its first block; `factor` then rescales what came before.
+  /// S becomes P. Returns whether the reference of a lane that has seen keys before moved; `factor` then rescales what came
+  /// before.
   static COTERIE_INLINE bool softmax(const Lookout& sight, int block_begin, const Scratch& f) {
     alignas(64) T block_max[width];
     for (int v = 0; v < sight.vectors; ++v) L::store(block_max + v * lanes, F{} + lowest);
     for (int i = 0; i < sight.segment_count; ++i) {
       const typename Lookout::Segment& s = sight.segments[i];
       for (int v = s.first; v < s.last; ++v) {
-        F best, x;
+        F best;
         L::load(block_max + v * lanes, best);
-        T* at = f.scores + (s.begin - block_begin) * width + v * lanes;
-        if (s.masked) {
-          for (int j = s.begin; j < s.end; ++j, at += width) {
-            I mask;
-            sight.visible(v, j, mask);
-            L::load(at, x);
-            x = mask ? x : F{} + lowest;
-            L::store(at, x);
-            best = x > best ? x : best;
-          }
-        } else {
-          for (int j = s.begin; j < s.end; ++j, at += width) {
-            L::load(at, x);
-            best = x > best ? x : best;
-          }
-        }
+        largest(sight, s, v, f.scores + v * lanes - block_begin * width, best);
         L::store(block_max + v * lanes, best);
       }
     }
-    Integer grown = 0;
-    for (int v = 0; v < sight.vectors; ++v) {
-      F old, best, sum, factor;
-      L::load(f.max + v * lanes, old);
-      L::load(block_max + v * lanes, best);
-      L::load(f.sum + v * lanes, sum);
-      best = best > old ? best : old;
-      // A lane that has seen nothing yet keeps its state of zeros; its exponents stay finite.
-      const F safe = best == F{} + lowest ? F{} : best;
-      L::exp2(old - safe, factor);
-      const I changed = (best > old) & (old > F{} + lowest);
-      for (int l = 0; l < lanes; ++l) grown |= changed[l];
-      factor = changed ? factor : F{} + T(1);
-      L::store(f.max + v * lanes, best);
-      L::store(block_max + v * lanes, safe);
-      L::store(f.factor + v * lanes, factor);
-      L::store(f.sum + v * lanes, sum * factor);
-    }
+    const bool grown = move_references(sight, block_max, f);
     for (int i = 0; i < sight.segment_count; ++i) {
       const typename Lookout::Segment& s = sight.segments[i];
       for (int v = s.first; v < s.last; ++v) {
-        F best, sum, x, p;
-        L::load(block_max + v * lanes, best);
+        F reference, sum, x, p;
+        L::load(f.reference + v * lanes, reference);
         L::load(f.sum + v * lanes, sum);
         T* at = f.scores + (s.begin - block_begin) * width + v * lanes;
         for (int j = s.begin; j < s.end; ++j, at += width) {
           L::load(at, x);
-          L::exp2(x - best, p);
+          L::exp2(x - reference, p);
           sum += p;
           L::store(at, p);
         }
         L::store(f.sum + v * lanes, sum);
       }
     }
-    return grown != 0;
+    return grown;
+  }
+
+  /// best = the largest of it and a segment's scores of vector v; masked ones become the lowest number.
+  static COTERIE_INLINE void largest(const Lookout& sight, const typename Lookout::Segment& s, int v, T* scores,
+                                     F& best) {
+    int begin = s.begin, end = s.end;
+    if (s.masked) {
+      sight.unmasked(s, v, begin, end);
+      typename Lookout::Mask mask;
+      sight.visible(v, mask);
+      const auto hide = [&](int from, int until) __attribute__((always_inline)) {
+        for (int j = from; j < until; ++j) {
+          I sees;
+          F x;
+          mask.of(j, sees);
+          L::load(scores + j * width, x);
+          x = sees < 0 ? x : F{} + lowest;
+          L::store(scores + j * width, x);
+          best = x > best ? x : best;
+        }
+      };
+      hide(s.begin, begin);
+      hide(end, s.end);
+    }
+    F other = best, x;  // two at a time: each waits for the one before
+    int j = begin;
+    for (; j + 2 <= end; j += 2) {
+      L::load(scores + j * width, x);
+      best = x > best ? x : best;
+      L::load(scores + (j + 1) * width, x);
+      other = x > other ? x : other;
+    }
+    if (j < end) {
+      L::load(scores + j * width, x);
+      best = x > best ? x : best;
+    }
+    best = other > best ? other : best;
+  }
+
+  /// Where a block's largest logit is above a lane's reference by more than there is room for, it becomes the reference.
+  static COTERIE_INLINE bool move_references(const Lookout& sight, const T* block_max, const Scratch& f) {
+    I above{}, grew{};
+    for (int v = 0; v < sight.vectors; ++v) {
+      F old, best;
+      L::load(f.max + v * lanes, old);
+      L::load(block_max + v * lanes, best);
+      const I sign = (I)(old + max_slack<T> - best);  // g++ 12 does not take comparisons here
+      above |= sign;
+      grew |= sign & (I)(F{} + lowest - old);
+    }
+    if (!L::any_negative(above)) return false;
+    for (int v = 0; v < sight.vectors; ++v) {
+      F old, best, sum, factor;
+      L::load(f.max + v * lanes, old);
+      L::load(block_max + v * lanes, best);
+      L::load(f.sum + v * lanes, sum);
+      best = best > old + max_slack<T> ? best : old;
+      // A lane that has seen nothing yet keeps its state of zeros; its exponents stay finite.
+      const F safe = best == F{} + lowest ? F{} : best;
+      L::exp2(old - safe, factor);
+      L::store(f.max + v * lanes, best);
+      L::store(f.reference + v * lanes, safe);
+      L::store(f.factor + v * lanes, factor);
+      L::store(f.sum + v * lanes, sum * factor);
+    }
+    return L::any_negative(grew);
   }
 
   /// out = Ot / sum, lse = max ln(2) + log(sum); zero and minus infinity where nothing is seen.
@@ -216,16 +255,18 @@ struct Forward {
       L::load(f.sum + v * lanes, sum);
       L::log(sum, y);
       L::store(log_sum + v * lanes, y);
+      I sees;
+      sight.sees_any(v, sees);
+      y = T(1) / sum;
+      y = sees < 0 ? y : F{};
+      L::store(inverse + v * lanes, y);
     }
-    for (int l = 0; l < sight.count; ++l) {
-      const bool sees = sight.sees_any(l);
-      inverse[l] = sees ? T(1) / f.sum[l] : T(0);
-      Common::write_state(part, part.target(first + l), f.max[l], log_sum[l], inverse[l], sees);
-    }
-    const Index stride = padded(part.dv);
-    M::transpose_out(f.out, sight.vectors, part.dv, f.rows, stride);
-    for (int l = 0; l < sight.count; ++l)
-      Common::scale_row(f.rows + l * stride, inverse[l], part.dv, part.out + part.target(first + l) * part.out_stride);
+    if (part.states.max || part.states.lse)
+      for (int l = 0; l < sight.count; ++l)
+        Common::write_state(part, part.target(first + l), f.max[l], log_sum[l], inverse[l], sight.sees_any(l));
+    T* rows[width];
+    for (int l = 0; l < sight.count; ++l) rows[l] = part.out + part.target(first + l) * part.out_stride;
+    M::scatter_columns(f.out, inverse, sight.count, part.dv, rows);
   }
 };
 

@@ -49,6 +49,12 @@
 #else
 #define COTERIE_OPAQUE(x)
 #endif
+// Hides where an address comes from: g++ would keep one register for each number behind it, and run out of them.
+#if defined(__GNUC__) && !defined(__clang__)
+#define COTERIE_OPAQUE_ADDRESS(x) __asm__("" : "+r"(x))
+#else
+#define COTERIE_OPAQUE_ADDRESS(x)
+#endif
 
 namespace coterie::detail {
 /// Factors between logits to base e and to base 2.
@@ -63,6 +69,7 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
 template <class T, int Bytes>
 struct Lanes {
   static constexpr int count = Bytes / static_cast<int>(sizeof(T));
+  static constexpr int quarter = 16 / static_cast<int>(sizeof(T));  // numbers in 16 bytes
   using Integer = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
   using Unsigned = std::make_unsigned_t<Integer>;
   typedef T F __attribute__((vector_size(Bytes)));
@@ -92,38 +99,49 @@ struct Lanes {
   /// Nothing of x is non-finite. Looks at bits: comparisons of NaN do not survive -ffast-math.
   static COTERIE_INLINE bool finite(const F& x) {
     constexpr Unsigned exponent = sizeof(T) == 4 ? Unsigned(0x7f800000u) : Unsigned(0x7ff0000000000000ull);
-    const U bits = (U)x & (U{} + exponent);
-    const I bad = (I)bits == I{} + static_cast<Integer>(exponent);
-    std::int64_t pairs[Bytes / 8], any = 0;
-    __builtin_memcpy(pairs, &bad, Bytes);
-    COTERIE_UNROLL for (int i = 0; i < Bytes / 8; ++i) any |= pairs[i];
-    return any == 0;
+    constexpr int mantissa = std::numeric_limits<T>::digits - 1;
+    // The exponent's bits carry into the sign's where all of them are set.
+    const U bad = (((U)x & (U{} + exponent)) + (Unsigned(1) << mantissa)) >> (8 * sizeof(T) - 1);
+    return !any((I)bad);
   }
 
-  // x = n + f, n whole, -1 < f <= 0, and 2^f = 1 + p f.
+  /// Whether any number of x is not 0.
+  static COTERIE_INLINE bool any(const I& x) {
+    std::int64_t pairs[Bytes / 8], bits = 0;
+    __builtin_memcpy(pairs, &x, Bytes);
+    COTERIE_UNROLL for (int i = 0; i < Bytes / 8; ++i) bits |= pairs[i];
+    return bits != 0;
+  }
+
+  static COTERIE_INLINE bool any_negative(const I& x) { return any(x >> (8 * sizeof(T) - 1)); }
+
+  // x = n + f, n whole, |f| < 1 with the sign of x, and 2^f = 1 + p f.
   static COTERIE_INLINE void exp2_parts(const F& x, I& n, F& f, F& p) {
     if constexpr (sizeof(T) == 4) {
       n = __builtin_convertvector(x, I);
       f = x - __builtin_convertvector(n, F);
-      p = f * T(1.090232476325604388e-4) + T(1.274748342648115863e-3);
-      p = p * f + T(9.579179711314167680e-3);
-      p = p * f + T(5.549075708670119381e-2);
-      p = p * f + T(2.402243678190716160e-1);
-      p = p * f + T(6.931470643268464333e-1);
+      p = f * T(1.340493249176083975e-5) + T(1.563511993171422818e-4);
+      p = p * f + T(1.336768214191319501e-3);
+      p = p * f + T(9.616978080823145129e-3);
+      p = p * f + T(5.550240216207655118e-2);
+      p = p * f + T(2.402266490025240705e-1);
+      p = p * f + T(6.931473884956809650e-1);
     } else {
       const Half narrow = __builtin_convertvector(x, Half);
       n = __builtin_convertvector(narrow, I);
       f = x - __builtin_convertvector(narrow, F);
-      p = f * T(3.141086367411872084e-10) + T(6.729902155810392119e-9);
-      p = p * f + T(1.013009499197938348e-7);
-      p = p * f + T(1.321093512989240217e-6);
-      p = p * f + T(1.525244689091070917694e-5);
-      p = p * f + T(1.540351829381783695553e-4);
-      p = p * f + T(1.333355781044518056668e-3);
-      p = p * f + T(9.618129101732921170831e-3);
-      p = p * f + T(5.550410866421736335710e-2);
-      p = p * f + T(2.402265069590696439114e-1);
-      p = p * f + T(6.931471805599447500168e-1);
+      p = f * T(1.274896876739093499e-12) + T(2.589897098532496130e-11);
+      p = p * f + T(4.448780068716191481e-10);
+      p = p * f + T(7.054636581079483468e-9);
+      p = p * f + T(1.017804503738811458e-7);
+      p = p * f + T(1.321548843414115094e-6);
+      p = p * f + T(1.525273404948294910e-5);
+      p = p * f + T(1.540353038861155743e-4);
+      p = p * f + T(1.333355814571890704e-3);
+      p = p * f + T(9.618129107634398021e-3);
+      p = p * f + T(5.550410866483031534e-2);
+      p = p * f + T(2.402265069591005029e-1);
+      p = p * f + T(6.931471805599450045e-1);
     }
   }
 
@@ -133,9 +151,9 @@ struct Lanes {
     y = (F)((U)x + ((U)n << mantissa));
   }
 
-  /// y = 2^x for x <= 0 and a little above; 0 below the smallest normal number; exactly 1 at 0; NaN stays NaN.
-  /// Method: x = n + f, n whole, -1 < f <= 0, a polynomial in f, and n added to the exponent bits.
-  /// Error: float at most 1.23 units in the last place (1.61 without fused multiply-adds), all floats tried; double 3 (3.3).
+  /// y = 2^x for x up to 126; 0 below the smallest normal number; exactly 1 at 0; NaN stays NaN.
+  /// Method: x = n + f, n whole, |f| < 1, a polynomial in f, and n added to the exponent bits.
+  /// Error: float at most 1.9 units in the last place (2.3 without fused multiply-adds), all floats tried; double at most 3.
   static COTERIE_INLINE void exp2(const F& x, F& y) {
     constexpr T low = std::numeric_limits<T>::min_exponent - 1;  // -126 or -1022
     I n;
@@ -147,7 +165,7 @@ struct Lanes {
 
   /// y = tanh(x); NaN stays NaN.
   /// Method: t = 2^(-2 log2(e) |x|), tanh|x| = (1 - t) / (1 + t), with 1 - t from the polynomial where t is above 1/2.
-  /// Error: at most 5 units in the last place in float, 10 in double.
+  /// Error: at most 6.3 units in the last place in float, 10 in double.
   static COTERIE_INLINE void tanh(const F& x, F& y) {
     constexpr Unsigned sign = Unsigned(1) << (8 * sizeof(T) - 1);
     const U bits = (U)x;
@@ -185,8 +203,10 @@ struct Lanes {
     COTERIE_OPAQUE(whole);  // or either product might be the one in a multiply-add
     y = whole + (s + s) * sum;
     const F special = x > std::numeric_limits<T>::max() ? x : x - std::numeric_limits<T>::infinity();
-    const I normal = (x >= std::numeric_limits<T>::min()) & (x <= std::numeric_limits<T>::max());
-    y = normal ? y : special;
+    constexpr Unsigned least = Unsigned(1) << mantissa,
+                       infinite = sizeof(T) == 4 ? Unsigned(0x7f800000u) : Unsigned(0x7ff0000000000000ull);
+    const I normal = ~(I)((U)x - least) & (I)((U)x - infinite);  // the sign
+    y = normal < 0 ? y : special;
   }
 
   /// x = pair_bits(x) of core/random.hpp, for 32 bits in every lane.
@@ -214,6 +234,15 @@ struct Lanes {
     b = second;
   }
 
+  /// y = a in lanes whose number has bit `Bit`, b in the others.
+  template <int Bit>
+  static COTERIE_INLINE void choose(const F& a, const F& b, F& y) {
+    struct Pick {
+      static constexpr int of(int i) { return (i & Bit) != 0 ? i : count + i; }
+    };
+    shuffle<Pick>(a, b, y, std::make_integer_sequence<int, count>{});
+  }
+
   /// a, b = the blocks of `Size` numbers of a and b that have even and odd places: a0 b0 a2 b2 .. and a1 b1 a3 b3 ..
   template <int Size>
   static COTERIE_INLINE void exchange_blocks(F& a, F& b) {
@@ -229,7 +258,7 @@ struct Lanes {
   /// a, b = blocks of `Size` numbers of a and b by turns, from the lower and the upper half of every 16 bytes.
   template <int Size>
   static COTERIE_INLINE void interleave_halves(F& a, F& b) {
-    constexpr int quarter = 16 / static_cast<int>(sizeof(T)), half = quarter / 2;
+    constexpr int half = quarter / 2;
     struct Low {
       static constexpr int of(int i) {
         const int within = i % quarter;
@@ -242,11 +271,36 @@ struct Lanes {
     exchange<Low, High>(a, b);
   }
 
+  /// columns[i][l] = rows[l][i] for `quarter` columns: 16 bytes of every row go straight to their place, where only they are
+  /// left to be transposed.
+  static COTERIE_INLINE void load_columns(const T* const* rows, Index column, F (&columns)[quarter]) {
+    COTERIE_UNROLL for (int i = 0; i < quarter; ++i) load_quarters(rows + i, column, columns[i]);
+    transpose_quarters<quarter>(columns);
+  }
+
   /// Transposes `count` vectors of `count` numbers: first inside every 16 bytes, then blocks of 16 bytes, so that every
   /// step is one shuffle.
   static COTERIE_INLINE void transpose(F (&rows)[count]) {
-    constexpr int quarter = 16 / static_cast<int>(sizeof(T)), blocks = count / quarter;
-    COTERIE_UNROLL for (int i = 0; i < count; i += quarter) {
+    constexpr int blocks = count / quarter;
+    transpose_quarters<count>(rows);
+    if constexpr (blocks >= 2)
+      COTERIE_UNROLL for (int i = 0; i < count; ++i) if (i / quarter % 2 == 0)
+          exchange_blocks<quarter>(rows[i], rows[i + quarter]);
+    if constexpr (blocks >= 4)
+      COTERIE_UNROLL for (int i = 0; i < count; ++i) if (i / (2 * quarter) % 2 == 0)
+          exchange_blocks<2 * quarter>(rows[i], rows[i + 2 * quarter]);
+    // rows[4 g + k] (16-byte blocks of four) now holds, block q, columns k of block g of rows 4 q ..: column 4 g + k.
+  }
+
+ private:
+  typedef T Quarter __attribute__((vector_size(16)));
+  typedef T LooseQuarter __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
+  typedef T Half2 __attribute__((vector_size(Bytes > 16 ? Bytes / 2 : 16)));
+
+  /// Transposes `quarter` rows after `quarter` rows inside every 16 bytes.
+  template <int Rows>
+  static COTERIE_INLINE void transpose_quarters(F (&rows)[Rows]) {
+    COTERIE_UNROLL for (int i = 0; i < Rows; i += quarter) {
       if constexpr (quarter == 4) {
         interleave_halves<1>(rows[i], rows[i + 1]);
         interleave_halves<1>(rows[i + 2], rows[i + 3]);
@@ -259,13 +313,31 @@ struct Lanes {
         interleave_halves<1>(rows[i], rows[i + 1]);
       }
     }
-    if constexpr (blocks >= 2)
-      COTERIE_UNROLL for (int i = 0; i < count; ++i) if (i / quarter % 2 == 0)
-          exchange_blocks<quarter>(rows[i], rows[i + quarter]);
-    if constexpr (blocks >= 4)
-      COTERIE_UNROLL for (int i = 0; i < count; ++i) if (i / (2 * quarter) % 2 == 0)
-          exchange_blocks<2 * quarter>(rows[i], rows[i + 2 * quarter]);
-    // rows[4 g + k] (16-byte blocks of four) now holds, block q, columns k of block g of rows 4 q ..: column 4 g + k.
+  }
+
+  /// x = 16 bytes of each of rows[0], rows[quarter], rows[2 quarter] ..
+  static COTERIE_INLINE void load_quarters(const T* const* rows, Index column, F& x) {
+    constexpr int blocks = count / quarter;
+    const auto piece = [&](int block) __attribute__((always_inline)) {
+      return reinterpret_cast<const LooseQuarter*>(rows[block * quarter] + column);
+    };
+    if constexpr (blocks == 1) {
+      x = *piece(0);
+    } else if constexpr (blocks == 2) {
+      const Quarter a = *piece(0), b = *piece(1);
+      join<Quarter>(a, b, x, std::make_integer_sequence<int, count>{});
+    } else {
+      const Quarter a = *piece(0), b = *piece(1), c = *piece(2), d = *piece(3);
+      Half2 low, high;
+      join<Quarter>(a, b, low, std::make_integer_sequence<int, count / 2>{});
+      join<Quarter>(c, d, high, std::make_integer_sequence<int, count / 2>{});
+      join<Half2>(low, high, x, std::make_integer_sequence<int, count>{});
+    }
+  }
+
+  template <class From, class To, int... Is>
+  static COTERIE_INLINE void join(const From& a, const From& b, To& y, std::integer_sequence<int, Is...>) {
+    y = __builtin_shufflevector(a, b, Is...);
   }
 };
 

@@ -1,6 +1,8 @@
 // The micro-kernels: a few rows of sums in registers, one factor broadcast, the other loaded as vectors.
 #pragma once
 
+#include <algorithm>
+
 #include "coterie/kernel/part.hpp"
 
 namespace coterie::detail {
@@ -39,21 +41,20 @@ struct Micro {
         L::store(c + r * c_stride + v * lanes, sum[r][v]);
   }
 
-  template <int N, bool Add>
+  /// Rows of sums for N vectors: more where one vector alone would leave the machine waiting, as far as there are registers
+  /// for their addresses; columns, which need one address, up to 2 R. And how many of what is left after so many at a time.
+  template <int N>
+  static constexpr int rows_for = N == 1 ? (R < 6 ? R : 8) : R;
+  template <int N>
+  static constexpr int columns_for = 2 * N <= V ? 2 * R : R;
+  static constexpr int fewer(int rows) { return rows > R ? R : rows > 4 ? 4 : rows / 2; }
+
+  template <int Rows, int N, bool Add>
   static COTERIE_INLINE void all_rows(const T* const* a, Index count, Index depth, const T* b, Index b_stride, T* c,
                                       Index c_stride) {
-    Index r = 0;
-    for (; r + R <= count; r += R) by_rows<R, N, Add>(a + r, depth, b, b_stride, c + r * c_stride, c_stride);
-    if constexpr (R > 4)
-      if (count - r >= 4) {
-        by_rows<4, N, Add>(a + r, depth, b, b_stride, c + r * c_stride, c_stride);
-        r += 4;
-      }
-    if (count - r >= 2) {
-      by_rows<2, N, Add>(a + r, depth, b, b_stride, c + r * c_stride, c_stride);
-      r += 2;
-    }
-    if (count - r >= 1) by_rows<1, N, Add>(a + r, depth, b, b_stride, c + r * c_stride, c_stride);
+    for (; count >= Rows; count -= Rows, a += Rows, c += Rows * c_stride)
+      by_rows<Rows, N, Add>(a, depth, b, b_stride, c, c_stride);
+    if constexpr (Rows > 1) all_rows<fewer(Rows), N, Add>(a, count, depth, b, b_stride, c, c_stride);
   }
 
   /// c[r][v] (+)= sum_l a[r][l] b[l][v] for `count` rows and `vectors` <= V vectors.
@@ -61,11 +62,11 @@ struct Micro {
   static COTERIE_INLINE void product(const T* const* a, Index count, Index depth, const T* b, Index b_stride, T* c,
                                      Index c_stride, int vectors) {
     if constexpr (V == 4) {
-      if (vectors == 4) return all_rows<4, Add>(a, count, depth, b, b_stride, c, c_stride);
-      if (vectors == 3) return all_rows<3, Add>(a, count, depth, b, b_stride, c, c_stride);
+      if (vectors == 4) return all_rows<rows_for<4>, 4, Add>(a, count, depth, b, b_stride, c, c_stride);
+      if (vectors == 3) return all_rows<rows_for<3>, 3, Add>(a, count, depth, b, b_stride, c, c_stride);
     }
-    if (vectors == 2) return all_rows<2, Add>(a, count, depth, b, b_stride, c, c_stride);
-    all_rows<1, Add>(a, count, depth, b, b_stride, c, c_stride);
+    if (vectors == 2) return all_rows<rows_for<2>, 2, Add>(a, count, depth, b, b_stride, c, c_stride);
+    all_rows<rows_for<1>, 1, Add>(a, count, depth, b, b_stride, c, c_stride);
   }
 
   /// transposed[column][lane] = rows[lane][column] for `vectors` vectors of lanes; rows have `stride` numbers, a whole
@@ -88,6 +89,49 @@ struct Micro {
         COTERIE_UNROLL for (int l = 0; l < lanes; ++l) L::load(transposed + (c + l) * width + v * lanes, square[l]);
         L::transpose(square);
         COTERIE_UNROLL for (int l = 0; l < lanes; ++l) L::store(rows + (v * lanes + l) * stride + c, square[l]);
+      }
+  }
+
+  /// transposed[column][lane] = rows[lane][column] * factor for `vectors` vectors of lanes and any rows of `columns` numbers.
+  static COTERIE_INLINE void gather_columns(const T* const* rows, int vectors, Index columns, T factor, T* transposed) {
+    for (int v = 0; v < vectors; ++v)
+      for (Index c = 0; c < columns; c += lanes) {
+        F square[lanes];
+        if (c + lanes <= columns) {
+          COTERIE_UNROLL for (int l = 0; l < lanes; ++l) L::load(rows[v * lanes + l] + c, square[l]);
+        } else {
+          alignas(64) T padded_rows[lanes * lanes] = {};
+          for (int l = 0; l < lanes; ++l)
+            for (Index i = c; i < columns; ++i) padded_rows[l * lanes + i - c] = rows[v * lanes + l][i];
+          COTERIE_UNROLL for (int l = 0; l < lanes; ++l) L::load(padded_rows + l * lanes, square[l]);
+        }
+        COTERIE_UNROLL for (int l = 0; l < lanes; ++l) square[l] *= factor;
+        L::transpose(square);
+        COTERIE_UNROLL for (int l = 0; l < lanes; ++l) L::store(transposed + (c + l) * width + v * lanes, square[l]);
+      }
+  }
+
+  /// rows[lane][column] = transposed[column][lane] * factor[lane] for the first `count` lanes and any rows of `columns` numbers.
+  static COTERIE_INLINE void scatter_columns(const T* transposed, const T* factor, int count, Index columns,
+                                             T* const* rows) {
+    for (int first = 0; first < count; first += lanes)
+      for (Index c = 0; c < columns; c += lanes) {
+        F square[lanes], scale;
+        L::load(factor + first, scale);
+        COTERIE_UNROLL for (int l = 0; l < lanes; ++l) {
+          L::load(transposed + (c + l) * width + first, square[l]);
+          square[l] *= scale;
+        }
+        L::transpose(square);
+        if (c + lanes <= columns && first + lanes <= count) {
+          COTERIE_UNROLL for (int l = 0; l < lanes; ++l) L::store(rows[first + l] + c, square[l]);
+        } else {
+          alignas(64) T padded_rows[lanes * lanes];
+          COTERIE_UNROLL for (int l = 0; l < lanes; ++l) L::store(padded_rows + l * lanes, square[l]);
+          for (int l = 0; l < lanes && first + l < count; ++l)
+            for (Index i = c; i < std::min(columns, c + lanes); ++i)
+              rows[first + l][i] = padded_rows[l * lanes + i - c];
+        }
       }
   }
 
@@ -126,6 +170,7 @@ struct Micro {
         L::load(out + c * width + v * lanes, sum[c][v]);
     for (Index j = begin; j < end; ++j) {
       const T* row = rows[j] + column;
+      COTERIE_OPAQUE_ADDRESS(row);
       F x[N];
       COTERIE_UNROLL for (int v = 0; v < N; ++v) L::load(p + j * width + v * lanes, x[v]);
       COTERIE_UNROLL for (int c = 0; c < Columns; ++c) {
@@ -172,6 +217,38 @@ struct Micro {
     for (; v < vectors; ++v) row_scores_of<1>(q, depth, keys + v * lanes, s + v * lanes);
   }
 
+  // s[key] = sum_d q[d] rows[key][d] for N vectors of keys: keys are transposed a few columns at a time.
+  template <int N>
+  static COTERIE_INLINE void row_dots_of(const T* const* rows, Index depth, const T* q, T* s) {
+    F sum[N];
+    COTERIE_UNROLL for (int v = 0; v < N; ++v) sum[v] = F{};
+    Index l = 0;
+    for (; l + L::quarter <= depth; l += L::quarter) {
+      F x[N][L::quarter];
+      COTERIE_UNROLL for (int v = 0; v < N; ++v) L::load_columns(rows + v * lanes, l, x[v]);
+      COTERIE_UNROLL for (int i = 0; i < L::quarter; ++i) COTERIE_UNROLL for (int v = 0; v < N; ++v) {
+        COTERIE_OPAQUE(sum[v]);
+        sum[v] += q[l + i] * x[v][i];
+      }
+    }
+    for (; l < depth; ++l) COTERIE_UNROLL for (int v = 0; v < N; ++v) {
+        alignas(64) T column[lanes];
+        for (int i = 0; i < lanes; ++i) column[i] = rows[v * lanes + i][l];
+        F x;
+        L::load(column, x);
+        COTERIE_OPAQUE(sum[v]);
+        sum[v] += q[l] * x;
+      }
+    COTERIE_UNROLL for (int v = 0; v < N; ++v) L::store(s + v * lanes, sum[v]);
+  }
+
+  /// s[key] = sum_d q[d] rows[key][d] for `vectors` vectors of keys: row_scores() for one query, of keys as they are.
+  static COTERIE_INLINE void row_dots(const T* const* rows, Index depth, const T* q, T* s, int vectors) {
+    int v = 0;
+    for (; v + 2 <= vectors; v += 2) row_dots_of<2>(rows + v * lanes, depth, q, s + v * lanes);
+    if (v < vectors) row_dots_of<1>(rows + v * lanes, depth, q, s + v * lanes);
+  }
+
   // out[c] += sum over j in [begin, end) of p[j] rows[j][c], N vectors of columns from `column` on; and total += p[j].
   template <int N>
   static COTERIE_INLINE void row_values_of(const T* p, const T* const* rows, Index begin, Index end, Index column,
@@ -216,23 +293,15 @@ struct Micro {
     }
   }
 
-  template <int N>
-  static COTERIE_INLINE Index all_columns(const T* const* rows, Index begin, Index end, Index columns, const T* p,
-                                          T* out, bool checked) {
-    Index c = 0;
-    for (; c + R <= columns; c += R)
-      if (!by_columns<R, N>(rows, begin, end, c, p, out + c * width, checked)) return c;
-    if constexpr (R > 4)
-      if (columns - c >= 4) {
-        if (!by_columns<4, N>(rows, begin, end, c, p, out + c * width, checked)) return c;
-        c += 4;
-      }
-    if (columns - c >= 2) {
-      if (!by_columns<2, N>(rows, begin, end, c, p, out + c * width, checked)) return c;
-      c += 2;
-    }
-    if (columns - c >= 1 && !by_columns<1, N>(rows, begin, end, c, p, out + c * width, checked)) return c;
-    return columns;
+  template <int Columns, int N>
+  static COTERIE_INLINE Index all_columns(const T* const* rows, Index begin, Index end, Index c, Index columns,
+                                          const T* p, T* out, bool checked) {
+    for (; c + Columns <= columns; c += Columns)
+      if (!by_columns<Columns, N>(rows, begin, end, c, p, out + c * width, checked)) return c;
+    if constexpr (Columns > 1)
+      return all_columns<fewer(Columns), N>(rows, begin, end, c, columns, p, out, checked);
+    else
+      return columns;
   }
 
   /// out[c][lane] += sum over j in [begin, end) of rows[j][c] p[j][lane], for `vectors` <= V vectors of rows of `width`.
@@ -240,11 +309,11 @@ struct Micro {
   static COTERIE_INLINE Index columns(const T* const* rows, Index begin, Index end, Index columns, const T* p, T* out,
                                       int vectors, bool checked) {
     if constexpr (V == 4) {
-      if (vectors == 4) return all_columns<4>(rows, begin, end, columns, p, out, checked);
-      if (vectors == 3) return all_columns<3>(rows, begin, end, columns, p, out, checked);
+      if (vectors == 4) return all_columns<columns_for<4>, 4>(rows, begin, end, 0, columns, p, out, checked);
+      if (vectors == 3) return all_columns<columns_for<3>, 3>(rows, begin, end, 0, columns, p, out, checked);
     }
-    if (vectors == 2) return all_columns<2>(rows, begin, end, columns, p, out, checked);
-    return all_columns<1>(rows, begin, end, columns, p, out, checked);
+    if (vectors == 2) return all_columns<columns_for<2>, 2>(rows, begin, end, 0, columns, p, out, checked);
+    return all_columns<columns_for<1>, 1>(rows, begin, end, 0, columns, p, out, checked);
   }
 };
 

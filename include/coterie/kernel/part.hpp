@@ -170,6 +170,11 @@ struct RowSums {
 /// Keys of a block: key lists are cut at multiples of it.
 inline constexpr int key_block = 64;
 
+/// A row's probabilities are 2^(logit - reference). The reference moves, and with it what has been summed, only where a block
+/// brings a logit more than this above it: so blocks after the first one seldom cost a pass over the output.
+template <class T>
+inline constexpr T max_slack = 8;
+
 /// Keys that a part copies at most; see Tile::gather.
 inline constexpr Index most_gathered = 4096;
 

@@ -379,29 +379,31 @@ struct Relative {
   template <class U>
   static constexpr Index bytes = static_cast<Index>(sizeof(U));
 
+  template <int Bit>
+  static COTERIE_INLINE void skew_by(F (&x)[skew_rows], F (&earlier)[2 * lanes]) {
+    F y[skew_rows];
+    COTERIE_UNROLL for (int i = 0; i < skew_rows; ++i)
+        L::template choose<Bit>(x[i], i < Bit ? earlier[Bit + i] : x[i < Bit ? 0 : i - Bit], y[i]);
+    COTERIE_UNROLL for (int i = 0; i < Bit; ++i) earlier[Bit + i] = x[skew_rows - Bit + i];
+    COTERIE_UNROLL for (int i = 0; i < skew_rows; ++i) x[i] = y[i];
+    if constexpr (2 * Bit < lanes) skew_by<2 * Bit>(x, earlier);
+  }
+
   /// Moves lane l of every vector by l rows, up (Step 1) or down (-1), for `inner` rows from `first` on in the step's direction.
   /// The bits of l one after the other, each a choice between two rows; rows stream through registers.
   template <int Step>
   static COTERIE_INLINE void skew(const Lookout& sight, T* buffer, Index first, Index inner) {
     constexpr int at_a_time = skew_rows;
     for (int v = 0; v < sight.vectors; ++v) {
-      I moves[lanes];        // at a power of two: lanes whose number has that bit
       F earlier[2 * lanes];  // from a power of two on, as many rows: the last ones of that bit
       COTERIE_UNROLL for (int bit = 1; bit < lanes; bit *= 2) {
-        moves[bit] = I{};
-        COTERIE_UNROLL for (int l = 0; l < lanes; ++l) moves[bit][l] = (l & bit) != 0 ? -1 : 0;
         COTERIE_UNROLL for (int i = 0; i < bit; ++i) earlier[bit + i] = F{};
       }
       T* from = buffer + first * width + v * lanes;
       for (Index row = 0; row < inner + lanes - 1; row += at_a_time) {
-        F x[at_a_time], y[at_a_time];
+        F x[at_a_time];
         COTERIE_UNROLL for (int i = 0; i < at_a_time; ++i) L::load(from + i * Step * width, x[i]);
-        COTERIE_UNROLL for (int bit = 1; bit < lanes; bit *= 2) {
-          COTERIE_UNROLL for (int i = 0; i < at_a_time; ++i) y[i] =
-              moves[bit] ? x[i] : (i < bit ? earlier[bit + i] : x[i < bit ? 0 : i - bit]);
-          COTERIE_UNROLL for (int i = 0; i < bit; ++i) earlier[bit + i] = x[at_a_time - bit + i];
-          COTERIE_UNROLL for (int i = 0; i < at_a_time; ++i) x[i] = y[i];
-        }
+        skew_by<1>(x, earlier);
         COTERIE_UNROLL for (int i = 0; i < at_a_time; ++i) L::store(from + (i - (lanes - 1)) * Step * width, x[i]);
         from += at_a_time * Step * width;
       }

@@ -45,13 +45,13 @@ struct Row {
       Common::scale_row(part.q.row(part.rows[first + r]), part.scale * log2_e<T>, part.d, states[r].q);
       std::memset(states[r].out, 0, static_cast<std::size_t>(padded(part.dv)) * sizeof(T));
     }
-    typename Common::Following following(part, first);
+    typename Common::Following following(part, first, 1);
     following.fetch();
     Lookout sight;
     sight.look(part, first, count);
-    for (int key = sight.next_key(0); key != Lookout::none;
-         key = sight.next_key(key / key_block * key_block + key_block))
-      block(part, first, count, key / key_block * key_block, states, keys, scores);
+    for (int block_begin = sight.first_block(); block_begin != Lookout::none;
+         block_begin = sight.next_block(block_begin))
+      block(part, first, count, block_begin, states, keys, scores);
     for (int r = 0; r < count; ++r) {
       const bool sees = sight.sees_any(r);
       const T inverse = sees ? T(1) / states[r].sum : T(0);
@@ -89,12 +89,15 @@ struct Row {
     const int vectors = (high - low + lanes - 1) / lanes;
     for (int j = low; j < high; ++j) part.locate(block_begin + std::max(j, seen_low), k_rows[j], v_rows[j]);
     for (int j = high; j < low + vectors * lanes; ++j) k_rows[j] = k_rows[high - 1];
-    transpose_keys(k_rows + low, vectors, part.d, keys + low);
+    if (count > 1) transpose_keys(k_rows + low, vectors, part.d, keys + low);
     for (int r = 0; r < count; ++r) {
       const Interval one = seen(part, first + r, 0, block_begin), two = seen(part, first + r, 1, block_begin);
       if (one.begin == one.end && two.begin == two.end) continue;
       State& state = states[r];
-      M::row_scores(state.q, part.d, keys + low, scores + low, vectors);
+      if (count > 1)
+        M::row_scores(state.q, part.d, keys + low, scores + low, vectors);
+      else
+        M::row_dots(k_rows + low, part.d, state.q, scores + low, vectors);
       for (int v = 0; v < vectors && part.soft_cap != 0; ++v) {
         F tanh;
         Common::cap(part, scores + low + v * lanes, tanh);
@@ -163,7 +166,7 @@ struct Row {
     T most_here = lowest;
     for (int l = 0; l < lanes; ++l) most_here = best[l] > most_here ? best[l] : most_here;
     const T old = state.max;
-    state.max = most_here > old ? most_here : old;
+    state.max = most_here > old + max_slack<T> ? most_here : old;
     const T safe = state.max == lowest ? T(0) : state.max;
     if (state.max > old && old > lowest) {
       F factor;

@@ -73,9 +73,10 @@ struct Tile {
     return std::min(keys, most_gathered) * (padded(d) + padded(dv));
   }
 
-  /// Copies the keys and values that a part sees into `scratch` where they do not lie side by side and several tiles read
-  /// them: rows of many heads are a power of two apart and fall on few sets of a cache, rows of a cluster on many pages.
+  /// Copies the keys and values that a part sees into `scratch` where they lie far apart and several tiles read them: rows of
+  /// many heads are a power of two apart and fall on few sets of a cache.
   static COTERIE_INLINE void gather(AttentionPart<T>& part, T* scratch) {
+    if (part.k.stride == part.d && part.v.stride == part.dv) return;
     if (part.entries < 3 * width) return;
     Index begin = std::numeric_limits<std::int32_t>::max(), end = 0;
     for (const Interval* visible : {part.visible, part.visible_too})
@@ -85,8 +86,6 @@ struct Tile {
           end = std::max<Index>(end, visible[e].end);
         }
     if (begin >= end || end - begin > most_gathered) return;
-    if (part.k.stride == part.d && part.v.stride == part.dv && part.keys[end - 1] - part.keys[begin] == end - 1 - begin)
-      return;
     T* const k = scratch;
     T* const v = scratch + (end - begin) * padded(part.d);
     constexpr Index ahead = 8;
@@ -111,32 +110,35 @@ struct Tile {
   /// first. A few rows at a time: many wait for each other.
   struct Following {
     const AttentionPart<T>* part;
-    Index entry, end;
+    Index entry, end, at_once;
 
-    COTERIE_INLINE Following(const AttentionPart<T>& now, Index first) : part(&now), entry(first + width), end(0) {
+    /// `calls`: how often fetch() will be called.
+    COTERIE_INLINE Following(const AttentionPart<T>& now, Index first, Index calls)
+        : part(&now), entry(first + width), end(0) {
       if (entry >= now.entries) {
         part = now.next;
         entry = 0;
       }
       if (part) end = std::min<Index>(entry + width, part->entries);
+      at_once = (end - entry + calls - 1) / calls;
     }
 
-    /// Entries whose rows are asked for at a time.
-    COTERIE_INLINE Index at_once() const { return part ? std::clamp<Index>(512 / (part->d + part->dv), 1, 8) : 0; }
-
-    /// Asks for query, output, newest key and value of the next `count` entries, and for what also(part, entry) does.
+    /// Asks for query, output, state, newest key and value of the next entries, and for what also(part, entry) does.
     template <class Also>
-    COTERIE_INLINE void fetch(Index count, const Also& also) {
-      for (const Index until = std::min(entry + count, end); entry < until; ++entry) {
+    COTERIE_INLINE void fetch(const Also& also) {
+      for (const Index until = std::min(entry + at_once, end); entry < until; ++entry) {
+        const Index target = part->target(entry);
         L::fetch(part->q.row(part->rows[entry]), part->d);
-        L::fetch(part->out + part->target(entry) * part->out_stride, part->dv);
+        L::fetch(part->out + target * part->out_stride, part->dv);
+        for (const T* state : {part->states.max, part->states.inverse, part->states.lse})
+          if (state) L::fetch(state + target * part->states.stride, 1);
         const Interval seen = part->visible[entry];
         if (!part->gathered_k && seen.begin < seen.end) fetch_key(*part, seen.end - 1);
         also(*part, entry);
       }
     }
     COTERIE_INLINE void fetch() {
-      fetch(at_once(), [](const AttentionPart<T>&, Index) {});
+      fetch([](const AttentionPart<T>&, Index) {});
     }
   };
 
@@ -271,13 +273,15 @@ struct Tile {
       for (int v = s.first; v < s.last; ++v) {
         F sum, x;
         L::load(out + c * width + v * lanes, sum);
+        typename Lookout::Mask mask;
+        sight.visible(v, mask);
         for (int j = begin; j < end; ++j) {
-          I mask;
-          sight.visible(v, block_begin + j, mask);
+          I sees;
+          mask.of(block_begin + j, sees);
           L::load(p + j * width + v * lanes, x);
           COTERIE_OPAQUE(sum);
           const F next = sum + rows[j][c] * x;
-          sum = mask ? next : sum;
+          sum = sees < 0 ? next : sum;
         }
         L::store(out + c * width + v * lanes, sum);
       }
