@@ -1,4 +1,4 @@
-# cmake -D KERNELS=library -D DISPATCH=dispatch.hpp -P machine_code.cmake: fails where the innermost loops of the micro-kernels
+# cmake -D KERNELS=library -D DISPATCH=dispatch.hpp -D SINGLE=160 -P machine_code.cmake: fails where the innermost loops of the micro-kernels
 # are not what they should be; see machine_code.awk. KERNELS may also be the text that objdump printed.
 
 cmake_minimum_required(VERSION 3.21)
@@ -20,7 +20,7 @@ foreach(micro IN ITEMS Avx2Micro Avx512Micro)
   string(APPEND expected " ${micro} ${CMAKE_MATCH_1} ${CMAKE_MATCH_2}")
 endforeach()
 
-set(check COMMAND ${AWK} -v expected=${expected} -f ${CMAKE_CURRENT_LIST_DIR}/machine_code.awk)
+set(check COMMAND ${AWK} -v expected=${expected} -v single=${SINGLE} -f ${CMAKE_CURRENT_LIST_DIR}/machine_code.awk)
 if(KERNELS MATCHES "\\.txt$")
   execute_process(${check} ${KERNELS} COMMAND_ERROR_IS_FATAL ANY)
 else()

@@ -88,10 +88,11 @@ struct Lanes {
     store(to, y + x);
   }
 
-  /// Asks for the cache lines of a row before it is read.
+  /// Asks for the cache lines of a row before it is read; one more than its length has where it does not begin with a line.
   static COTERIE_INLINE void fetch(const T* row, Index columns) {
     constexpr Index line = 64 / static_cast<Index>(sizeof(T));
     for (Index c = 0; c < columns; c += line) __builtin_prefetch(row + c, 0, 2);
+    __builtin_prefetch(row + columns - 1, 0, 2);
   }
 
   static COTERIE_INLINE void fill(T value, F& x) { x = F{} + value; }
