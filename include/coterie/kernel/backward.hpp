@@ -47,7 +47,7 @@ struct Backward {
                                  T* scratch) {
     AttentionPart<T> part = given;
     const PartSizes sizes = part.sizes();
-    Common::gather(part, scratch + tile_size(sizes));
+    Common::gather(part, std::numeric_limits<Index>::max(), scratch + tile_size(sizes));
     Scratch b;
     b.q_rows = scratch;
     b.q = b.q_rows + padded(part.d) * width;

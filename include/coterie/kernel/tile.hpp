@@ -74,10 +74,12 @@ struct Tile {
   }
 
   /// Copies the keys and values that a part sees into `scratch` where they lie far apart and several tiles read them: rows of
-  /// many heads are a power of two apart and fall on few sets of a cache.
-  static COTERIE_INLINE void gather(AttentionPart<T>& part, T* scratch) {
-    if (part.k.stride == part.d && part.v.stride == part.dv) return;
+  /// many heads are a power of two apart and fall on few sets of a cache. Rows that lie side by side are copied where
+  /// `most_in_place` bytes do not hold all of them: rows of a cluster are on many pages then.
+  static COTERIE_INLINE void gather(AttentionPart<T>& part, Index most_in_place, T* scratch) {
     if (part.entries < 3 * width) return;
+    const bool side_by_side = part.k.stride == part.d && part.v.stride == part.dv;
+    if (side_by_side && part.k.rows * (part.d + part.dv) * Index(sizeof(T)) <= most_in_place) return;
     Index begin = std::numeric_limits<std::int32_t>::max(), end = 0;
     for (const Interval* visible : {part.visible, part.visible_too})
       for (Index e = 0; visible && e < part.entries; ++e)
@@ -86,6 +88,7 @@ struct Tile {
           end = std::max<Index>(end, visible[e].end);
         }
     if (begin >= end || end - begin > most_gathered) return;
+    if (side_by_side && part.keys[end - 1] - part.keys[begin] == end - 1 - begin) return;
     T* const k = scratch;
     T* const v = scratch + (end - begin) * padded(part.d);
     constexpr Index ahead = 8;
