@@ -102,7 +102,7 @@ struct Backward {
     };
     Common::pack(sight, part.d, b.q_rows, b.q, q_row, q_factor);
     Common::pack(sight, part.dv, b.d_out_rows, b.d_out, d_row, d_factor);
-    std::memset(b.d_q, 0, static_cast<std::size_t>(padded(part.d) * width) * sizeof(T));
+    Common::clear(sight, part.d, b.d_q);
     for (int l = 0; l < sight.vectors * lanes; ++l) {
       // Lanes without an entry: probabilities of zero, whatever a bias adds.
       b.max[l] = std::numeric_limits<T>::max();

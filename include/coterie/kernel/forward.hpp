@@ -90,7 +90,7 @@ struct Forward {
       L::store(f.reference + v * lanes, F{});
       L::store(f.sum + v * lanes, F{});
     }
-    std::memset(f.out, 0, static_cast<std::size_t>(padded(part.dv) * width) * sizeof(T));
+    Common::clear(sight, part.dv, f.out);
     if (part.bias || part.relative_count > 0) positions.look(part, first, sight);
     if (part.relative_count > 0) relative.look(sight);
     if (part.relative_keys)

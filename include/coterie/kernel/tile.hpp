@@ -172,6 +172,13 @@ struct Tile {
     M::transpose_in(rows, stride, sight.vectors, columns, transposed);
   }
 
+  /// transposed[column][lane] = 0 for the vectors in use, and columns up to a whole vector of them.
+  static COTERIE_INLINE void clear(const Lookout& sight, Index columns, T* transposed) {
+    const T* const end = transposed + (columns + lanes - 1) / lanes * lanes * width;
+    for (int v = 0; v < sight.vectors; ++v)
+      for (T* to = transposed + v * lanes; to < end; to += width) L::store(to, F{});
+  }
+
   /// score = cap tanh(score / cap) of one vector; y = tanh(score / cap). The one formula, so that rows have the same bits in
   /// tiles and alone.
   static COTERIE_INLINE void cap(const AttentionPart<T>& part, T* score, F& y) {
