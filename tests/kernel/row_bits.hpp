@@ -47,7 +47,7 @@ inline AttentionPlan regrouped(const AttentionPlan& whole, Index size, Index fir
 struct RowBitsCase {
   Index d, keys;
   int sight;  // 0: everything, 1: causal, 2: some interval, 3: two of them
-  bool bias, poison, gradients, relative;
+  bool bias, poison, gradients, relative, growing;
 };
 
 /// 70 queries, some of adjacent rows and some not, of which a few see nothing.
@@ -84,6 +84,8 @@ Inputs<T> row_bits_inputs(const RowBitsCase& c, Random& random) {
   const Index dv = c.d % 3 == 0 ? c.d + 5 : c.d;
   in.q = random.matrix<T>(plan.tokens, c.d) * T(3);
   in.k = random.matrix<T>(plan.key_tokens, c.d) * T(3);
+  if (c.growing)  // so that logits of later blocks are far above earlier ones
+    for (Index row = 0; row < plan.key_tokens; ++row) in.k.row(row) *= T(1) + T(row) / T(16);
   in.v = random.matrix<T>(plan.key_tokens, dv);
   in.bias = random.matrix<T>(c.bias ? 1 : 0, 9);
   in.bias_first = -4;
@@ -125,7 +127,8 @@ void check_row_bits(const Run& run, std::uint64_t seed) {
                           random.below(2) == 0,
                           random.below(3) == 0,
                           d <= 24 || turn % 5 == 0,
-                          random.below(3) == 0};
+                          random.below(3) == 0,
+                          random.below(2) == 0};
       ++turn;
       Inputs<T> in = row_bits_inputs<T>(c, random);
       const AttentionPlan whole = in.plan;

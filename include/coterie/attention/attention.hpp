@@ -188,8 +188,9 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
 ///   its visible keys and their ranks in the group's key list, the instruction set and the build.
 /// Cost: 4 d operations per visible pair, and index reads; memory beside the arguments does not depend on cluster sizes.
 ///   With relative keys and values 4 d more per query and table row that any query near it uses.
-/// Accuracy: that of the plain formula in the same scalar type; measured in float, d 1 to 64, logits up to 40: at most 1.05
-///   times its root mean square error forward, 1.2 times backward.
+/// Accuracy: that of the plain formula in the same scalar type; measured in float, d 4 to 64, logits up to 40: at most 1.1
+///   times its root mean square error forward (1.4 at d = 1), 1.2 times backward. Sums of values before they are divided may be
+///   2^8 times as large as those of the formula.
 /// Source: Roy et al. 2021 (clusters); Milakov and Gimelshein 2018 (online softmax); Shaw et al. 2018 (relative keys, values).
 inline void attention_forward(const Plans& plans, ConstView<float> q, ConstView<float> k, ConstView<float> v,
                               View<float> out, AttentionTape<float>& tape, const AttentionConfig& config,
@@ -215,7 +216,7 @@ inline void attention_forward(const Plans& plans, ConstView<double> q, ConstView
 }
 
 /// Gradients of attention_forward; undoes out = softmax(scale q (k + relative keys)^T + bias) (v + relative values),
-/// recomputing the probabilities from each row's maximum and sum.
+/// recomputing the probabilities from each row's sum and what forward subtracted from its logits.
 ///
 /// Shapes: as in attention_forward; d_out as out, d_q, d_k, d_v as q, k, v.
 /// Formula: dp_ij = d_out_i.v_j, ds_ij = p_ij (dp_ij - d_out_i.out_i + d_lse_i); d_v_j += p_ij d_out_i,
@@ -227,7 +228,7 @@ inline void attention_forward(const Plans& plans, ConstView<double> q, ConstView
 /// Threads and determinism: the same bits for any number of workers: partial sums of parts are added in order.
 /// Cost: 10 d operations per visible pair, 10 d more per query and table row with relative keys and values. Scratch memory: gradients of the keys that a task (a part of 512 queries, or
 ///   small groups of as many) sees, for one task of every worker, or for more tasks up to 4 Mi numbers.
-/// Source: Dao et al. 2022 (recomputation); from maximum and sum rather than log-sum-exp, which rounds once more: ours.
+/// Source: Dao et al. 2022 (recomputation); from reference and sum rather than log-sum-exp, which rounds once more: ours.
 inline void attention_backward(const Plans& plans, ConstView<float> q, ConstView<float> k, ConstView<float> v,
                                ConstView<float> out, const AttentionTape<float>& tape, ConstView<float> d_out,
                                View<float> d_q, View<float> d_k, View<float> d_v, const AttentionConfig& config,

@@ -298,13 +298,13 @@ void combine_rows(const AttentionCall<T>& call, Index head, View<T> out, const S
       for (Index e = 0; e < count; ++e)
         if (sees_key(plan, entries[e])) {
           sees = true;
-          most = std::max(most, entry_states.max[entries[e]]);
+          most = std::max(most, entry_states.reference[entries[e]]);
         }
       for (Index e = 0; e < count; ++e) {
         const std::int32_t entry = entries[e];
         if (!sees_key(plan, entry)) continue;
         // mean: out = sum_e out_e / m; lse: out = sum_e weight_e out_e / sum, weight_e = sum_j 2^(logit_ej - most)
-        const T weight = mean ? T(1) : std::exp2(entry_states.max[entry] - most) / entry_states.inverse[entry];
+        const T weight = mean ? T(1) : std::exp2(entry_states.reference[entry] - most) / entry_states.inverse[entry];
         if (weight == 0) continue;  // an output of no weight may be no number
         sum += weight;
         const T* from = entry_out.row(entry);
@@ -314,7 +314,7 @@ void combine_rows(const AttentionCall<T>& call, Index head, View<T> out, const S
       if (sees)
         for (Index c = 0; c < dv; ++c) to[c] /= sum;
       const Index at = i * states.stride;
-      if (states.max) states.max[at] = most;
+      if (states.reference) states.reference[at] = most;
       if (states.inverse) states.inverse[at] = sees ? T(1) / sum : T(0);
       if (states.lse) states.lse[at] = sees ? most * ln_2<T> + std::log(sum) : -std::numeric_limits<T>::infinity();
     }

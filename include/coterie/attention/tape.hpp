@@ -27,36 +27,36 @@ class AttentionTape {
     combine_ = combine;
     entries_.resize(combine == Combine::mean ? static_cast<std::size_t>(heads) : 0);
     if (combine == Combine::mean) return {};
-    for (std::vector<T>* v : {&max_, &inverse_, &lse_}) v->resize(static_cast<std::size_t>(tokens * heads));
-    return {max_.data(), inverse_.data(), lse_.data(), heads};
+    for (std::vector<T>* v : {&reference_, &inverse_, &lse_}) v->resize(static_cast<std::size_t>(tokens * heads));
+    return {reference_.data(), inverse_.data(), lse_.data(), heads};
   }
   detail::SoftmaxStates<T> states() const {
-    return {const_cast<T*>(max_.data()), const_cast<T*>(inverse_.data()), nullptr, heads_};
+    return {const_cast<T*>(reference_.data()), const_cast<T*>(inverse_.data()), nullptr, heads_};
   }
 
   // Combine::mean: every entry has a softmax and an output of its own.
   void prepare_entries(Index head, Index entries, Index dv) {
     Entries& e = entries_[static_cast<std::size_t>(head)];
     e.out.resize(static_cast<std::size_t>(entries * dv));
-    for (std::vector<T>* v : {&e.max, &e.inverse}) v->resize(static_cast<std::size_t>(entries));
+    for (std::vector<T>* v : {&e.reference, &e.inverse}) v->resize(static_cast<std::size_t>(entries));
     e.dv = dv;
   }
   View<T> entry_out(Index head) const {
     const Entries& e = entries_[static_cast<std::size_t>(head)];
-    return {const_cast<T*>(e.out.data()), static_cast<Index>(e.max.size()), e.dv};
+    return {const_cast<T*>(e.out.data()), static_cast<Index>(e.reference.size()), e.dv};
   }
   detail::SoftmaxStates<T> entry_states(Index head) const {
     const Entries& e = entries_[static_cast<std::size_t>(head)];
-    return {const_cast<T*>(e.max.data()), const_cast<T*>(e.inverse.data()), nullptr, 1};
+    return {const_cast<T*>(e.reference.data()), const_cast<T*>(e.inverse.data()), nullptr, 1};
   }
 
  private:
   struct Entries {
-    std::vector<T> out, max, inverse;
+    std::vector<T> out, reference, inverse;
     Index dv = 0;
   };
 
-  std::vector<T> max_, inverse_, lse_;
+  std::vector<T> reference_, inverse_, lse_;
   std::vector<Entries> entries_;
   Index tokens_ = 0, heads_ = 0;
   Combine combine_ = Combine::single;

@@ -1,6 +1,6 @@
-// The backward tile: probabilities again from each row's maximum and sum, then four products.
+// The backward tile: probabilities again from each row's reference and sum, then four products.
 //
-//     S = K Qt, P = 2^(S - max) / sum                 undoes the forward tile line by line:
+//     S = K Qt, P = 2^(S - reference) / sum           undoes the forward tile line by line:
 //     dP[key][lane]  = sum_c V[key][c] dOt[c][lane]    of Ot += V P for P
 //     dS             = P (dP - delta) ln(2)            of the softmax, for logits to base 2
 //     dQt[d][lane]  += sum_key K[key][d] dS[key][lane] of S = K Qt for Q
@@ -29,7 +29,7 @@ struct Backward {
   static constexpr int lanes = L::count, width = M::width;
 
   struct Scratch {
-    T *q_rows, *q, *d_out_rows, *d_out, *scores, *d_scores, *slope, *d_q, *bias, *d_bias, *max, *inverse, *delta;
+    T *q_rows, *q, *d_out_rows, *d_out, *scores, *d_scores, *slope, *d_q, *bias, *d_bias, *reference, *inverse, *delta;
     T *by_key, *by_value, *d_by_key, *d_by_value, *table_rows;
   };
 
@@ -59,8 +59,8 @@ struct Backward {
     b.slope = b.d_scores + key_block * width;
     b.bias = b.slope + key_block * width;
     b.d_bias = b.bias + padded(part.bias_count + 2 * width);
-    b.max = b.d_bias + padded(part.bias_count + 2 * width);
-    b.inverse = b.max + width;
+    b.reference = b.d_bias + padded(part.bias_count + 2 * width);
+    b.inverse = b.reference + width;
     b.delta = b.inverse + width;
     const Index buffer = Distant::buffer_size(part.relative_count);
     b.by_key = b.delta + width;
@@ -105,7 +105,7 @@ struct Backward {
     Common::clear(sight, part.d, b.d_q);
     for (int l = 0; l < sight.vectors * lanes; ++l) {
       // Lanes without an entry: probabilities of zero, whatever a bias adds.
-      b.max[l] = std::numeric_limits<T>::max();
+      b.reference[l] = std::numeric_limits<T>::max();
       b.inverse[l] = b.delta[l] = 0;
       if (l >= count || !sight.sees_any(l)) continue;
       // delta = sum_c d_out[c] out[c] - d_lse
@@ -114,7 +114,7 @@ struct Backward {
       const T* d_out = b.d_out_rows + l * padded(part.dv);
       const T d_lse = gradients.d_lse ? gradients.d_lse[part.rows[first + l] * gradients.d_lse_stride] : T(0);
       b.delta[l] = dot(d_out, out, part.dv) - d_lse;
-      b.max[l] = part.states.max[target * part.states.stride];
+      b.reference[l] = part.states.reference[target * part.states.stride];
       b.inverse[l] = part.states.inverse[target * part.states.stride];
     }
     if (part.bias || part.relative_count > 0) positions.look(part, first, sight);
@@ -224,12 +224,12 @@ struct Backward {
     return range->row + key - range->begin;
   }
 
-  /// P = 2^(S - max) / sum, dS = P (dP - delta) ln(2); both zero where masked.
+  /// P = 2^(S - reference) / sum, dS = P (dP - delta) ln(2); both zero where masked.
   static COTERIE_INLINE void probabilities(const Lookout& sight, const typename Lookout::Segment& s, int block_begin,
                                            const Scratch& b) {
     for (int v = s.first; v < s.last; ++v) {
-      F max, inverse, delta;
-      L::load(b.max + v * lanes, max);
+      F reference, inverse, delta;
+      L::load(b.reference + v * lanes, reference);
       L::load(b.inverse + v * lanes, inverse);
       L::load(b.delta + v * lanes, delta);
       typename Lookout::Mask mask;
@@ -240,7 +240,7 @@ struct Backward {
         F x, p, d_p;
         L::load(b.scores + at, x);
         L::load(b.d_scores + at, d_p);
-        L::exp2(x - max, p);
+        L::exp2(x - reference, p);
         p *= inverse;
         F d_s = p * ((d_p - delta) * ln_2<T>);
         if (masked) {

@@ -20,15 +20,15 @@ struct Forward {
   using L = typename M::L;
   using F = typename L::F;
   using I = typename L::I;
-  using Integer = typename L::Integer;
   using Lookout = Sight<T, M>;
   using Distant = Relative<T, M>;
   static constexpr int lanes = L::count, width = M::width;
   static constexpr int at_once = 2 * M::most_rows;  // keys of a product between which rows are asked for
   static constexpr T lowest = std::numeric_limits<T>::lowest();
 
+  // reference: the lowest number where a lane has seen nothing.
   struct Scratch {
-    T *zeros, *q, *scores, *out, *bias, *max, *reference, *sum, *factor, *by_key, *by_value;
+    T *zeros, *q, *scores, *out, *bias, *reference, *sum, *factor, *by_key, *by_value;
   };
 
   static constexpr Index scratch_size(const PartSizes& sizes) {
@@ -39,22 +39,21 @@ struct Forward {
   }
   static constexpr Index tile_size(const PartSizes& sizes) {
     const Index d = padded(sizes.d), dv = padded(sizes.dv);
-    return d + d * width + key_block * width + dv * width + padded(sizes.bias_count + 2 * width) + 4 * width +
+    return d + d * width + key_block * width + dv * width + padded(sizes.bias_count + 2 * width) + 3 * width +
            2 * Distant::buffer_size(sizes.relative_count) + Distant::scratch_size(sizes.relative_count);
   }
 
   static COTERIE_INLINE void run(const AttentionPart<T>& given, T* scratch) {
     AttentionPart<T> part = given;
     const PartSizes sizes = part.sizes();
-    Common::gather(part, Index(6) << 20, scratch + tiles_size(sizes));
+    Common::gather(part, most_in_place, scratch + tiles_size(sizes));
     Scratch f;
     f.zeros = scratch;
     f.q = f.zeros + padded(part.d);
     f.scores = f.q + padded(part.d) * width;
     f.out = f.scores + key_block * width;
     f.bias = f.out + padded(part.dv) * width;
-    f.max = f.bias + padded(part.bias_count + 2 * width);
-    f.reference = f.max + width;
+    f.reference = f.bias + padded(part.bias_count + 2 * width);
     f.sum = f.reference + width;
     f.factor = f.sum + width;
     f.by_key = f.factor + width;
@@ -86,8 +85,7 @@ struct Forward {
     for (int l = 0; l < sight.vectors * lanes; ++l) q_rows[l] = l < count ? part.q.row(part.rows[first + l]) : f.zeros;
     M::gather_columns(q_rows, sight.vectors, part.d, part.scale * log2_e<T>, f.q);
     for (int v = 0; v < sight.vectors; ++v) {
-      L::store(f.max + v * lanes, F{} + lowest);
-      L::store(f.reference + v * lanes, F{});
+      L::store(f.reference + v * lanes, F{} + lowest);
       L::store(f.sum + v * lanes, F{});
     }
     Common::clear(sight, part.dv, f.out);
@@ -118,7 +116,7 @@ struct Forward {
         if (part.soft_cap != 0) Common::cap_scores(part, s, block_begin, f.scores, nullptr);
         if (part.bias) Common::add_bias(part, positions, s, block_begin, f.bias, f.scores);
       }
-      // P = 2^(S - max), with earlier sums rescaled where the maximum grew
+      // P = 2^(S - reference), with earlier sums rescaled where the reference moved
       const bool rescale = softmax(sight, block_begin, f);
       if (rescale)
         for (Index c = 0; c < part.dv; ++c)
@@ -156,7 +154,7 @@ struct Forward {
       for (int v = s.first; v < s.last; ++v) {
         F best;
         L::load(block_max + v * lanes, best);
-        largest(sight, s, v, f.scores + v * lanes - block_begin * width, best);
+        largest(sight, s, v, block_begin, f.scores, best);
         L::store(block_max + v * lanes, best);
       }
     }
@@ -164,13 +162,14 @@ struct Forward {
     for (int i = 0; i < sight.segment_count; ++i) {
       const typename Lookout::Segment& s = sight.segments[i];
       for (int v = s.first; v < s.last; ++v) {
-        F reference, sum, x, p;
-        L::load(f.reference + v * lanes, reference);
+        F origin, sum, x, p;
+        L::load(f.reference + v * lanes, origin);
+        origin = origin == F{} + lowest ? F{} : origin;  // exponents of a lane that has seen nothing yet stay finite
         L::load(f.sum + v * lanes, sum);
         T* at = f.scores + (s.begin - block_begin) * width + v * lanes;
         for (int j = s.begin; j < s.end; ++j, at += width) {
           L::load(at, x);
-          L::exp2(x - reference, p);
+          L::exp2(x - origin, p);
           sum += p;
           L::store(at, p);
         }
@@ -181,8 +180,11 @@ struct Forward {
   }
 
   /// best = the largest of it and a segment's scores of vector v; masked ones become the lowest number.
-  static COTERIE_INLINE void largest(const Lookout& sight, const typename Lookout::Segment& s, int v, T* scores,
-                                     F& best) {
+  static COTERIE_INLINE void largest(const Lookout& sight, const typename Lookout::Segment& s, int v, int block_begin,
+                                     T* scores, F& best) {
+    const auto score = [&](int key) __attribute__((always_inline)) {
+      return scores + (key - block_begin) * width + v * lanes;
+    };
     int begin = s.begin, end = s.end;
     if (s.masked) {
       sight.unmasked(s, v, begin, end);
@@ -193,9 +195,9 @@ struct Forward {
           I sees;
           F x;
           mask.of(j, sees);
-          L::load(scores + j * width, x);
+          L::load(score(j), x);
           x = sees < 0 ? x : F{} + lowest;
-          L::store(scores + j * width, x);
+          L::store(score(j), x);
           best = x > best ? x : best;
         }
       };
@@ -205,13 +207,13 @@ struct Forward {
     F other = best, x;  // two at a time: each waits for the one before
     int j = begin;
     for (; j + 2 <= end; j += 2) {
-      L::load(scores + j * width, x);
+      L::load(score(j), x);
       best = x > best ? x : best;
-      L::load(scores + (j + 1) * width, x);
+      L::load(score(j + 1), x);
       other = x > other ? x : other;
     }
     if (j < end) {
-      L::load(scores + j * width, x);
+      L::load(score(j), x);
       best = x > best ? x : best;
     }
     best = other > best ? other : best;
@@ -222,7 +224,7 @@ struct Forward {
     I above{}, grew{};
     for (int v = 0; v < sight.vectors; ++v) {
       F old, best;
-      L::load(f.max + v * lanes, old);
+      L::load(f.reference + v * lanes, old);
       L::load(block_max + v * lanes, best);
       const I sign = (I)(old + max_slack<T> - best);  // g++ 12 does not take comparisons here
       above |= sign;
@@ -231,22 +233,20 @@ struct Forward {
     if (!L::any_negative(above)) return false;
     for (int v = 0; v < sight.vectors; ++v) {
       F old, best, sum, factor;
-      L::load(f.max + v * lanes, old);
+      L::load(f.reference + v * lanes, old);
       L::load(block_max + v * lanes, best);
       L::load(f.sum + v * lanes, sum);
       best = best > old + max_slack<T> ? best : old;
-      // A lane that has seen nothing yet keeps its state of zeros; its exponents stay finite.
-      const F safe = best == F{} + lowest ? F{} : best;
-      L::exp2(old - safe, factor);
-      L::store(f.max + v * lanes, best);
-      L::store(f.reference + v * lanes, safe);
+      // A lane that has seen nothing yet keeps its state of zeros.
+      L::exp2(old - (best == F{} + lowest ? F{} : best), factor);
+      L::store(f.reference + v * lanes, best);
       L::store(f.factor + v * lanes, factor);
       L::store(f.sum + v * lanes, sum * factor);
     }
     return L::any_negative(grew);
   }
 
-  /// out = Ot / sum, lse = max ln(2) + log(sum); zero and minus infinity where nothing is seen.
+  /// out = Ot / sum, lse = reference ln(2) + log(sum); zero and minus infinity where nothing is seen.
   static COTERIE_INLINE void finish(const AttentionPart<T>& part, Index first, const Lookout& sight, const Scratch& f) {
     alignas(64) T inverse[width];
     alignas(64) T log_sum[width];
@@ -261,9 +261,9 @@ struct Forward {
       y = sees < 0 ? y : F{};
       L::store(inverse + v * lanes, y);
     }
-    if (part.states.max || part.states.lse)
+    if (part.states.reference || part.states.inverse || part.states.lse)
       for (int l = 0; l < sight.count; ++l)
-        Common::write_state(part, part.target(first + l), f.max[l], log_sum[l], inverse[l], sight.sees_any(l));
+        Common::write_state(part, part.target(first + l), f.reference[l], log_sum[l], inverse[l], sight.sees_any(l));
     T* rows[width];
     for (int l = 0; l < sight.count; ++l) rows[l] = part.out + part.target(first + l) * part.out_stride;
     M::scatter_columns(f.out, inverse, sight.count, part.dv, rows);

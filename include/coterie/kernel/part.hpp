@@ -32,17 +32,18 @@ struct PartialRange {
   Index row = 0;
 };
 
-/// Where the softmaxes of rows stand. max: of the logits to base 2; a row's probabilities are 2^(logit - max) * inverse.
-/// lse: log-sum-exp to base e, minus infinity where nothing is seen. Arrays of rows x heads; null where not wanted.
+/// Where the softmaxes of rows stand. reference: subtracted from logits to base 2, the largest one or less than it by at most
+/// max_slack; a row's probabilities are 2^(logit - reference) * inverse. lse: log-sum-exp to base e, minus infinity where nothing
+/// is seen. Arrays of rows x heads; null where not wanted.
 template <class T>
 struct SoftmaxStates {
-  T *max = nullptr, *inverse = nullptr, *lse = nullptr;
+  T *reference = nullptr, *inverse = nullptr, *lse = nullptr;
   Index stride = 0;
 
   /// From row `row` and head `head` on.
   SoftmaxStates from(Index row, Index head) const {
     const auto at = [&](T* p) { return p ? p + row * stride + head : nullptr; };
-    return {at(max), at(inverse), at(lse), stride};
+    return {at(reference), at(inverse), at(lse), stride};
   }
 };
 
@@ -170,10 +171,14 @@ struct RowSums {
 /// Keys of a block: key lists are cut at multiples of it.
 inline constexpr int key_block = 64;
 
-/// A row's probabilities are 2^(logit - reference). The reference moves, and with it what has been summed, only where a block
-/// brings a logit more than this above it: so blocks after the first one seldom cost a pass over the output.
+/// A row's reference moves, and with it what has been summed, only where a block brings a logit more than this above it: so
+/// blocks after the first one seldom cost a pass over the output.
 template <class T>
 inline constexpr T max_slack = 8;
+
+/// Bytes of one head's keys and values that forward reads in place, however they are scattered. Larger ones do not stay in
+/// caches, and copies pay; for backward, which computes longer with a row, never.
+inline constexpr Index most_in_place = Index(6) << 20;
 
 /// Keys that a part copies at most; see Tile::gather.
 inline constexpr Index most_gathered = 4096;

@@ -27,7 +27,7 @@ struct Row {
   static constexpr int most = lanes >= 8 ? 3 * lanes / 8 : 1;
 
   struct State {
-    T max, sum;
+    T reference, sum;
     T *q, *out;
   };
 
@@ -45,20 +45,21 @@ struct Row {
       Common::scale_row(part.q.row(part.rows[first + r]), part.scale * log2_e<T>, part.d, states[r].q);
       std::memset(states[r].out, 0, static_cast<std::size_t>(padded(part.dv)) * sizeof(T));
     }
-    typename Common::Following following(part, first, 1);
-    following.fetch();
     Lookout sight;
     sight.look(part, first, count);
+    typename Common::Following following(part, first, sight.blocks());
     for (int block_begin = sight.first_block(); block_begin != Lookout::none;
-         block_begin = sight.next_block(block_begin))
+         block_begin = sight.next_block(block_begin)) {
+      following.fetch();
       block(part, first, count, block_begin, states, keys, scores);
+    }
     for (int r = 0; r < count; ++r) {
       const bool sees = sight.sees_any(r);
       const T inverse = sees ? T(1) / states[r].sum : T(0);
       const Index target = part.target(first + r);
       F log_sum;
       L::log(F{} + states[r].sum, log_sum);
-      Common::write_state(part, target, states[r].max, log_sum[0], inverse, sees);
+      Common::write_state(part, target, states[r].reference, log_sum[0], inverse, sees);
       Common::scale_row(states[r].out, inverse, part.dv, part.out + target * part.out_stride);
     }
   }
@@ -156,7 +157,7 @@ struct Row {
       if ((j < one.begin || j >= one.end) && (j < two.begin || j >= two.end)) scores[j] = lowest;
   }
 
-  /// P = 2^(S - max), with the earlier sum and output rescaled where the maximum grew.
+  /// P = 2^(S - reference), with the earlier sum and output rescaled where the reference moved, by the rule of tiles.
   static COTERIE_INLINE void softmax(T* scores, int begin, int end, Index columns, State& state) {
     F best = F{} + lowest, x;
     for (int j = begin; j < end; j += lanes) {
@@ -165,10 +166,10 @@ struct Row {
     }
     T most_here = lowest;
     for (int l = 0; l < lanes; ++l) most_here = best[l] > most_here ? best[l] : most_here;
-    const T old = state.max;
-    state.max = most_here > old + max_slack<T> ? most_here : old;
-    const T safe = state.max == lowest ? T(0) : state.max;
-    if (state.max > old && old > lowest) {
+    const T old = state.reference;
+    state.reference = most_here > old + max_slack<T> ? most_here : old;
+    const T safe = state.reference == lowest ? T(0) : state.reference;
+    if (state.reference > old && old > lowest) {
       F factor;
       L::exp2(F{} + (old - safe), factor);
       state.sum *= factor[0];

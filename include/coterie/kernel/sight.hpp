@@ -86,8 +86,7 @@ struct Sight {
     const int next = block_begin + key_block;
     if (next >= newest) return none;
     if (all_reach(next)) return next;
-    const int key = next_key(next);
-    return key == none ? none : key / key_block * key_block;
+    return next_key(next) / key_block * key_block;
   }
 
   /// Which lanes of a vector see a key: two subtractions an interval, for g++ takes comparisons joined by & apart, lane by lane.
@@ -188,7 +187,7 @@ struct Sight {
     return false;
   }
 
-  /// The first key at or after `key` that some lane sees; `none` if there is none.
+  /// The first key at or after `key` that some lane sees, if there is one.
   COTERIE_INLINE int next_key(int key) const {
     Integer next = none;
     for (int i = 0; i < intervals; ++i)

@@ -75,11 +75,11 @@ struct Tile {
 
   /// Copies the keys and values that a part sees into `scratch` where they lie far apart and several tiles read them: rows of
   /// many heads are a power of two apart and fall on few sets of a cache. Rows that lie side by side are copied where
-  /// `most_in_place` bytes do not hold all of them: rows of a cluster are on many pages then.
-  static COTERIE_INLINE void gather(AttentionPart<T>& part, Index most_in_place, T* scratch) {
+  /// `bytes_in_place` do not hold all of them: rows of a cluster are on many pages then.
+  static COTERIE_INLINE void gather(AttentionPart<T>& part, Index bytes_in_place, T* scratch) {
     if (part.entries < 3 * width) return;
     const bool side_by_side = part.k.stride == part.d && part.v.stride == part.dv;
-    if (side_by_side && part.k.rows * (part.d + part.dv) * Index(sizeof(T)) <= most_in_place) return;
+    if (side_by_side && part.k.rows * (part.d + part.dv) * Index(sizeof(T)) <= bytes_in_place) return;
     Index begin = std::numeric_limits<std::int32_t>::max(), end = 0;
     for (const Interval* visible : {part.visible, part.visible_too})
       for (Index e = 0; visible && e < part.entries; ++e)
@@ -133,8 +133,9 @@ struct Tile {
         const Index target = part->target(entry);
         L::fetch(part->q.row(part->rows[entry]), part->d);
         L::fetch(part->out + target * part->out_stride, part->dv);
-        for (const T* state : {part->states.max, part->states.inverse, part->states.lse})
-          if (state) L::fetch(state + target * part->states.stride, 1);
+        if (entry == 0 || (target - part->target(entry - 1)) * part->states.stride != 1)
+          for (const T* state : {part->states.reference, part->states.inverse, part->states.lse})
+            if (state) __builtin_prefetch(state + target * part->states.stride, 0, 2);
         const Interval seen = part->visible[entry];
         if (!part->gathered_k && seen.begin < seen.end) fetch_key(*part, seen.end - 1);
         also(*part, entry);
@@ -146,12 +147,13 @@ struct Tile {
   };
 
   /// Writes what the tape keeps of a row.
-  static COTERIE_INLINE void write_state(const AttentionPart<T>& part, Index target, T max, T log_sum, T inverse,
+  static COTERIE_INLINE void write_state(const AttentionPart<T>& part, Index target, T reference, T log_sum, T inverse,
                                          bool sees) {
     const Index at = target * part.states.stride;
-    if (part.states.max) part.states.max[at] = max;
+    if (part.states.reference) part.states.reference[at] = reference;
     if (part.states.inverse) part.states.inverse[at] = inverse;
-    if (part.states.lse) part.states.lse[at] = sees ? max * ln_2<T> + log_sum : -std::numeric_limits<T>::infinity();
+    if (part.states.lse)
+      part.states.lse[at] = sees ? reference * ln_2<T> + log_sum : -std::numeric_limits<T>::infinity();
   }
 
   /// Copies row(lane) times factor(lane) into `rows[lane][padded(columns)]`, and transposes that into
