@@ -171,7 +171,7 @@ void check_random_doubles(int count) {
 }  // namespace
 
 TEST_CASE(
-    "exp2: every 97th float of [-126, 126] and every 7th of [-1, -1/2] and [1/2, 1] within the stated error, the same "
+    "exp2: every 97th float of [-126, 126], every 7th of [-1, -1/2] and [1/2, 1] within the stated error, and the same "
     "bits "
     "at every width") {
   for (const Exp2<float>& exp2 : all_exp2<float>()) {
@@ -217,6 +217,19 @@ TEST_CASE("exp2: ten million random doubles of [-1022, 1022]", "[.exhaustive]") 
 
 TEST_CASE("exp2: random doubles of [-1022, 1022] within the stated error, the same bits at every width") {
   check_random_doubles(100'000);
+}
+
+TEMPLATE_TEST_CASE("exp2: a little above 0, as near to 1 as below", "", float, double) {
+  if (sizeof(TestType) == 8 && std::numeric_limits<long double>::digits < 64) return;
+  for (const Exp2<TestType>& exp2 : all_exp2<TestType>()) {
+    Random random(2);
+    std::vector<TestType> x;
+    for (int i = 0; i < 20000; ++i) x.push_back(static_cast<TestType>(random.uniform(0, i % 2 ? 0x1p-4 : 0x1p-20)));
+    Worst<TestType> worst;
+    worst.add(x, exp2(x));
+    INFO(exp2.name << ": " << worst.error << " units in the last place at " << worst.at);
+    CHECK(worst.error <= exp2.bound());
+  }
 }
 
 TEMPLATE_TEST_CASE("exp2: exact at whole numbers, and monotonic across them as far as stated", "", float, double) {

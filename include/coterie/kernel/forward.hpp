@@ -83,7 +83,7 @@ struct Forward {
     std::memset(f.zeros, 0, static_cast<std::size_t>(part.d) * sizeof(T));
     const T* q_rows[width];
     for (int l = 0; l < sight.vectors * lanes; ++l) q_rows[l] = l < count ? part.q.row(part.rows[first + l]) : f.zeros;
-    M::gather_columns(q_rows, sight.vectors, part.d, part.scale * log2_e<T>, f.q);
+    M::gather_columns(q_rows, sight.vectors, part.d, part.scale * log2_e<T>, f.q, width);
     for (int v = 0; v < sight.vectors; ++v) {
       L::store(f.reference + v * lanes, F{} + lowest);
       L::store(f.sum + v * lanes, F{});

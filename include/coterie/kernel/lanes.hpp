@@ -72,6 +72,8 @@ struct Lanes {
   static constexpr int quarter = 16 / static_cast<int>(sizeof(T));  // numbers in 16 bytes
   using Integer = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
   using Unsigned = std::make_unsigned_t<Integer>;
+  static constexpr int mantissa_bits = std::numeric_limits<T>::digits - 1;
+  static constexpr Unsigned exponent_bits = sizeof(T) == 4 ? Unsigned(0x7f800000u) : Unsigned(0x7ff0000000000000ull);
   typedef T F __attribute__((vector_size(Bytes)));
   typedef T Loose __attribute__((vector_size(Bytes), aligned(sizeof(T)), may_alias));
   typedef Integer I __attribute__((vector_size(Bytes)));
@@ -99,10 +101,8 @@ struct Lanes {
 
   /// Nothing of x is non-finite. Looks at bits: comparisons of NaN do not survive -ffast-math.
   static COTERIE_INLINE bool finite(const F& x) {
-    constexpr Unsigned exponent = sizeof(T) == 4 ? Unsigned(0x7f800000u) : Unsigned(0x7ff0000000000000ull);
-    constexpr int mantissa = std::numeric_limits<T>::digits - 1;
     // The exponent's bits carry into the sign's where all of them are set.
-    const U bad = (((U)x & (U{} + exponent)) + (Unsigned(1) << mantissa)) >> (8 * sizeof(T) - 1);
+    const U bad = (((U)x & (U{} + exponent_bits)) + (Unsigned(1) << mantissa_bits)) >> (8 * sizeof(T) - 1);
     return !any((I)bad);
   }
 
@@ -147,10 +147,7 @@ struct Lanes {
   }
 
   // y = x 2^n for normal x and result.
-  static COTERIE_INLINE void scale_by_power(const F& x, const I& n, F& y) {
-    constexpr int mantissa = std::numeric_limits<T>::digits - 1;
-    y = (F)((U)x + ((U)n << mantissa));
-  }
+  static COTERIE_INLINE void scale_by_power(const F& x, const I& n, F& y) { y = (F)((U)x + ((U)n << mantissa_bits)); }
 
   /// y = 2^x for x up to 126; 0 below the smallest normal number; exactly 1 at 0; NaN stays NaN.
   /// Method: x = n + f, n whole, |f| < 1, a polynomial in f, and n added to the exponent bits.
@@ -186,11 +183,10 @@ struct Lanes {
   /// y = log(x), base e, for normal x > 0; minus infinity below; infinity and NaN stay.
   /// Method: x = m 2^e with m around 1; s = (m - 1) / (m + 1), log(m) = 2 s (1 + s^2 / 3 + s^4 / 5 + ..).
   static COTERIE_INLINE void log(const F& x, F& y) {
-    constexpr int mantissa = std::numeric_limits<T>::digits - 1;
     constexpr Unsigned root = sizeof(T) == 4 ? Unsigned(0x3f3504f3u) : Unsigned(0x3fe6a09e667f3bcdull);  // sqrt(1/2)
     const U above = (U)x - (U{} + root);
-    const I e = (I)above >> mantissa;
-    const F m = (F)((U)x - ((U)e << mantissa));
+    const I e = (I)above >> mantissa_bits;
+    const F m = (F)((U)x - ((U)e << mantissa_bits));
     F exponent;
     if constexpr (sizeof(T) == 4)
       exponent = __builtin_convertvector(e, F);
@@ -204,9 +200,8 @@ struct Lanes {
     COTERIE_OPAQUE(whole);  // or either product might be the one in a multiply-add
     y = whole + (s + s) * sum;
     const F special = x > std::numeric_limits<T>::max() ? x : x - std::numeric_limits<T>::infinity();
-    constexpr Unsigned least = Unsigned(1) << mantissa,
-                       infinite = sizeof(T) == 4 ? Unsigned(0x7f800000u) : Unsigned(0x7ff0000000000000ull);
-    const I normal = ~(I)((U)x - least) & (I)((U)x - infinite);  // the sign
+    constexpr Unsigned least = Unsigned(1) << mantissa_bits;
+    const I normal = ~(I)((U)x - least) & (I)((U)x - exponent_bits);  // the sign; exponent_bits alone are infinity
     y = normal < 0 ? y : special;
   }
 

@@ -92,8 +92,10 @@ struct Micro {
       }
   }
 
-  /// transposed[column][lane] = rows[lane][column] * factor for `vectors` vectors of lanes and any rows of `columns` numbers.
-  static COTERIE_INLINE void gather_columns(const T* const* rows, int vectors, Index columns, T factor, T* transposed) {
+  /// transposed[column][lane] = rows[lane][column] * factor for `vectors` vectors of lanes and any rows of `columns` numbers;
+  /// transposed has rows of `stride` numbers, and more of them up to a whole vector.
+  static COTERIE_INLINE void gather_columns(const T* const* rows, int vectors, Index columns, T factor, T* transposed,
+                                            Index stride) {
     for (int v = 0; v < vectors; ++v)
       for (Index c = 0; c < columns; c += lanes) {
         F square[lanes];
@@ -107,7 +109,7 @@ struct Micro {
         }
         COTERIE_UNROLL for (int l = 0; l < lanes; ++l) square[l] *= factor;
         L::transpose(square);
-        COTERIE_UNROLL for (int l = 0; l < lanes; ++l) L::store(transposed + (c + l) * width + v * lanes, square[l]);
+        COTERIE_UNROLL for (int l = 0; l < lanes; ++l) L::store(transposed + (c + l) * stride + v * lanes, square[l]);
       }
   }
 

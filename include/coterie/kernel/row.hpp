@@ -90,7 +90,7 @@ struct Row {
     const int vectors = (high - low + lanes - 1) / lanes;
     for (int j = low; j < high; ++j) part.locate(block_begin + std::max(j, seen_low), k_rows[j], v_rows[j]);
     for (int j = high; j < low + vectors * lanes; ++j) k_rows[j] = k_rows[high - 1];
-    if (count > 1) transpose_keys(k_rows + low, vectors, part.d, keys + low);
+    if (count > 1) M::gather_columns(k_rows + low, vectors, part.d, T(1), keys + low, key_block);
     for (int r = 0; r < count; ++r) {
       const Interval one = seen(part, first + r, 0, block_begin), two = seen(part, first + r, 1, block_begin);
       if (one.begin == one.end && two.begin == two.end) continue;
@@ -112,21 +112,6 @@ struct Row {
           if (drops) drop(part, first + r, block_begin, s, scores, state.sum);
           M::row_values(scores, v_rows, s.begin, s.end, part.dv, state.out, drops ? kept_sum : state.sum);
         }
-    }
-  }
-
-  /// keys[c][j] = rows[j][c] for `vectors` vectors of rows; keys have rows of key_block numbers.
-  static COTERIE_INLINE void transpose_keys(const T* const* rows, int vectors, Index columns, T* keys) {
-    for (int v = 0; v < vectors; ++v) {
-      Index c = 0;
-      for (; c + lanes <= columns; c += lanes) {
-        F square[lanes];
-        COTERIE_UNROLL for (int l = 0; l < lanes; ++l) L::load(rows[v * lanes + l] + c, square[l]);
-        L::transpose(square);
-        COTERIE_UNROLL for (int l = 0; l < lanes; ++l) L::store(keys + (c + l) * key_block + v * lanes, square[l]);
-      }
-      for (; c < columns; ++c)
-        for (int l = 0; l < lanes; ++l) keys[c * key_block + v * lanes + l] = rows[v * lanes + l][c];
     }
   }
 
