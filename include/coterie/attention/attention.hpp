@@ -48,11 +48,17 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
       Arena& arena = context.workspace().worker(worker);
       Arena::Scope task_scope(arena);
       T* scratch = arena.template take<T>(kernel.forward_scratch(call.sizes()));
-      const auto [head, task] = tasks[i];
-      const AttentionPlan& plan = call.plan(head);
-      const Index part_begin = plan.task_begin[std::size_t(task)], part_end = plan.task_begin[std::size_t(task) + 1];
-      const auto make_part = [&, head = head](Index p) {
-        const AttentionPlan::Part& piece = plan.parts[std::size_t(part_begin + p)];
+      const auto parts_of = [&](Index t) {
+        const auto [head, task] = tasks[t];
+        const std::int32_t* const begin = call.plan(head).task_begin.data() + task;
+        return std::pair(begin[0], begin[1]);
+      };
+      const auto [part_begin, part_end] = parts_of(i);
+      const Index count = part_end - part_begin, later = i + context.workers();
+      const auto make_part = [&, part_begin = part_begin](Index p) {
+        const Index head = tasks[p < count ? i : later].first;
+        const Index at = p < count ? part_begin + p : parts_of(later).first;
+        const AttentionPlan::Part& piece = call.plan(head).parts[std::size_t(at)];
         AttentionPart<T> part = call.part(head, piece);
         if (single)
           part.use_rows(out.columns(head * call.dv(), call.dv()), states.from(0, head));
@@ -60,7 +66,7 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
           part.use_entries(entry_out, entry_states, piece.entry_begin);
         return part;
       };
-      each_part_in_turn<T>(part_end - part_begin, make_part,
+      each_part_in_turn<T>(count, later < tasks.count(), make_part,
                            [&](Index, const AttentionPart<T>& part) { kernel.forward(part, scratch); });
     });
     for (Index head = head_begin; head < head_end; ++head)
@@ -99,9 +105,10 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
         T* scratch = arena.template take<T>(kernel.backward_scratch(call.sizes()));
         // out and states are those of forward; the kernel reads them here.
         const std::span<const PartialSums<T>> task = wave.task(i);
+        const Index later = i + context.workers();
         wave.clear_tables(i);
         const auto make_part = [&](Index p) {
-          const PartialSums<T>& sums = task[std::size_t(p)];
+          const PartialSums<T>& sums = p < Index(task.size()) ? task[std::size_t(p)] : wave.task(later)[0];
           AttentionPart<T> part = call.part(sums.head, *sums.part);
           if (mean)
             part.use_entries(tape.entry_out(sums.head), tape.entry_states(sums.head), sums.part->entry_begin);
@@ -111,7 +118,8 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
                 tape.states().from(0, sums.head));
           return part;
         };
-        each_part_in_turn<T>(Index(task.size()), make_part, [&](Index p, const AttentionPart<T>& part) {
+        const bool more = later < wave.tasks();
+        each_part_in_turn<T>(Index(task.size()), more, make_part, [&](Index p, const AttentionPart<T>& part) {
           PartialSums<T> sums = task[std::size_t(p)];
           Arena::Scope part_scope(arena);
           if (sums.alone) sums.take_rows(arena);

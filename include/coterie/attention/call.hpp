@@ -239,13 +239,14 @@ class AttentionCall {
   Index heads_, kv_heads_, d_ = 0, dv_ = 0;
 };
 
-/// Calls f(i, part) for i in [0, count), at least one, with the parts that make(i) gives; each knows the next one.
+/// Calls f(i, part) for i in [0, count), at least one, with the parts that make(i) gives; each knows the next one. If there is
+/// `more`, make(count) is what this thread will probably turn to afterwards.
 template <class T, class Make, class F>
-void each_part_in_turn(Index count, Make&& make, F&& f) {
+void each_part_in_turn(Index count, bool more, Make&& make, F&& f) {
   AttentionPart<T> part, next = make(Index(0));
   for (Index i = 0; i < count; ++i) {
     part = next;
-    if (i + 1 < count) {
+    if (i + 1 < count || more) {
       next = make(i + 1);
       part.next = &next;
     }
