@@ -14,7 +14,7 @@ namespace {
 // Tokens, in, out: few rows, ends inside vectors, panels and strips, more than a block of each, several chunks of tokens.
 constexpr Index sizes[][3] = {{0, 3, 4},     {3, 0, 4},     {3, 4, 0},       {1, 1, 1},     {1, 64, 17},
                               {6, 40, 100},  {7, 5, 3},     {97, 33, 64},    {200, 70, 49}, {300, 128, 80},
-                              {193, 270, 9}, {65, 11, 517}, {200, 300, 530}, {2100, 9, 21}};
+                              {193, 270, 9}, {65, 11, 517}, {200, 300, 530}, {2100, 9, 21}, {1, 20, 600}};
 
 template <class T>
 double allowed(Index terms) {
@@ -58,11 +58,17 @@ TEST_CASE("product: a row's bits depend on that row alone; any number of workers
     RowMatrix<float> y(260, 45), d_w = RowMatrix<float>::Zero(37, 45);
     product<float>(x, w, y, serial);
     product_weight_gradient<float>(x, d_y, d_w, serial);
-    for (Index first : {0, 1, 95, 96, 251})
-      for (Index rows : {1, 2, 6, 7, 9}) {  // few of them read w in place
-        RowMatrix<float> some(rows, 45);
-        product<float>(x.middleRows(first, rows), w, some, serial);
-        CHECK(some == y.middleRows(first, rows));
+    const RowMatrix<float> wide = random.matrix<float>(37, 560), before = random.matrix<float>(260, 560);
+    for (const RowMatrix<float>* m : {&w, &wide})
+      for (bool add : {false, true}) {
+        RowMatrix<float> all = before.leftCols(m->cols());
+        product<float>(x, *m, all, serial, add);
+        for (Index first : {0, 1, 95, 96, 251})
+          for (Index rows : {1, 2, 6, 7, 9}) {  // few of them read w in place
+            RowMatrix<float> some = before.block(first, 0, rows, m->cols());
+            product<float>(x.middleRows(first, rows), *m, some, serial, add);
+            CHECK(some == all.middleRows(first, rows));
+          }
       }
     for (Index workers : {2, 3, 8}) {
       ThreadPool pool(workers);

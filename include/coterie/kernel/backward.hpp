@@ -208,8 +208,7 @@ struct Backward {
     for (; c + lanes <= columns; c += lanes) {
       L::load(a + c, x);
       L::load(b + c, y);
-      COTERIE_OPAQUE(sum);
-      sum += x * y;
+      L::add_product(x, y, sum);
     }
     T result = 0;
     for (int l = 0; l < lanes; ++l) result += sum[l];
@@ -291,8 +290,7 @@ struct Backward {
         for (int l = 0; l < depth; ++l) {
           if (!sight.sees(s.first * lanes + l, s.begin + j)) continue;
           L::load(x + l * columns + c, y);
-          COTERIE_OPAQUE(sum);
-          sum = sum + p[s.begin - block_begin + j][l] * y;
+          L::add_product(p[s.begin - block_begin + j][l], y, sum);
         }
         L::store(to + j * columns + c, sum);
       }

@@ -65,8 +65,9 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
                                                        Index columns, T* to, bool checked) {                          \
       return Inline::rows(p, count, depth, x, columns, to, checked);                                                  \
     }                                                                                                                 \
-    target __attribute__((noinline)) static void row_scores(const T* q, Index depth, const T* keys, T* s, int used) { \
-      Inline::row_scores(q, depth, keys, s, used);                                                                    \
+    target __attribute__((noinline)) static void row_product(const T* x, Index depth, const T* w, Index w_stride,     \
+                                                             T* y, Index used, bool add) {                            \
+      Inline::row_product(x, depth, w, w_stride, y, used, add);                                                       \
     }                                                                                                                 \
     target __attribute__((noinline)) static void row_dots(const T* const* rows, Index depth, const T* q, T* s,        \
                                                           int used) {                                                 \

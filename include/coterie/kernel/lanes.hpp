@@ -99,6 +99,15 @@ struct Lanes {
 
   static COTERIE_INLINE void fill(T value, F& x) { x = F{} + value; }
 
+  /// sum += a x for a number or a vector a: one multiply-add wherever the machine has one. What is hidden is a copy, for g++ does
+  /// not keep an array of sums in registers when their own memory is.
+  template <class A>
+  static COTERIE_INLINE void add_product(const A& a, const F& x, F& sum) {
+    F so_far = sum;
+    COTERIE_OPAQUE(so_far);
+    sum = so_far + a * x;
+  }
+
   /// Nothing of x is non-finite. Looks at bits: comparisons of NaN do not survive -ffast-math.
   static COTERIE_INLINE bool finite(const F& x) {
     // The exponent's bits carry into the sign's where all of them are set.

@@ -31,10 +31,7 @@ struct Micro {
       COTERIE_UNROLL for (int v = 0; v < N; ++v) L::load(b + l * b_stride + v * lanes, x[v]);
       COTERIE_UNROLL for (int r = 0; r < Rows; ++r) {
         const T y = a[r][l];
-        COTERIE_UNROLL for (int v = 0; v < N; ++v) {
-          COTERIE_OPAQUE(sum[r][v]);
-          sum[r][v] += y * x[v];
-        }
+        COTERIE_UNROLL for (int v = 0; v < N; ++v) L::add_product(y, x[v], sum[r][v]);
       }
     }
     COTERIE_UNROLL for (int r = 0; r < Rows; ++r) COTERIE_UNROLL for (int v = 0; v < N; ++v)
@@ -177,10 +174,7 @@ struct Micro {
       COTERIE_UNROLL for (int v = 0; v < N; ++v) L::load(p + j * width + v * lanes, x[v]);
       COTERIE_UNROLL for (int c = 0; c < Columns; ++c) {
         const T y = row[c];
-        COTERIE_UNROLL for (int v = 0; v < N; ++v) {
-          COTERIE_OPAQUE(sum[c][v]);
-          sum[c][v] += y * x[v];
-        }
+        COTERIE_UNROLL for (int v = 0; v < N; ++v) L::add_product(y, x[v], sum[c][v]);
       }
     }
     if (checked) {
@@ -194,29 +188,19 @@ struct Micro {
     return true;
   }
 
-  // s[key] = sum_d q[d] keys[d][key] for N vectors of keys; keys have rows of key_block numbers.
-  template <int N>
-  static COTERIE_INLINE void row_scores_of(const T* q, Index depth, const T* keys, T* s) {
-    F sum[N];
-    COTERIE_UNROLL for (int v = 0; v < N; ++v) sum[v] = F{};
-    for (Index l = 0; l < depth; ++l) {
-      const T y = q[l];
-      COTERIE_UNROLL for (int v = 0; v < N; ++v) {
-        F x;
-        L::load(keys + l * key_block + v * lanes, x);
-        COTERIE_OPAQUE(sum[v]);
-        sum[v] += y * x;
-      }
-    }
-    COTERIE_UNROLL for (int v = 0; v < N; ++v) L::store(s + v * lanes, sum[v]);
+  template <int N, bool Add>
+  static COTERIE_INLINE void row_strips(const T* x, Index depth, const T* w, Index w_stride, T* y, Index vectors) {
+    for (; vectors >= N; vectors -= N, w += N * lanes, y += N * lanes) by_rows<1, N, Add>(&x, depth, w, w_stride, y, 0);
+    if constexpr (N > 1) row_strips<N / 2, Add>(x, depth, w, w_stride, y, vectors);
   }
 
-  /// s[key] = sum_d q[d] keys[d][key] for `vectors` vectors of keys: one query, lanes are keys.
-  static COTERIE_INLINE void row_scores(const T* q, Index depth, const T* keys, T* s, int vectors) {
-    int v = 0;
-    for (; v + 8 <= vectors; v += 8) row_scores_of<8>(q, depth, keys + v * lanes, s + v * lanes);
-    for (; v + 4 <= vectors; v += 4) row_scores_of<4>(q, depth, keys + v * lanes, s + v * lanes);
-    for (; v < vectors; ++v) row_scores_of<1>(q, depth, keys + v * lanes, s + v * lanes);
+  /// y[v] (+)= sum_l x[l] w[l][v] for any number of vectors: product() of one row, which has registers for longer pieces of w's.
+  static COTERIE_INLINE void row_product(const T* x, Index depth, const T* w, Index w_stride, T* y, Index vectors,
+                                         bool add) {
+    if (add)
+      row_strips<4 * V, true>(x, depth, w, w_stride, y, vectors);
+    else
+      row_strips<4 * V, false>(x, depth, w, w_stride, y, vectors);
   }
 
   // s[key] = sum_d q[d] rows[key][d] for N vectors of keys: keys are transposed a few columns at a time.
@@ -228,23 +212,20 @@ struct Micro {
     for (; l + L::quarter <= depth; l += L::quarter) {
       F x[N][L::quarter];
       COTERIE_UNROLL for (int v = 0; v < N; ++v) L::load_columns(rows + v * lanes, l, x[v]);
-      COTERIE_UNROLL for (int i = 0; i < L::quarter; ++i) COTERIE_UNROLL for (int v = 0; v < N; ++v) {
-        COTERIE_OPAQUE(sum[v]);
-        sum[v] += q[l + i] * x[v][i];
-      }
+      COTERIE_UNROLL for (int i = 0; i < L::quarter; ++i) COTERIE_UNROLL for (int v = 0; v < N; ++v)
+          L::add_product(q[l + i], x[v][i], sum[v]);
     }
     for (; l < depth; ++l) COTERIE_UNROLL for (int v = 0; v < N; ++v) {
         alignas(64) T column[lanes];
         for (int i = 0; i < lanes; ++i) column[i] = rows[v * lanes + i][l];
         F x;
         L::load(column, x);
-        COTERIE_OPAQUE(sum[v]);
-        sum[v] += q[l] * x;
+        L::add_product(q[l], x, sum[v]);
       }
     COTERIE_UNROLL for (int v = 0; v < N; ++v) L::store(s + v * lanes, sum[v]);
   }
 
-  /// s[key] = sum_d q[d] rows[key][d] for `vectors` vectors of keys: row_scores() for one query, of keys as they are.
+  /// s[key] = sum_d q[d] rows[key][d] for `vectors` vectors of keys: row_product() of one query and transposed keys, of keys as they are.
   static COTERIE_INLINE void row_dots(const T* const* rows, Index depth, const T* q, T* s, int vectors) {
     int v = 0;
     for (; v + 2 <= vectors; v += 2) row_dots_of<2>(rows + v * lanes, depth, q, s + v * lanes);
@@ -265,8 +246,7 @@ struct Micro {
       COTERIE_UNROLL for (int v = 0; v < N; ++v) {
         F x;
         L::load(row + v * lanes, x);
-        COTERIE_OPAQUE(sum[v]);
-        sum[v] += y * x;
+        L::add_product(y, x, sum[v]);
       }
     }
     COTERIE_UNROLL for (int v = 0; v < N; ++v) L::store(out + column + v * lanes, sum[v]);

@@ -88,10 +88,7 @@ struct Strips {
       COTERIE_UNROLL for (int v = 0; v < N; ++v) L::load(d_y + i * width + v * lanes, y[v]);
       COTERIE_UNROLL for (int r = 0; r < Rows; ++r) {
         const T factor = x[i * Rows + r];
-        COTERIE_UNROLL for (int v = 0; v < N; ++v) {
-          COTERIE_OPAQUE(sum[r][v]);
-          sum[r][v] += factor * y[v];
-        }
+        COTERIE_UNROLL for (int v = 0; v < N; ++v) L::add_product(factor, y[v], sum[r][v]);
       }
     }
     COTERIE_UNROLL for (int r = 0; r < Rows; ++r) COTERIE_UNROLL for (int v = 0; v < N; ++v) {
@@ -206,7 +203,12 @@ struct Panel {
     constexpr int group = 8 * R;
     const T* rows[group];
     alignas(64) T tail[group * width];
-    for (Index first = 0; first < part.columns; first += width) {
+    Index first = 0;
+    if (part.w && part.rows == 1) {
+      first = part.columns % lanes == 0 ? part.columns : part.columns / width * width;
+      M::row_product(part.x, part.depth, part.w, part.w_stride, part.y, first / lanes, part.add);
+    }
+    for (; first < part.columns; first += width) {
       const Index count = std::min<Index>(width, part.columns - first);
       const bool whole = count % lanes == 0, in_place = part.w && whole;
       const T* const panel = in_place ? part.w + first : part.panels + (part.w ? 0 : first * part.depth);

@@ -32,7 +32,8 @@ void packed_product(ConstView<T> x, ConstView<T> w, bool transposed, View<T> y, 
   T* packed = shared.template take<T>((in_place ? 1 : panels) * width * depth);
   if (in_place) {
     const Index last = (panels - 1) * width;
-    kernel.pack(PanelSource<T>{w.data() + last, w.stride(), false, depth, columns - last, 0, 1}, packed);
+    if (columns % row_padding != 0)  // else whole vectors on every instruction set
+      kernel.pack(PanelSource<T>{w.data() + last, w.stride(), false, depth, columns - last, 0, 1}, packed);
   } else {
     context.for_chunks(panels, packed_panels, [&](Index first, Index last, Index) {
       kernel.pack(PanelSource<T>{w.data(), w.stride(), transposed, depth, columns, first, last}, packed);

@@ -335,8 +335,8 @@ struct Relative {
             I uses{};
             for (int l = 0; l < lanes; ++l) uses[l] = used[(t + j) * width + v * lanes + l] ? -1 : 0;
             L::load(a + j * width + v * lanes, x);
-            COTERIE_OPAQUE(sum);
-            const F next = sum + table_rows[j][c] * x;
+            F next = sum;
+            L::add_product(table_rows[j][c], x, next);
             sum = uses ? next : sum;
           }
           L::store(out + c * width + v * lanes, sum);
@@ -364,8 +364,7 @@ struct Relative {
           for (int l = 0; l < sight.count; ++l) {
             if (!used[(t + j) * width + l]) continue;
             L::load(x + l * columns + c, y);
-            COTERIE_OPAQUE(sum);
-            sum = sum + a[j][l] * y;
+            L::add_product(a[j][l], y, sum);
           }
           L::store(target + j * columns + c, sum);
         }

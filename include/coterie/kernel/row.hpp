@@ -96,7 +96,7 @@ struct Row {
       if (one.begin == one.end && two.begin == two.end) continue;
       State& state = states[r];
       if (count > 1)
-        M::row_scores(state.q, part.d, keys + low, scores + low, vectors);
+        M::row_product(state.q, part.d, keys + low, key_block, scores + low, vectors, false);
       else
         M::row_dots(k_rows + low, part.d, state.q, scores + low, vectors);
       for (int v = 0; v < vectors && part.soft_cap != 0; ++v) {

@@ -291,8 +291,8 @@ struct Tile {
           I sees;
           mask.of(block_begin + j, sees);
           L::load(p + j * width + v * lanes, x);
-          COTERIE_OPAQUE(sum);
-          const F next = sum + rows[j][c] * x;
+          F next = sum;
+          L::add_product(rows[j][c], x, next);
           sum = sees < 0 ? next : sum;
         }
         L::store(out + c * width + v * lanes, sum);
