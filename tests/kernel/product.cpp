@@ -129,6 +129,9 @@ TEST_CASE("nearest_centroids: as plain sums, the lowest index wins ties") {
         Index best = 0;
         scores.row(i).maxCoeff(&best);
         CHECK(labels[std::size_t(i)] == best);
+        std::int32_t alone = -5;
+        nearest_centroids<double>(wide.block(i, 5, 1, d), centroids, {&alone, 1}, context);
+        CHECK(alone == best);
       }
     }
     RowMatrix<float> same = RowMatrix<float>::Ones(70, 4);
@@ -137,6 +140,15 @@ TEST_CASE("nearest_centroids: as plain sums, the lowest index wins ties") {
     std::vector<std::int32_t> labels(3);
     nearest_centroids<float>(x, same, labels, context);
     CHECK(labels == std::vector<std::int32_t>{1, 1, 1});
+    // Scores that only rounding tells apart: a row alone takes the same.
+    RowMatrix<float> close = random.matrix<float>(1, 33).replicate(90, 1);
+    close += 1e-7f * random.matrix<float>(90, 33);
+    const RowMatrix<float> rows = random.matrix<float>(100, 33);
+    std::vector<std::int32_t> together(100), alone(100);
+    nearest_centroids<float>(rows, close, together, context);
+    for (Index i = 0; i < 100; ++i)
+      nearest_centroids<float>(rows.row(i), close, std::span(alone).subspan(std::size_t(i), 1), context);
+    CHECK(alone == together);
   }
 }
 

@@ -272,8 +272,28 @@ struct Panel {
     COTERIE_UNROLL for (int v = 0; v < N; ++v) best[v] = b[v], label[v] = l[v];
   }
 
+  /// The same for one row: lanes are centroids.
+  static COTERIE_INLINE std::int32_t nearest_of(const NearestPart<T>& part, const T* x, T* scores) {
+    const T* rows[centroid_block];
+    Index label = 0;
+    T best = 0;
+    for (Index c = 0; c < part.clusters; c += centroid_block) {
+      const Index n = std::min<Index>(centroid_block, part.clusters - c), vectors = (n + lanes - 1) / lanes;
+      for (Index j = 0; j < vectors * lanes; ++j) rows[j] = part.centroids[c + std::min(j, n - 1)];
+      M::row_dots(rows, part.d, x, scores, static_cast<int>(vectors));
+      if (c == 0) best = scores[0];
+      for (Index j = 0; j < n; ++j)
+        if (scores[j] > best) best = scores[j], label = c + j;
+    }
+    return static_cast<std::int32_t>(label);
+  }
+
   /// labels[i] = argmax_c x_i . centroids_c: lanes are rows of x, centroids are broadcast.
   static COTERIE_INLINE void nearest(const NearestPart<T>& part, T* scratch) {
+    if (part.rows == 1) {
+      *part.labels = nearest_of(part, part.x, scratch);
+      return;
+    }
     T *const x = scratch, *const scores = scratch + part.d * width;
     for (Index first = 0; first < part.rows; first += width) {
       const Index count = std::min<Index>(width, part.rows - first);

@@ -120,6 +120,13 @@ struct AttentionPart {
     }
   }
 
+  /// Whether keys that follow each other, and values, leave no gap in memory; and whether those of ranks [begin, end) follow each
+  /// other. The machine finds such rows before they are read.
+  bool without_gaps() const { return k.stride == d && v.stride == dv; }
+  bool side_by_side(Index begin, Index end) const {
+    return without_gaps() && keys[end - 1] - keys[begin] == end - 1 - begin;
+  }
+
   std::uint32_t query_bits(Index entry) const { return row_bits(dropout_call, RowKind::query, rows[entry]); }
   std::uint32_t key_bits(Index rank) const {
     const Index row = keys[rank];

@@ -48,10 +48,18 @@ struct Row {
     Lookout sight;
     sight.look(part, first, count);
     typename Common::Following following(part, first, sight.blocks());
-    for (int block_begin = sight.first_block(); block_begin != Lookout::none;
-         block_begin = sight.next_block(block_begin)) {
+    const bool scattered = sight.newest - sight.oldest > lanes && !part.side_by_side(sight.oldest, sight.newest);
+    int block_begin = sight.first_block();
+    if (scattered) fetch_block(part, sight, block_begin, true, false);
+    while (block_begin != Lookout::none) {
+      const int next = sight.next_block(block_begin);
       following.fetch();
+      if (scattered) {
+        fetch_block(part, sight, block_begin, false, true);
+        if (next != Lookout::none) fetch_block(part, sight, next, true, false);
+      }
       block(part, first, count, block_begin, states, keys, scores);
+      block_begin = next;
     }
     for (int r = 0; r < count; ++r) {
       const bool sees = sight.sees_any(r);
@@ -61,6 +69,18 @@ struct Row {
       L::log(F{} + states[r].sum, log_sum);
       Common::write_state(part, target, states[r].reference, log_sum[0], inverse, sees);
       Common::scale_row(states[r].out, inverse, part.dv, part.out + target * part.out_stride);
+    }
+  }
+
+  /// Asks for the keys, or the values, of a block: caches of many heads are too large to be at hand.
+  static COTERIE_INLINE void fetch_block(const AttentionPart<T>& part, const Lookout& sight, int block_begin, bool keys,
+                                         bool values) {
+    const int end = std::min(block_begin + key_block, sight.newest);
+    for (int rank = std::max(block_begin, sight.oldest); rank < end; ++rank) {
+      const T *key, *value;
+      part.locate(rank, key, value);
+      if (keys) L::fetch(key, part.d);
+      if (values) L::fetch(value, part.dv);
     }
   }
 

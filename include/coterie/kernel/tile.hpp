@@ -78,8 +78,7 @@ struct Tile {
   /// `bytes_in_place` do not hold all of them: rows of a cluster are on many pages then.
   static COTERIE_INLINE void gather(AttentionPart<T>& part, Index bytes_in_place, T* scratch) {
     if (part.entries < 3 * width) return;
-    const bool side_by_side = part.k.stride == part.d && part.v.stride == part.dv;
-    if (side_by_side && part.k.rows * (part.d + part.dv) * Index(sizeof(T)) <= bytes_in_place) return;
+    if (part.without_gaps() && part.k.rows * (part.d + part.dv) * Index(sizeof(T)) <= bytes_in_place) return;
     Index begin = std::numeric_limits<std::int32_t>::max(), end = 0;
     for (const Interval* visible : {part.visible, part.visible_too})
       for (Index e = 0; visible && e < part.entries; ++e)
@@ -88,7 +87,7 @@ struct Tile {
           end = std::max<Index>(end, visible[e].end);
         }
     if (begin >= end || end - begin > most_gathered) return;
-    if (side_by_side && part.keys[end - 1] - part.keys[begin] == end - 1 - begin) return;
+    if (part.side_by_side(begin, end)) return;
     T* const k = scratch;
     T* const v = scratch + (end - begin) * padded(part.d);
     constexpr Index ahead = 8;
