@@ -298,10 +298,6 @@ struct Lanes {
   }
 
  private:
-  typedef T Quarter __attribute__((vector_size(16)));
-  typedef T LooseQuarter __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
-  typedef T Half2 __attribute__((vector_size(Bytes > 16 ? Bytes / 2 : 16)));
-
   /// Transposes `quarter` rows after `quarter` rows inside every 16 bytes.
   template <int Rows>
   static COTERIE_INLINE void transpose_quarters(F (&rows)[Rows]) {
@@ -322,21 +318,38 @@ struct Lanes {
 
   /// x = 16 bytes of each of rows[0], rows[quarter], rows[2 quarter] ..
   static COTERIE_INLINE void load_quarters(const T* const* rows, Index column, F& x) {
-    constexpr int blocks = count / quarter;
-    const auto piece = [&](int block) __attribute__((always_inline)) {
-      return reinterpret_cast<const LooseQuarter*>(rows[block * quarter] + column);
-    };
-    if constexpr (blocks == 1) {
-      x = *piece(0);
-    } else if constexpr (blocks == 2) {
-      const Quarter a = *piece(0), b = *piece(1);
-      join<Quarter>(a, b, x, std::make_integer_sequence<int, count>{});
+    join_quarters(rows, column, x, std::make_integer_sequence<int, count / quarter>{});
+  }
+
+#if defined(__SIZEOF_INT128__) && !defined(__clang__)
+  // g++ inserts whole numbers straight from memory; vectors it would load and shuffle.
+  __extension__ typedef unsigned __int128 Whole;
+  typedef Whole LooseWhole __attribute__((aligned(4), may_alias));
+  typedef Whole Wholes __attribute__((vector_size(Bytes)));
+
+  template <int... Is>
+  static COTERIE_INLINE void join_quarters(const T* const* rows, Index column, F& x,
+                                           std::integer_sequence<int, Is...>) {
+    x = (F)Wholes{*reinterpret_cast<const LooseWhole*>(rows[Is * quarter] + column)...};
+  }
+#else
+  typedef T Quarter __attribute__((vector_size(16)));
+  typedef T LooseQuarter __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
+  typedef T HalfVector __attribute__((vector_size(Bytes > 16 ? Bytes / 2 : 16)));
+
+  template <int... Is>
+  static COTERIE_INLINE void join_quarters(const T* const* rows, Index column, F& x,
+                                           std::integer_sequence<int, Is...>) {
+    const Quarter pieces[] = {*reinterpret_cast<const LooseQuarter*>(rows[Is * quarter] + column)...};
+    if constexpr (sizeof...(Is) == 1) {
+      x = pieces[0];
+    } else if constexpr (sizeof...(Is) == 2) {
+      join(pieces[0], pieces[1], x, std::make_integer_sequence<int, count>{});
     } else {
-      const Quarter a = *piece(0), b = *piece(1), c = *piece(2), d = *piece(3);
-      Half2 low, high;
-      join<Quarter>(a, b, low, std::make_integer_sequence<int, count / 2>{});
-      join<Quarter>(c, d, high, std::make_integer_sequence<int, count / 2>{});
-      join<Half2>(low, high, x, std::make_integer_sequence<int, count>{});
+      HalfVector low, high;
+      join(pieces[0], pieces[1], low, std::make_integer_sequence<int, count / 2>{});
+      join(pieces[2], pieces[3], high, std::make_integer_sequence<int, count / 2>{});
+      join(low, high, x, std::make_integer_sequence<int, count>{});
     }
   }
 
@@ -344,6 +357,7 @@ struct Lanes {
   static COTERIE_INLINE void join(const From& a, const From& b, To& y, std::integer_sequence<int, Is...>) {
     y = __builtin_shufflevector(a, b, Is...);
   }
+#endif
 };
 
 }  // namespace COTERIE_FLAGS_NAMESPACE

@@ -72,15 +72,31 @@ struct Row {
     }
   }
 
+  /// The keys and the values of ranks [begin, end), of which rows that follow each other cost little.
+  static COTERIE_INLINE void locate(const AttentionPart<T>& part, Index begin, Index end, const T** k_rows,
+                                    const T** v_rows) {
+    const std::int32_t *const keys = part.keys + begin, first = keys[0], count = static_cast<std::int32_t>(end - begin);
+    std::int32_t elsewhere = 0;
+    for (std::int32_t i = 0; i < count; ++i) elsewhere |= keys[i] - first - i;
+    if (elsewhere == 0 && first + (end - begin) <= part.k.rows && !part.gathered_k)
+      for (Index i = 0; i < count; ++i) {
+        k_rows[i] = part.k.data + (first + i) * part.k.stride;
+        v_rows[i] = part.v.data + (first + i) * part.v.stride;
+      }
+    else
+      for (Index i = 0; i < count; ++i) part.locate(begin + i, k_rows[i], v_rows[i]);
+  }
+
   /// Asks for the keys, or the values, of a block: caches of many heads are too large to be at hand.
   static COTERIE_INLINE void fetch_block(const AttentionPart<T>& part, const Lookout& sight, int block_begin, bool keys,
                                          bool values) {
-    const int end = std::min(block_begin + key_block, sight.newest);
-    for (int rank = std::max(block_begin, sight.oldest); rank < end; ++rank) {
-      const T *key, *value;
-      part.locate(rank, key, value);
-      if (keys) L::fetch(key, part.d);
-      if (values) L::fetch(value, part.dv);
+    const int begin = std::max(block_begin, sight.oldest), end = std::min(block_begin + key_block, sight.newest);
+    const T* k_rows[key_block];
+    const T* v_rows[key_block];
+    locate(part, begin, end, k_rows, v_rows);
+    for (int j = 0; j < end - begin; ++j) {
+      if (keys) L::fetch(k_rows[j], part.d);
+      if (values) L::fetch(v_rows[j], part.dv);
     }
   }
 
@@ -108,7 +124,8 @@ struct Row {
     const int seen_low = low;  // a part's copies hold no key below it
     low = low / lanes * lanes;
     const int vectors = (high - low + lanes - 1) / lanes;
-    for (int j = low; j < high; ++j) part.locate(block_begin + std::max(j, seen_low), k_rows[j], v_rows[j]);
+    locate(part, block_begin + seen_low, block_begin + high, k_rows + seen_low, v_rows + seen_low);
+    for (int j = low; j < seen_low; ++j) k_rows[j] = k_rows[seen_low];
     for (int j = high; j < low + vectors * lanes; ++j) k_rows[j] = k_rows[high - 1];
     if (count > 1) M::gather_columns(k_rows + low, vectors, part.d, T(1), keys + low, key_block);
     for (int r = 0; r < count; ++r) {
