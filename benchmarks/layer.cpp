@@ -91,6 +91,7 @@ int main(int argc, char** argv) {
         add<float>("layer/", pattern, {n, 512, 8, 256}, 1);
         if (all > 1) add<float>("layer/", pattern, {n, 512, 8, 256}, all);
       }
+    if (pattern == std::string("routed")) add<float>("layer/", pattern, {8192, 512, 8, 256}, 1);
     add<double>("layer/", pattern, {4096, 512, 8, 256}, 1);
   }
   return run(argc, argv);
