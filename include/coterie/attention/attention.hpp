@@ -25,6 +25,7 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
   SoftmaxStates<T> states;
   if (tape) states = tape->prepare(call.tokens(), call.heads(), call.combine());
   Arena& shared = context.workspace().shared();
+  const Index workers = context.workers();
 
   // Several entries per row: every head's entries get rows of their own first.
   for (Index head_begin = 0; head_begin < call.heads();) {
@@ -54,7 +55,7 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
         return std::pair(begin[0], begin[1]);
       };
       const auto [part_begin, part_end] = parts_of(i);
-      const Index count = part_end - part_begin, later = i + context.workers();
+      const Index count = part_end - part_begin, later = i + workers;
       const auto make_part = [&, part_begin = part_begin](Index p) {
         const Index head = tasks[p < count ? i : later].first;
         const Index at = p < count ? part_begin + p : parts_of(later).first;
@@ -82,6 +83,7 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
               const KernelTable<T>& kernel, Context& context) {
   const bool single = call.combine() == Combine::single, mean = call.combine() == Combine::mean;
   Arena& shared = context.workspace().shared();
+  const Index workers = context.workers();
 
   for (Index head_begin = 0; head_begin < call.heads();) {
     const Index head_end = single ? call.heads() : head_begin + 1;
@@ -98,14 +100,14 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
     const HeadTasks tasks(call.plans(), call.heads(), head_begin, head_end, shared);
     for (Index begin = 0; begin < tasks.count();) {
       Arena::Scope wave_scope(shared);
-      const Wave<T> wave(call, tasks, begin, gradients, context.workers(), shared);
+      const Wave<T> wave(call, tasks, begin, gradients, workers, shared);
       context.for_each(wave.tasks(), [&](Index i, Index worker) {
         Arena& arena = context.workspace().worker(worker);
         Arena::Scope task_scope(arena);
         T* scratch = arena.template take<T>(kernel.backward_scratch(call.sizes()));
         // out and states are those of forward; the kernel reads them here.
         const std::span<const PartialSums<T>> task = wave.task(i);
-        const Index later = i + context.workers();
+        const Index later = i + workers;
         wave.clear_tables(i);
         const auto make_part = [&](Index p) {
           const PartialSums<T>& sums = p < Index(task.size()) ? task[std::size_t(p)] : wave.task(later)[0];
@@ -118,7 +120,8 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
                 tape.states().from(0, sums.head));
           return part;
         };
-        const bool more = later < wave.tasks();
+        // Of another head, gradients would be asked for in this one's columns.
+        const bool more = later < wave.tasks() && wave.task(later)[0].head == task[0].head;
         each_part_in_turn<T>(Index(task.size()), more, make_part, [&](Index p, const AttentionPart<T>& part) {
           PartialSums<T> sums = task[std::size_t(p)];
           Arena::Scope part_scope(arena);

@@ -272,7 +272,7 @@ struct Panel {
     COTERIE_UNROLL for (int v = 0; v < N; ++v) best[v] = b[v], label[v] = l[v];
   }
 
-  /// The same for one row: lanes are centroids.
+  /// The number of the centroid nearest to x: lanes are centroids.
   static COTERIE_INLINE std::int32_t nearest_of(const NearestPart<T>& part, const T* x, T* scores) {
     const T* rows[centroid_block];
     Index label = 0;
@@ -288,7 +288,7 @@ struct Panel {
     return static_cast<std::int32_t>(label);
   }
 
-  /// labels[i] = argmax_c x_i . centroids_c: lanes are rows of x, centroids are broadcast.
+  /// labels[i] = argmax_c x_i . centroids_c: lanes are rows of x, if there are several, and centroids are broadcast.
   static COTERIE_INLINE void nearest(const NearestPart<T>& part, T* scratch) {
     if (part.rows == 1) {
       *part.labels = nearest_of(part, part.x, scratch);

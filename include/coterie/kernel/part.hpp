@@ -96,7 +96,7 @@ struct AttentionPart {
     states = entry_states.from(first, 0);
   }
 
-  /// The part that this thread turns to next, or null: its first rows are asked for in time.
+  /// The part that this thread will probably turn to next, or null: its first rows are asked for in time.
   const AttentionPart* next = nullptr;
 
   // Copies of the keys and values from rank gathered_first on, side by side; or null. See Tile::gather.

@@ -76,8 +76,9 @@ struct Row {
   static COTERIE_INLINE void locate(const AttentionPart<T>& part, Index begin, Index end, const T** k_rows,
                                     const T** v_rows) {
     const std::int32_t *const keys = part.keys + begin, first = keys[0], count = static_cast<std::int32_t>(end - begin);
-    std::int32_t elsewhere = 0;
-    for (std::int32_t i = 0; i < count; ++i) elsewhere |= keys[i] - first - i;
+    std::uint32_t elsewhere = 0;
+    for (std::int32_t i = 0; i < count; ++i)
+      elsewhere |= std::uint32_t(keys[i]) - std::uint32_t(first) - std::uint32_t(i);
     if (elsewhere == 0 && first + (end - begin) <= part.k.rows && !part.gathered_k)
       for (Index i = 0; i < count; ++i) {
         k_rows[i] = part.k.data + (first + i) * part.k.stride;
