@@ -3,7 +3,7 @@
 #include <limits>
 #include <memory>
 
-#include "coterie/layer/decoder.hpp"
+#include "coterie/decoder/decoder.hpp"
 #include "plot.hpp"
 #include "random.hpp"
 #include "report.hpp"

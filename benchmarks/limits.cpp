@@ -9,7 +9,7 @@
 #include <sched.h>
 #endif
 
-#include "coterie/core/normalise.hpp"
+#include "coterie/kernel/normalise.hpp"
 #include "coterie/router/kmeans.hpp"
 #include "head.hpp"
 #include "report.hpp"

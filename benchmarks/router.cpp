@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "common.hpp"
-#include "coterie/core/normalise.hpp"
+#include "coterie/kernel/normalise.hpp"
 
 using namespace coterie;
 using namespace benchmarks;

@@ -8,7 +8,7 @@
 #include <unistd.h>
 #endif
 
-#include "coterie/core/normalise.hpp"
+#include "coterie/kernel/normalise.hpp"
 #include "coterie/router/kmeans.hpp"
 #include "head.hpp"
 #include "plot.hpp"

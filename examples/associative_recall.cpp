@@ -104,7 +104,7 @@ transformer::ModelConfig model_config(const std::string& pattern, std::uint64_t 
   attention.routing = pattern == "dense"    ? coterie::Routing::dense
                       : pattern == "random" ? coterie::Routing::random
                                             : coterie::Routing::learned;
-  attention.local_positions = coterie::LocalPositions::bias;
+  attention.local_positions = coterie::PositionKind::bias;
   attention.decay = 0.99;
   attention.seed = seed;
   return config;

@@ -2,7 +2,7 @@
 // been stopped.
 #pragma once
 
-#include <coterie/layer/saved_layer.hpp>
+#include <coterie/saved/saved_layer.hpp>
 
 #include "transformer.hpp"
 

@@ -123,7 +123,7 @@ coterie::RoutingAttentionConfig self_attention(bool causal, std::uint64_t seed) 
           .window = window + 1,
           .lookahead = causal ? 0 : window,
           .causal = causal,
-          .local_positions = coterie::LocalPositions::bias,
+          .local_positions = coterie::PositionKind::bias,
           .seed = seed};
 }
 

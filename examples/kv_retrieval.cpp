@@ -119,11 +119,11 @@ transformer::ModelConfig model_config(const Settings& s) {
   attention.routing = coterie::Routing::dense;
   if (plain) {
     attention.shared_qk = false;
-    attention.routed_positions = coterie::RoutedPositions::rotary;
+    attention.routed_positions = coterie::PositionKind::rotary;
   } else {
     attention.induction = true;
     attention.key_taps = 8;
-    attention.local_positions = coterie::LocalPositions::bias;
+    attention.local_positions = coterie::PositionKind::bias;
   }
   attention.seed = static_cast<std::uint64_t>(s.seed);
   return config;

@@ -1,8 +1,8 @@
 // Settings of language_model: its command line, and what of it a saved model says by itself.
 #pragma once
 
-#include <coterie/layer/safetensors.hpp>
-#include <coterie/layer/safetensors_writer.hpp>
+#include <coterie/file/safetensors.hpp>
+#include <coterie/file/safetensors_writer.hpp>
 #include <optional>
 #include <thread>
 
@@ -212,7 +212,7 @@ inline transformer::ModelConfig model_config(const std::string& pattern, const S
                                          : coterie::Routing::learned;
   attention.induction = !local;
   attention.key_taps = local ? 0 : 8;
-  attention.local_positions = coterie::LocalPositions::bias;
+  attention.local_positions = coterie::PositionKind::bias;
   attention.decay = 0.99;
   attention.seed = static_cast<std::uint64_t>(s.model_seed);
   return config;

@@ -1,7 +1,7 @@
 // A transformer::Model, token by token: what stands before is kept in caches instead of being computed again.
 #pragma once
 
-#include <coterie/layer/decoder.hpp>
+#include <coterie/decoder/decoder.hpp>
 
 #include "transformer.hpp"
 

@@ -5,7 +5,7 @@
 
 #include "attention/setup.hpp"
 #include "catch.hpp"
-#include "coterie/core/normalise.hpp"
+#include "coterie/kernel/normalise.hpp"
 #include "coterie/plan/members.hpp"
 #include "coterie/router/kmeans.hpp"
 #include "coterie/router/members.hpp"

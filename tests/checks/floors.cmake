@@ -1,44 +1,56 @@
-# cmake -D INCLUDE=dir -P floors.cmake: fails where a header of dir/coterie includes what its floor may not see, or has grown past
+# cmake -D INCLUDE=dir -P floors.cmake: fails where a header of dir/coterie includes what its room may not see, or has more than
 # 500 lines.
 
 cmake_minimum_required(VERSION 3.21)
 
+# What each room may include: headers and rooms. Down only, never sideways on a floor.
 set(core core)
+set(file file core)
 set(plan plan core)
 set(kernel kernel core)
-set(router router kernel/product core)
+set(router router kernel/product kernel/nearest kernel/normalise core)
 set(attention attention kernel plan core)
 set(layer layer attention router kernel plan core)
+set(retrieval retrieval attention router kernel plan core)
+set(decoder decoder layer attention router kernel plan core)
+set(saved saved layer retrieval file attention router kernel plan core)
+
+# What the standard library lacks: fsync.
+set(system_headers_file/whole_file fcntl.h unistd.h io.h)
 
 set(faults)
 file(GLOB_RECURSE headers RELATIVE ${INCLUDE}/coterie ${INCLUDE}/coterie/*)
 foreach(header IN LISTS headers)
-  get_filename_component(floor ${header} DIRECTORY)
+  get_filename_component(room ${header} DIRECTORY)
   if(header MATCHES "^(coterie|version)\\.hpp$")
     continue()
-  elseif(NOT floor MATCHES "^(core|plan|kernel|router|attention|layer)$")
-    list(APPEND faults "${header}: not on a floor of the house")
+  elseif(NOT room MATCHES "^(core|file|plan|kernel|router|attention|layer|retrieval|decoder|saved)$")
+    list(APPEND faults "${header}: not in a room of the house")
     continue()
   endif()
 
+  string(REGEX REPLACE "\\.hpp$" "" name ${header})
   file(STRINGS ${INCLUDE}/coterie/${header} includes REGEX "^[ \t]*#[ \t]*include")
   foreach(include IN LISTS includes)
     string(REGEX REPLACE "^[ \t]*#[ \t]*include[ \t]*" "" include "${include}")
     set(allowed OFF)
     if(include MATCHES "^<([a-z_0-9]+|Eigen/[A-Za-z]+)>")  # the standard library and Eigen
       set(allowed ON)
-    elseif(header STREQUAL layer/whole_file.hpp AND include MATCHES "^<(fcntl|unistd)\\.h>")  # what the standard lacks: fsync
-      set(allowed ON)
+    elseif(include MATCHES "^<([a-z]+\\.h)>")
+      set(target ${CMAKE_MATCH_1})
+      if(DEFINED system_headers_${name} AND target IN_LIST system_headers_${name})
+        set(allowed ON)
+      endif()
     elseif(include MATCHES "^[<\"]coterie/([a-z_0-9/]+)\\.hpp[>\"]")
       set(target ${CMAKE_MATCH_1})
-      get_filename_component(target_floor "${target}" DIRECTORY)
-      if(target STREQUAL version OR target IN_LIST ${floor} OR target_floor IN_LIST ${floor})
+      get_filename_component(target_room "${target}" DIRECTORY)
+      if(target STREQUAL version OR target IN_LIST ${room} OR target_room IN_LIST ${room})
         set(allowed ON)
       endif()
     endif()
     if(NOT allowed)
-      list(JOIN ${floor} ", " floors)
-      list(APPEND faults "${header}: may not include ${include} (only <standard>, <Eigen/...>, \"coterie/...\" of ${floors})")
+      list(JOIN ${room} ", " rooms)
+      list(APPEND faults "${header}: may not include ${include} (only <standard>, <Eigen/...>, \"coterie/...\" of ${rooms})")
     endif()
   endforeach()
 

@@ -16,7 +16,7 @@ inline transformer::ModelConfig small_model(transformer::Index vocabulary = 40, 
   config.attention.causal = true;
   config.attention.induction = true;
   config.attention.key_taps = 3;
-  config.attention.local_positions = coterie::LocalPositions::bias;
+  config.attention.local_positions = coterie::PositionKind::bias;
   config.attention.seed = 4;
   return config;
 }

@@ -18,7 +18,7 @@ struct Example {
                                    .clusters = 3,
                                    .window = 16,
                                    .causal = true,
-                                   .local_positions = coterie::LocalPositions::bias,
+                                   .local_positions = coterie::PositionKind::bias,
                                    .seed = 3}};
   std::vector<Index> offsets{0, 1, 20, 150};
   std::vector<std::int32_t> tokens, targets;

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "coterie/layer/saved_layer.hpp"
+#include "coterie/saved/saved_layer.hpp"
 
 namespace fuzz {
 

@@ -17,8 +17,8 @@ detail::KernelTable<T> wide_table() {
   using Forward = detail::Forward<T, WideMicro<T>>;
   using Backward = detail::Backward<T, WideMicro<T>>;
   detail::KernelTable<T> table = detail::kernels<T>(InstructionSet::baseline);
-  table.forward = [](const detail::AttentionPart<T>& part, T* scratch) { Forward::run(part, scratch); };
-  table.backward = [](const detail::AttentionPart<T>& part, const detail::AttentionPartGradients<T>& gradients,
+  table.forward = [](const detail::AttentionArguments<T>& part, T* scratch) { Forward::run(part, scratch); };
+  table.backward = [](const detail::AttentionArguments<T>& part, const detail::AttentionGradientArguments<T>& gradients,
                       T* scratch) { Backward::run(part, gradients, scratch); };
   table.forward_scratch = Forward::scratch_size;
   table.backward_scratch = Backward::scratch_size;

@@ -36,7 +36,7 @@ TEST_CASE("automatic settings are filled in") {
   REQUIRE(c.kv_heads == 4);
   REQUIRE(c.logits == Logits::normalised);
   REQUIRE(c.learned_gain == true);
-  REQUIRE(c.local_positions == LocalPositions::rotary);
+  REQUIRE(c.local_positions == PositionKind::rotary);
   REQUIRE(detail::resolve(c) == c);
 
   RoutingAttentionConfig two_sided = valid_config;
@@ -62,13 +62,13 @@ TEST_CASE("automatic settings are filled in") {
   // Of induction heads and heads of one column: none, unless asked for.
   RoutingAttentionConfig control = valid_config;
   control.local_induction = true;
-  REQUIRE(detail::resolve(control).local_positions == LocalPositions::none);
-  control.local_positions = LocalPositions::rotary;
-  REQUIRE(detail::resolve(control).local_positions == LocalPositions::rotary);
+  REQUIRE(detail::resolve(control).local_positions == PositionKind::none);
+  control.local_positions = PositionKind::rotary;
+  REQUIRE(detail::resolve(control).local_positions == PositionKind::rotary);
   RoutingAttentionConfig narrow = valid_config;
   narrow.routed_heads = 0;
   narrow.head_dim = 1;
-  REQUIRE(detail::resolve(narrow).local_positions == LocalPositions::none);
+  REQUIRE(detail::resolve(narrow).local_positions == PositionKind::none);
 
   RoutingAttentionConfig wide = valid_config;
   wide.heads = 5;
@@ -101,7 +101,7 @@ TEST_CASE("defaults are those of the documentation") {
   REQUIRE(c.dense_up_to == 0);
   REQUIRE(!c.bias);
   REQUIRE(!c.local_positions);
-  REQUIRE(c.routed_positions == RoutedPositions::none);
+  REQUIRE(c.routed_positions == PositionKind::none);
   REQUIRE(c.rotary_layout == RotaryLayout::halves);
   REQUIRE(c.rotary_base == 10000);
   REQUIRE(c.position_buckets == 32);
@@ -168,20 +168,20 @@ TEST_CASE("what makes no sense is refused, naming the setting") {
       {"head_dim", [](C& c) { c.causal = false, c.head_dim = 2; }},
       {"head_dim", [](C& c) { c.local_induction = true, c.routed_heads = 0, c.head_dim = 1; }},
       {"gain", [](C& c) { c.gain = std::numeric_limits<double>::infinity(); }},
-      {"routed_positions", [](C& c) { c.routed_heads = 0, c.routed_positions = RoutedPositions::alibi; }},
+      {"routed_positions", [](C& c) { c.routed_heads = 0, c.routed_positions = PositionKind::alibi; }},
       {"rotary_base", [](C& c) { c.rotary_base = 0; }},
       {"rotary_base", [](C& c) { c.rotary_base = std::numeric_limits<double>::infinity(); }},
-      {"head_dim", [](C& c) { c.routed_heads = 0, c.head_dim = 1, c.local_positions = LocalPositions::rotary; }},
-      {"position_buckets", [](C& c) { c.local_positions = LocalPositions::t5_buckets, c.position_buckets = 1; }},
+      {"head_dim", [](C& c) { c.routed_heads = 0, c.head_dim = 1, c.local_positions = PositionKind::rotary; }},
+      {"position_buckets", [](C& c) { c.local_positions = PositionKind::t5_buckets, c.position_buckets = 1; }},
       {"position_buckets",
-       [](C& c) { c.causal = false, c.routed_positions = RoutedPositions::t5_buckets, c.position_buckets = 7; }},
-      {"max_distance", [](C& c) { c.routed_positions = RoutedPositions::t5_buckets, c.max_distance = 16; }},
-      {"routed_distances", [](C& c) { c.routed_positions = RoutedPositions::bias; }},
-      {"routed_distances", [](C& c) { c.routed_positions = RoutedPositions::shaw; }},
+       [](C& c) { c.causal = false, c.routed_positions = PositionKind::t5_buckets, c.position_buckets = 7; }},
+      {"max_distance", [](C& c) { c.routed_positions = PositionKind::t5_buckets, c.max_distance = 16; }},
+      {"routed_distances", [](C& c) { c.routed_positions = PositionKind::bias; }},
+      {"routed_distances", [](C& c) { c.routed_positions = PositionKind::shaw; }},
       {"mean_epsilon", [](C& c) { c.mean_epsilon = 0.1; }},
       {"mean_epsilon", [](C& c) { c.membership = Membership::balanced, c.combine = Combine::lse, c.mean_epsilon = 1; }},
-      {"routed_distances", [](C& c) { c.routed_positions = RoutedPositions::bias, c.routed_distances = -1; }},
-      {"routed_distances", [](C& c) { c.routed_positions = RoutedPositions::alibi, c.routed_distances = 8; }},
+      {"routed_distances", [](C& c) { c.routed_positions = PositionKind::bias, c.routed_distances = -1; }},
+      {"routed_distances", [](C& c) { c.routed_positions = PositionKind::alibi, c.routed_distances = 8; }},
       {"routed_distances", [](C& c) { c.routed_distances = 8; }},
       {"decay", [](C& c) { c.decay = 1; }},
       {"decay", [](C& c) { c.decay = 0; }},
@@ -198,10 +198,10 @@ TEST_CASE("values that no enumerator has are refused") {
   REQUIRE(config_fault([](auto& c) { c.routing = static_cast<Routing>(7); }).find("routing: expected") !=
           std::string::npos);
   REQUIRE(config_fault([](auto& c) {
-            c.local_positions = static_cast<LocalPositions>(-1);
+            c.local_positions = static_cast<PositionKind>(-1);
           }).find("local_positions: expected") != std::string::npos);
   REQUIRE(config_fault([](auto& c) {
-            c.routed_positions = static_cast<RoutedPositions>(6);
+            c.routed_positions = static_cast<PositionKind>(6);
           }).find("routed_positions: expected") != std::string::npos);
   REQUIRE(config_fault([](auto& c) {
             c.rotary_layout = static_cast<RotaryLayout>(2);
@@ -226,7 +226,7 @@ TEST_CASE("one error names all faults") {
     c.clusters = 0;
     c.decay = 2;
     c.key_taps = 3;
-    c.local_positions = LocalPositions::t5_buckets;
+    c.local_positions = PositionKind::t5_buckets;
     c.max_distance = 0;
     c.routed_distances = 3;
     c.rotary_base = -1;

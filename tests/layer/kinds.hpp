@@ -31,12 +31,12 @@ inline std::vector<Kind> kinds() {
   add("causal: rotary, shared", [](auto& c) { c.causal = true; });
   add("causal: bias per distance, biases", [](auto& c) {
     c.causal = c.bias = true;
-    c.local_positions = LocalPositions::bias;
+    c.local_positions = PositionKind::bias;
     c.local_window = 3;
   });
   add("causal: no positions, shared, sees itself", [](auto& c) {
     c.causal = true;
-    c.local_positions = LocalPositions::none;
+    c.local_positions = PositionKind::none;
     c.self = Self::visible;
   });
   add("causal: local heads only, odd width", [](auto& c) {
@@ -93,7 +93,7 @@ inline std::vector<Kind> kinds() {
   add("causal: memory, induction, bias per distance", [](auto& c) {
     c.causal = c.induction = true;
     c.memory = 1;
-    c.local_positions = LocalPositions::bias;
+    c.local_positions = PositionKind::bias;
   });
   add("two-sided: memory, dense, separate", [](auto& c) {
     c.memory = 3;
@@ -110,7 +110,7 @@ inline std::vector<Kind> kinds() {
   });
   add("two-sided: bias per distance with lookahead, shared", [](auto& c) {
     c.lookahead = 1;
-    c.local_positions = LocalPositions::bias;
+    c.local_positions = PositionKind::bias;
     c.shared_qk = true;
   });
   add("two-sided: dense, separate", [](auto& c) { c.routing = Routing::dense; });
@@ -123,63 +123,63 @@ inline std::vector<Kind> kinds() {
     c.causal = true;
     c.heads = 4;
     c.routed_heads = 3;
-    c.local_positions = LocalPositions::alibi;
-    c.routed_positions = RoutedPositions::alibi;
+    c.local_positions = PositionKind::alibi;
+    c.routed_positions = PositionKind::alibi;
   });
   add("causal: T5 buckets", [](auto& c) {
     c.gain = 1;
     c.causal = true;
     c.local_window = 11;
-    c.local_positions = LocalPositions::t5_buckets;
-    c.routed_positions = RoutedPositions::t5_buckets;
+    c.local_positions = PositionKind::t5_buckets;
+    c.routed_positions = PositionKind::t5_buckets;
     c.position_buckets = 6;
     c.max_distance = 9;
   });
   add("causal: rotary everywhere, interleaved, shared", [](auto& c) {
     c.gain = 1;
     c.causal = true;
-    c.routed_positions = RoutedPositions::rotary;
+    c.routed_positions = PositionKind::rotary;
     c.rotary_layout = RotaryLayout::interleaved;
     c.rotary_base = 50;
   });
   add("causal: routed bias, separate", [](auto& c) {
     c.causal = true;
     c.shared_qk = false;
-    c.routed_positions = RoutedPositions::bias;
+    c.routed_positions = PositionKind::bias;
     c.routed_distances = 6;
   });
   add("causal: local induction with a bias, rotary induction", [](auto& c) {
     c.gain = 1;
     c.causal = c.induction = c.local_induction = true;
     c.key_taps = 2;
-    c.local_positions = LocalPositions::bias;
-    c.routed_positions = RoutedPositions::rotary;
+    c.local_positions = PositionKind::bias;
+    c.routed_positions = PositionKind::rotary;
   });
   add("causal: dense ALiBi", [](auto& c) {
     c.gain = 1;
     c.causal = true;
     c.routing = Routing::dense;
-    c.routed_positions = RoutedPositions::alibi;
+    c.routed_positions = PositionKind::alibi;
   });
   add("two-sided: ALiBi with lookahead, rotary of odd width, separate", [](auto& c) {
     c.head_dim = 5;
     c.lookahead = 2;
-    c.local_positions = LocalPositions::alibi;
-    c.routed_positions = RoutedPositions::rotary;
+    c.local_positions = PositionKind::alibi;
+    c.routed_positions = PositionKind::rotary;
   });
   add("two-sided: T5 buckets with lookahead, routed bias, shared", [](auto& c) {
     c.gain = 1;
     c.lookahead = 3;
     c.shared_qk = true;
-    c.local_positions = LocalPositions::t5_buckets;
+    c.local_positions = PositionKind::t5_buckets;
     c.position_buckets = 8;
     c.max_distance = 4;
-    c.routed_positions = RoutedPositions::bias;
+    c.routed_positions = PositionKind::bias;
     c.routed_distances = 4;
   });
   add("two-sided: dense T5 buckets, separate", [](auto& c) {
     c.routing = Routing::dense;
-    c.routed_positions = RoutedPositions::t5_buckets;
+    c.routed_positions = PositionKind::t5_buckets;
     c.position_buckets = 12;
     c.max_distance = 10;
   });
@@ -188,7 +188,7 @@ inline std::vector<Kind> kinds() {
     c.heads = 6;
     c.kv_heads = 3;
     c.routed_heads = 4;
-    c.routed_positions = RoutedPositions::rotary;
+    c.routed_positions = PositionKind::rotary;
   });
   add("two-sided: one key and value for all, memory, learned gain", [](auto& c) {
     c.heads = 3;
@@ -203,8 +203,8 @@ inline std::vector<Kind> kinds() {
     c.kv_heads = 2;
     c.routed_heads = 2;
     c.routing = Routing::random;
-    c.local_positions = LocalPositions::alibi;
-    c.routed_positions = RoutedPositions::alibi;
+    c.local_positions = PositionKind::alibi;
+    c.routed_positions = PositionKind::alibi;
   });
   add("two-sided: grouped queries, normalised, dense", [](auto& c) {
     c.heads = 4;
@@ -222,8 +222,8 @@ inline std::vector<Kind> kinds() {
     c.causal = c.induction = true;
     c.globals = 1;
     c.memory = 2;
-    c.local_positions = LocalPositions::bias;
-    c.routed_positions = RoutedPositions::bias;
+    c.local_positions = PositionKind::bias;
+    c.routed_positions = PositionKind::bias;
     c.routed_distances = 5;
   });
   add("two-sided: global tokens with lookahead, ALiBi, grouped queries", [](auto& c) {
@@ -232,13 +232,13 @@ inline std::vector<Kind> kinds() {
     c.routed_heads = 2;
     c.globals = 3;
     c.lookahead = 1;
-    c.local_positions = LocalPositions::alibi;
-    c.routed_positions = RoutedPositions::alibi;
+    c.local_positions = PositionKind::alibi;
+    c.routed_positions = PositionKind::alibi;
   });
   add("causal: dense up to a position, rotary", [](auto& c) {
     c.causal = true;
     c.dense_up_to = 7;
-    c.routed_positions = RoutedPositions::rotary;
+    c.routed_positions = PositionKind::rotary;
   });
   add("causal: dense up to a position, global tokens, memory, ALiBi", [](auto& c) {
     c.gain = 1;
@@ -246,7 +246,7 @@ inline std::vector<Kind> kinds() {
     c.dense_up_to = 6;
     c.globals = 1;
     c.memory = 1;
-    c.local_positions = LocalPositions::alibi;
+    c.local_positions = PositionKind::alibi;
   });
   add("two-sided: dense up to a length, separate", [](auto& c) { c.dense_up_to = 9; });
   add("causal: unit length, shared", [](auto& c) {
@@ -257,7 +257,7 @@ inline std::vector<Kind> kinds() {
     c.causal = true;
     c.normalisation = Normalisation::unit_length;
     c.logits = Logits::normalised_keys;
-    c.routed_positions = RoutedPositions::rotary;
+    c.routed_positions = PositionKind::rotary;
   });
   add("causal: raw logits, shared, fixed gain", [](auto& c) {
     c.causal = true;
@@ -272,7 +272,7 @@ inline std::vector<Kind> kinds() {
     c.bias = true;
     c.logits = Logits::normalised;
     c.learned_gain = true;
-    c.routed_positions = RoutedPositions::rotary;
+    c.routed_positions = PositionKind::rotary;
   });
   add("two-sided: normalised keys, separate, unit length", [](auto& c) {
     c.normalisation = Normalisation::unit_length;
@@ -281,8 +281,8 @@ inline std::vector<Kind> kinds() {
   });
   add("causal: Shaw's vectors by distance, shared", [](auto& c) {
     c.causal = true;
-    c.local_positions = LocalPositions::shaw;
-    c.routed_positions = RoutedPositions::shaw;
+    c.local_positions = PositionKind::shaw;
+    c.routed_positions = PositionKind::shaw;
     c.routed_distances = 6;
   });
   add("two-sided: Shaw's vectors with lookahead, grouped queries, memory", [](auto& c) {
@@ -291,8 +291,8 @@ inline std::vector<Kind> kinds() {
     c.routed_heads = 2;
     c.lookahead = 2;
     c.memory = 1;
-    c.local_positions = LocalPositions::shaw;
-    c.routed_positions = RoutedPositions::shaw;
+    c.local_positions = PositionKind::shaw;
+    c.routed_positions = PositionKind::shaw;
     c.routed_distances = 4;
   });
   add("causal: unit length, induction with taps", [](auto& c) {

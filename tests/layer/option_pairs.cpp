@@ -80,26 +80,26 @@ std::vector<Option> options() {
   add("bias", "biases", [](auto& c) { c.bias = true; });
   add("globals", "global tokens", [](auto& c) { c.globals = 2; });
   add("dense_up_to", "dense up to a length", [](auto& c) { c.dense_up_to = 6; });
-  add("local_positions", "local bias", [](auto& c) { c.local_positions = LocalPositions::bias; });
-  add("local_positions", "local ALiBi", [](auto& c) { c.local_positions = LocalPositions::alibi; });
+  add("local_positions", "local bias", [](auto& c) { c.local_positions = PositionKind::bias; });
+  add("local_positions", "local ALiBi", [](auto& c) { c.local_positions = PositionKind::alibi; });
   add("local_positions", "local T5 buckets", [](auto& c) {
-    c.local_positions = LocalPositions::t5_buckets;
+    c.local_positions = PositionKind::t5_buckets;
     c.position_buckets = 8, c.max_distance = 9;
   });
-  add("local_positions", "no local positions", [](auto& c) { c.local_positions = LocalPositions::none; });
-  add("routed_positions", "routed rotary", [](auto& c) { c.routed_positions = RoutedPositions::rotary; });
+  add("local_positions", "no local positions", [](auto& c) { c.local_positions = PositionKind::none; });
+  add("routed_positions", "routed rotary", [](auto& c) { c.routed_positions = PositionKind::rotary; });
   add("routed_positions", "routed bias", [](auto& c) {
-    c.routed_positions = RoutedPositions::bias;
+    c.routed_positions = PositionKind::bias;
     c.routed_distances = 5;
   });
-  add("routed_positions", "routed ALiBi", [](auto& c) { c.routed_positions = RoutedPositions::alibi; });
+  add("routed_positions", "routed ALiBi", [](auto& c) { c.routed_positions = PositionKind::alibi; });
   add("routed_positions", "routed T5 buckets", [](auto& c) {
-    c.routed_positions = RoutedPositions::t5_buckets;
+    c.routed_positions = PositionKind::t5_buckets;
     c.position_buckets = 8, c.max_distance = 9;
   });
-  add("local_positions", "local Shaw", [](auto& c) { c.local_positions = LocalPositions::shaw; });
+  add("local_positions", "local Shaw", [](auto& c) { c.local_positions = PositionKind::shaw; });
   add("routed_positions", "routed Shaw", [](auto& c) {
-    c.routed_positions = RoutedPositions::shaw;
+    c.routed_positions = PositionKind::shaw;
     c.routed_distances = 5;
   });
   add("membership", "balanced, less than the mean", [](auto& c) {
@@ -166,8 +166,7 @@ std::vector<Rule> rules() {
        [](const C& c) {
          return c.routed_heads == 0 && !c.local_induction && c.normalisation != Normalisation::layer_norm;
        }},
-      {"routed_positions",
-       [](const C& c) { return c.routed_heads == 0 && c.routed_positions != RoutedPositions::none; }},
+      {"routed_positions", [](const C& c) { return c.routed_heads == 0 && c.routed_positions != PositionKind::none; }},
   };
 }
 

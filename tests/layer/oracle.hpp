@@ -73,10 +73,10 @@ struct Oracle {
     return y;
   }
 
-  HeadPositions positions(Index head) const { return local(head) ? *c.local_positions : c.routed_positions; }
+  PositionKind positions(Index head) const { return local(head) ? *c.local_positions : c.routed_positions; }
 
   std::vector<double> rotate(std::vector<double> x, Index head, Index position) const {
-    if (positions(head) != HeadPositions::rotary) return x;
+    if (positions(head) != PositionKind::rotary) return x;
     const std::size_t half = x.size() / 2;
     for (std::size_t j = 0; j < half; ++j) {
       const double angle =
@@ -94,15 +94,15 @@ struct Oracle {
   double distance_bias(Index head, Index distance) const {
     const Index routed_first = c.heads - c.routed_heads, own = local(head) ? head : head - routed_first;
     switch (positions(head)) {
-      case HeadPositions::bias: {
+      case PositionKind::bias: {
         if (local(head))
           return p.distance_bias(own, std::clamp(distance, -c.lookahead, c.local_window - 1) + c.lookahead);
         const Index most = c.routed_distances - 1;
         return p.routed_distance_bias(own, std::clamp(distance, -most, most) + (c.causal ? 0 : most));
       }
-      case HeadPositions::alibi:
+      case PositionKind::alibi:
         return -alibi_slope(own, local(head) ? routed_first : c.routed_heads) * static_cast<double>(std::abs(distance));
-      case HeadPositions::t5_buckets:
+      case PositionKind::t5_buckets:
         return (local(head) ? p.bucket_bias : p.routed_bucket_bias)(
             own, relative_position_bucket(
                      distance, {.buckets = c.position_buckets, .max_distance = c.max_distance, .causal = c.causal}));
@@ -336,7 +336,7 @@ struct Oracle {
         std::fill(sum.begin(), sum.end(), 0.0);
         total = 0;
       };
-      const bool shaw = positions(head) == HeadPositions::shaw;
+      const bool shaw = positions(head) == PositionKind::shaw;
       const auto relative = [&](Index distance, bool values) {
         const RowMatrix<double>& table = local(head) ? (values ? p.relative_values : p.relative_keys)
                                                      : (values ? p.routed_relative_values : p.routed_relative_keys);

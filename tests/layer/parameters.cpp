@@ -31,7 +31,7 @@ TEST_CASE("names and shapes of the parameters are fixed") {
   REQUIRE(shapes(c) == Shapes{{"w_q", {12, 20}}, {"w_k", {12, 20}}, {"w_v", {12, 20}}, {"w_o", {20, 12}}});
   c.bias = true;
   c.lookahead = 2;
-  c.local_positions = LocalPositions::bias;
+  c.local_positions = PositionKind::bias;
   REQUIRE(shapes(c) == Shapes{{"w_q", {12, 20}},
                               {"w_k", {12, 20}},
                               {"w_v", {12, 20}},
@@ -58,16 +58,16 @@ TEST_CASE("names and shapes of the parameters are fixed") {
                               {"taps", {32, 5}}});
   // Tables of positions.
   c = named_config;
-  c.local_positions = LocalPositions::t5_buckets;
-  c.routed_positions = RoutedPositions::bias;
+  c.local_positions = PositionKind::t5_buckets;
+  c.routed_positions = PositionKind::bias;
   c.position_buckets = 6;
   c.routed_distances = 7;
   Shapes expected{{"w_q", {12, 20}}, {"w_k", {12, 20}}, {"w_v", {12, 20}}, {"w_o", {20, 12}}};
   expected["bucket_bias"] = {1, 6};
   expected["routed_distance_bias"] = {3, 13};
   REQUIRE(shapes(c) == expected);
-  c.local_positions = LocalPositions::alibi;
-  c.routed_positions = RoutedPositions::t5_buckets;
+  c.local_positions = PositionKind::alibi;
+  c.routed_positions = PositionKind::t5_buckets;
   c.routed_distances = 0;
   expected.erase("bucket_bias");
   expected.erase("routed_distance_bias");
@@ -75,8 +75,8 @@ TEST_CASE("names and shapes of the parameters are fixed") {
   REQUIRE(shapes(c) == expected);
   c.causal = c.local_induction = true;
   c.shared_qk = false;
-  c.local_positions = LocalPositions::bias;
-  c.routed_positions = RoutedPositions::bias;
+  c.local_positions = PositionKind::bias;
+  c.routed_positions = PositionKind::bias;
   c.routed_distances = 7;
   expected = {{"w_q", {12, 20}},
               {"w_k", {12, 15}},

@@ -7,11 +7,11 @@ using namespace test;
 
 namespace {
 
-constexpr HeadPositions all_positions[] = {HeadPositions::rotary, HeadPositions::bias,       HeadPositions::none,
-                                           HeadPositions::alibi,  HeadPositions::t5_buckets, HeadPositions::shaw};
+constexpr PositionKind all_positions[] = {PositionKind::rotary, PositionKind::bias,       PositionKind::none,
+                                          PositionKind::alibi,  PositionKind::t5_buckets, PositionKind::shaw};
 
 // Routed heads alone, with positions; narrow clusters.
-RoutingAttentionConfig routed(HeadPositions positions, bool causal, bool shared) {
+RoutingAttentionConfig routed(PositionKind positions, bool causal, bool shared) {
   RoutingAttentionConfig c{.model_dim = 10,
                            .heads = 2,
                            .head_dim = 4,
@@ -24,7 +24,7 @@ RoutingAttentionConfig routed(HeadPositions positions, bool causal, bool shared)
                            .position_buckets = 8,
                            .max_distance = 12,
                            .seed = 3};
-  if (positions == HeadPositions::bias || positions == HeadPositions::shaw) c.routed_distances = 20;
+  if (positions == PositionKind::bias || positions == PositionKind::shaw) c.routed_distances = 20;
   return c;
 }
 
@@ -40,8 +40,8 @@ TEST_CASE("tables hold the distances that their heads can tell apart") {
                            .position_buckets = 8,
                            .max_distance = 10,
                            .routed_distances = 5};
-  const auto range = [&](HeadPositions positions, bool is_routed, Index longest) {
-    c.routed_distances = positions == HeadPositions::bias ? 5 : 0;
+  const auto range = [&](PositionKind positions, bool is_routed, Index longest) {
+    c.routed_distances = positions == PositionKind::bias ? 5 : 0;
     c.local_positions = positions;
     c.routed_positions = positions;
     const RoutingAttentionConfig resolved = detail::resolve(c);
@@ -50,19 +50,19 @@ TEST_CASE("tables hold the distances that their heads can tell apart") {
     return std::pair(r.first, r.first + r.count - 1);
   };
   using Range = std::pair<Index, Index>;
-  REQUIRE(range(HeadPositions::bias, false, 100) == Range(-3, 5));
-  REQUIRE(range(HeadPositions::bias, true, 100) == Range(-4, 4));
-  REQUIRE(range(HeadPositions::alibi, false, 100) == Range(-3, 5));
-  REQUIRE(range(HeadPositions::alibi, false, 2) == Range(-1, 1));
-  REQUIRE(range(HeadPositions::alibi, true, 100) == Range(-99, 99));
-  REQUIRE(range(HeadPositions::t5_buckets, true, 100) == Range(-10, 10));
+  REQUIRE(range(PositionKind::bias, false, 100) == Range(-3, 5));
+  REQUIRE(range(PositionKind::bias, true, 100) == Range(-4, 4));
+  REQUIRE(range(PositionKind::alibi, false, 100) == Range(-3, 5));
+  REQUIRE(range(PositionKind::alibi, false, 2) == Range(-1, 1));
+  REQUIRE(range(PositionKind::alibi, true, 100) == Range(-99, 99));
+  REQUIRE(range(PositionKind::t5_buckets, true, 100) == Range(-10, 10));
   c.causal = true;
   c.lookahead = 0;
-  REQUIRE(range(HeadPositions::bias, false, 100) == Range(0, 5));
-  REQUIRE(range(HeadPositions::bias, true, 100) == Range(0, 4));
-  REQUIRE(range(HeadPositions::alibi, false, 100) == Range(0, 5));
-  REQUIRE(range(HeadPositions::alibi, true, 1) == Range(0, 0));
-  REQUIRE(range(HeadPositions::t5_buckets, false, 100) == Range(0, 10));
+  REQUIRE(range(PositionKind::bias, false, 100) == Range(0, 5));
+  REQUIRE(range(PositionKind::bias, true, 100) == Range(0, 4));
+  REQUIRE(range(PositionKind::alibi, false, 100) == Range(0, 5));
+  REQUIRE(range(PositionKind::alibi, true, 1) == Range(0, 0));
+  REQUIRE(range(PositionKind::t5_buckets, false, 100) == Range(0, 10));
 }
 
 TEST_CASE("T12: routed heads take distances by places in the sequence, not by ranks in the cluster") {
@@ -79,7 +79,7 @@ TEST_CASE("T12: routed heads take distances by places in the sequence, not by ra
     packed.row(m) = x.row(place);
     labels[static_cast<std::size_t>(place)] = labels[static_cast<std::size_t>(n + place)] = 0;
   }
-  for (const HeadPositions positions : all_positions)
+  for (const PositionKind positions : all_positions)
     for (const bool causal : {true, false})
       for (const bool shared : {true, false}) {
         INFO("positions " << static_cast<int>(positions) << ", causal " << causal << ", shared " << shared);
@@ -101,7 +101,7 @@ TEST_CASE("T12: routed heads take distances by places in the sequence, not by ra
           }
         }
         REQUIRE(wrong < 1e-12);
-        if (positions == HeadPositions::none)
+        if (positions == PositionKind::none)
           REQUIRE(by_rank == 0);
         else
           REQUIRE(by_rank > 1e-3);
@@ -113,8 +113,8 @@ TEST_CASE("T19: routers see queries and keys as they were before rotation") {
   for (const bool causal : {true, false})
     for (const bool shared : {true, false}) {
       INFO("causal " << causal << ", shared " << shared);
-      RoutingAttention<double> plain = make_layer<double>(routed(HeadPositions::none, causal, shared)),
-                               rotary = make_layer<double>(routed(HeadPositions::rotary, causal, shared));
+      RoutingAttention<double> plain = make_layer<double>(routed(PositionKind::none, causal, shared)),
+                               rotary = make_layer<double>(routed(PositionKind::rotary, causal, shared));
       Context context;
       RoutingAttention<double>::Tape plain_tape, rotary_tape;
       RowMatrix<double> y(n, 10), rotary_y(n, 10);
@@ -150,7 +150,7 @@ TEST_CASE("T19: rotary turns no value: a token that sees itself alone gives its 
                                             .window = 1,
                                             .causal = true,
                                             .self = Self::visible,
-                                            .routed_positions = local ? RoutedPositions::none : RoutedPositions::rotary,
+                                            .routed_positions = local ? PositionKind::none : PositionKind::rotary,
                                             .rotary_layout = layout,
                                             .seed = 3});
       RowMatrix<double> y(n, 10);
@@ -170,7 +170,7 @@ TEST_CASE("rotary layers of both layouts agree once their columns are permuted")
                            .window = n,
                            .causal = true,
                            .shared_qk = false,
-                           .routed_positions = RoutedPositions::rotary,
+                           .routed_positions = PositionKind::rotary,
                            .seed = 3};
   const RoutingAttention<double> halves(c);
   c.rotary_layout = RotaryLayout::interleaved;

@@ -60,7 +60,7 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
         const Index head = tasks[p < count ? i : later].first;
         const Index at = p < count ? part_begin + p : parts_of(later).first;
         const AttentionPlan::Part& piece = call.plan(head).parts[std::size_t(at)];
-        AttentionPart<T> part = call.part(head, piece);
+        AttentionArguments<T> part = call.part(head, piece);
         if (single)
           part.use_rows(out.columns(head * call.dv(), call.dv()), states.from(0, head));
         else
@@ -68,7 +68,7 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
         return part;
       };
       each_part_in_turn<T>(count, later < tasks.count(), make_part,
-                           [&](Index, const AttentionPart<T>& part) { kernel.forward(part, scratch); });
+                           [&](Index, const AttentionArguments<T>& part) { kernel.forward(part, scratch); });
     });
     for (Index head = head_begin; head < head_end; ++head)
       combine_rows(call, head, out, states.from(0, head), entry_out, entry_states, context);
@@ -111,7 +111,7 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
         wave.clear_tables(i);
         const auto make_part = [&](Index p) {
           const PartialSums<T>& sums = p < Index(task.size()) ? task[std::size_t(p)] : wave.task(later)[0];
-          AttentionPart<T> part = call.part(sums.head, *sums.part);
+          AttentionArguments<T> part = call.part(sums.head, *sums.part);
           if (mean)
             part.use_entries(tape.entry_out(sums.head), tape.entry_states(sums.head), sums.part->entry_begin);
           else
@@ -122,13 +122,13 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
         };
         // Of another head, gradients would be asked for in this one's columns.
         const bool more = later < wave.tasks() && wave.task(later)[0].head == task[0].head;
-        each_part_in_turn<T>(Index(task.size()), more, make_part, [&](Index p, const AttentionPart<T>& part) {
+        each_part_in_turn<T>(Index(task.size()), more, make_part, [&](Index p, const AttentionArguments<T>& part) {
           PartialSums<T> sums = task[std::size_t(p)];
           Arena::Scope part_scope(arena);
           if (sums.alone) sums.take_rows(arena);
           sums.clear();
           const Index first = sums.part->entry_begin;
-          AttentionPartGradients<T> g = sums.kernel_arguments();
+          AttentionGradientArguments<T> g = sums.kernel_arguments();
           g.d_out = d_out.data() + sums.head * call.dv();
           g.d_out_stride = d_out.stride();
           g.weight = weight ? weight + first : nullptr;

@@ -11,7 +11,7 @@
 #include "coterie/attention/config.hpp"
 #include "coterie/attention/tape.hpp"
 #include "coterie/core/context.hpp"
-#include "coterie/kernel/part.hpp"
+#include "coterie/kernel/arguments.hpp"
 
 namespace coterie::detail {
 
@@ -171,10 +171,10 @@ class AttentionCall {
   }
 
   /// What the kernel reads for a part; outputs are left to the caller.
-  AttentionPart<T> part(Index head, const AttentionPlan::Part& piece) const {
+  AttentionArguments<T> part(Index head, const AttentionPlan::Part& piece) const {
     const AttentionPlan& p = plan(head);
     const Index kv = kv_head(head);
-    AttentionPart<T> part;
+    AttentionArguments<T> part;
     part.entries = piece.entry_end - piece.entry_begin;
     part.rows = p.entries.data() + piece.entry_begin;
     part.visible = p.visible.data() + piece.entry_begin;
@@ -243,7 +243,7 @@ class AttentionCall {
 /// `more`, make(count) is what this thread will probably turn to afterwards.
 template <class T, class Make, class F>
 void each_part_in_turn(Index count, bool more, Make&& make, F&& f) {
-  AttentionPart<T> part, next = make(Index(0));
+  AttentionArguments<T> part, next = make(Index(0));
   for (Index i = 0; i < count; ++i) {
     part = next;
     if (i + 1 < count || more) {

@@ -38,8 +38,8 @@ struct PartialSums {
     *d_scale = 0;
   }
 
-  AttentionPartGradients<T> kernel_arguments() const {
-    AttentionPartGradients<T> g;
+  AttentionGradientArguments<T> kernel_arguments() const {
+    AttentionGradientArguments<T> g;
     g.ranges = ranges.data();
     g.range_count = Index(ranges.size());
     g.d_k = d_k;

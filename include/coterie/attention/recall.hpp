@@ -30,19 +30,6 @@ struct AttentionRecall {
 
 namespace detail {
 
-/// `count` of [0, all), ascending, each set equally likely.
-inline std::vector<Index> draw_rows(Index all, Index count, std::uint64_t seed) {
-  std::vector<Index> rows;
-  rows.reserve(static_cast<std::size_t>(std::min(count, all)));
-  // Knuth's algorithm S: row i is taken with probability (still wanted) / (still there).
-  for (Index i = 0, wanted = std::min(count, all); wanted > 0; ++i)
-    if (random_below(all - i, seed, 0, static_cast<std::uint64_t>(i)) < wanted) {
-      rows.push_back(i);
-      --wanted;
-    }
-  return rows;
-}
-
 /// Sets `sees[key]` to `value` for the keys that a row sees.
 inline void mark_keys(const AttentionPlan& plan, Index row, char value, std::vector<char>& sees) {
   for (std::int32_t j = plan.row_begin[std::size_t(row)]; j < plan.row_begin[std::size_t(row) + 1]; ++j) {

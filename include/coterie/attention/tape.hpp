@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "coterie/core/matrix.hpp"
-#include "coterie/kernel/part.hpp"
+#include "coterie/kernel/arguments.hpp"
 #include "coterie/plan/plan.hpp"
 
 namespace coterie {

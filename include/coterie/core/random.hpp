@@ -1,8 +1,11 @@
 // Random numbers as a function of (seed, stream, counter): no state, so the same on every machine and in every order.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "coterie/core/matrix.hpp"
 
@@ -50,6 +53,19 @@ inline double random_normal(std::uint64_t seed, std::uint64_t stream, std::uint6
   const double radius = (static_cast<double>(bits >> 11) + 0.5) * 0x1p-53;  // in (0, 1)
   const double turn = static_cast<double>(mix_bits(bits + 0x9e3779b97f4a7c15ULL) >> 11) * 0x1p-53;
   return std::sqrt(-2 * std::log(radius)) * std::cos(6.283185307179586 * turn);
+}
+
+/// `count` of [0, all), ascending, each set equally likely.
+inline std::vector<Index> draw_rows(Index all, Index count, std::uint64_t seed) {
+  std::vector<Index> rows;
+  rows.reserve(static_cast<std::size_t>(std::min(count, all)));
+  // Knuth's algorithm S: row i is taken with probability (still wanted) / (still there).
+  for (Index i = 0, wanted = std::min(count, all); wanted > 0; ++i)
+    if (random_below(all - i, seed, 0, static_cast<std::uint64_t>(i)) < wanted) {
+      rows.push_back(i);
+      --wanted;
+    }
+  return rows;
 }
 
 }  // namespace coterie::detail

@@ -43,9 +43,9 @@ struct Backward {
            Distant::scratch_size(relative);
   }
 
-  static COTERIE_INLINE void run(const AttentionPart<T>& given, const AttentionPartGradients<T>& gradients,
+  static COTERIE_INLINE void run(const AttentionArguments<T>& given, const AttentionGradientArguments<T>& gradients,
                                  T* scratch) {
-    AttentionPart<T> part = given;
+    AttentionArguments<T> part = given;
     const PartSizes sizes = part.sizes();
     Common::gather(part, std::numeric_limits<Index>::max(), scratch + tile_size(sizes));
     Scratch b;
@@ -74,7 +74,7 @@ struct Backward {
       Common::pad_bias(part, b.bias);
       std::fill_n(b.d_bias, part.bias_count + 2 * width, T(0));
     }
-    Positions<T, M> positions;
+    TilePositions<T, M> positions;
     Distant relative;
     relative.begin(part, positions, rest);
     for (Index first = 0; first < part.entries; first += width)
@@ -85,8 +85,9 @@ struct Backward {
         gradients.d_bias[std::clamp<Index>(i - width, 0, part.bias_count - 1)] += b.d_bias[i] * log2_e<T>;
   }
 
-  static COTERIE_INLINE void tile(const AttentionPart<T>& part, const AttentionPartGradients<T>& gradients, Index first,
-                                  int count, const Scratch& b, Positions<T, M>& positions, Distant& relative) {
+  static COTERIE_INLINE void tile(const AttentionArguments<T>& part, const AttentionGradientArguments<T>& gradients,
+                                  Index first, int count, const Scratch& b, TilePositions<T, M>& positions,
+                                  Distant& relative) {
     Lookout sight;
     sight.look(part, first, count);
     const auto q_row = [&](int l) __attribute__((always_inline)) { return part.q.row(part.rows[first + l]); };
@@ -129,7 +130,7 @@ struct Backward {
 
     typename Common::Following following(part, first, 3 * sight.blocks());
     const auto fetch_some = [&]() __attribute__((always_inline)) {
-      following.fetch([&](const AttentionPart<T>& later, Index entry) __attribute__((always_inline)) {
+      following.fetch([&](const AttentionArguments<T>& later, Index entry) __attribute__((always_inline)) {
         L::fetch(gradients.d_out + later.rows[entry] * gradients.d_out_stride, later.dv);
         if (!gradients.by_entry) L::fetch(gradients.d_q + later.rows[entry] * gradients.d_q_stride, later.d);
       });
@@ -216,7 +217,7 @@ struct Backward {
     return result;
   }
 
-  static COTERIE_INLINE Index partial_row(const AttentionPartGradients<T>& gradients, int key) {
+  static COTERIE_INLINE Index partial_row(const AttentionGradientArguments<T>& gradients, int key) {
     const PartialRange* range = std::upper_bound(gradients.ranges, gradients.ranges + gradients.range_count, key,
                                                  [](int k, const PartialRange& r) { return k < r.end; });
     COTERIE_ASSERT(range < gradients.ranges + gradients.range_count && key >= range->begin);

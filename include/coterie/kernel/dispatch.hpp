@@ -105,34 +105,35 @@ COTERIE_MICRO(Avx512Micro, COTERIE_AVX512, 64, 4, 6)
 
 // One entry point per kernel and instruction set; targets are additive, so that they also inline into files built with
 // flags of their own.
-#define COTERIE_ENTRY_POINTS(name, target, micro)                                                                     \
-  template <class T>                                                                                                  \
-  target void forward_##name(const AttentionPart<T>& part, T* scratch) {                                              \
-    Forward<T, micro<T>>::run(part, scratch);                                                                         \
-  }                                                                                                                   \
-  template <class T>                                                                                                  \
-  target void backward_##name(const AttentionPart<T>& part, const AttentionPartGradients<T>& gradients, T* scratch) { \
-    Backward<T, micro<T>>::run(part, gradients, scratch);                                                             \
-  }                                                                                                                   \
-  template <class T>                                                                                                  \
-  target void add_rows_##name(const RowSums<T>& sums) {                                                               \
-    Tile<T, micro<T>>::add_rows(sums);                                                                                \
-  }                                                                                                                   \
-  template <class T>                                                                                                  \
-  target void pack_##name(const PanelSource<T>& source, T* panels) {                                                  \
-    Panel<T, micro<T>>::pack(source, panels);                                                                         \
-  }                                                                                                                   \
-  template <class T>                                                                                                  \
-  target void product_##name(const ProductPart<T>& part) {                                                            \
-    Panel<T, micro<T>>::product(part);                                                                                \
-  }                                                                                                                   \
-  template <class T>                                                                                                  \
-  target void weight_gradient_##name(const WeightGradientPart<T>& part) {                                             \
-    Panel<T, micro<T>>::weight_gradient(part);                                                                        \
-  }                                                                                                                   \
-  template <class T>                                                                                                  \
-  target void nearest_##name(const NearestPart<T>& part, T* scratch) {                                                \
-    Panel<T, micro<T>>::nearest(part, scratch);                                                                       \
+#define COTERIE_ENTRY_POINTS(name, target, micro)                                                                \
+  template <class T>                                                                                             \
+  target void forward_##name(const AttentionArguments<T>& part, T* scratch) {                                    \
+    Forward<T, micro<T>>::run(part, scratch);                                                                    \
+  }                                                                                                              \
+  template <class T>                                                                                             \
+  target void backward_##name(const AttentionArguments<T>& part, const AttentionGradientArguments<T>& gradients, \
+                              T* scratch) {                                                                      \
+    Backward<T, micro<T>>::run(part, gradients, scratch);                                                        \
+  }                                                                                                              \
+  template <class T>                                                                                             \
+  target void add_rows_##name(const RowSums<T>& sums) {                                                          \
+    Tile<T, micro<T>>::add_rows(sums);                                                                           \
+  }                                                                                                              \
+  template <class T>                                                                                             \
+  target void pack_##name(const PanelSource<T>& source, T* panels) {                                             \
+    Panel<T, micro<T>>::pack(source, panels);                                                                    \
+  }                                                                                                              \
+  template <class T>                                                                                             \
+  target void product_##name(const ProductArguments<T>& part) {                                                  \
+    Panel<T, micro<T>>::product(part);                                                                           \
+  }                                                                                                              \
+  template <class T>                                                                                             \
+  target void weight_gradient_##name(const WeightGradientArguments<T>& part) {                                   \
+    Panel<T, micro<T>>::weight_gradient(part);                                                                   \
+  }                                                                                                              \
+  template <class T>                                                                                             \
+  target void nearest_##name(const NearestArguments<T>& part, T* scratch) {                                      \
+    Panel<T, micro<T>>::nearest(part, scratch);                                                                  \
   }
 
 COTERIE_ENTRY_POINTS(baseline, , BaselineMicro)
@@ -146,14 +147,14 @@ COTERIE_ENTRY_POINTS(avx512, COTERIE_AVX512, Avx512Micro)
 
 // With COTERIE_EXTERN_KERNELS a file leaves the kernels to another one, which defines COTERIE_INSTANTIATE_KERNELS.
 // Both must be compiled with the same instruction set flags.
-#define COTERIE_KERNEL_LIST(prefix, name, T)                                                              \
-  prefix template void forward_##name<T>(const AttentionPart<T>&, T*);                                    \
-  prefix template void backward_##name<T>(const AttentionPart<T>&, const AttentionPartGradients<T>&, T*); \
-  prefix template void add_rows_##name<T>(const RowSums<T>&);                                             \
-  prefix template void pack_##name<T>(const PanelSource<T>&, T*);                                         \
-  prefix template void product_##name<T>(const ProductPart<T>&);                                          \
-  prefix template void weight_gradient_##name<T>(const WeightGradientPart<T>&);                           \
-  prefix template void nearest_##name<T>(const NearestPart<T>&, T*);
+#define COTERIE_KERNEL_LIST(prefix, name, T)                                                                       \
+  prefix template void forward_##name<T>(const AttentionArguments<T>&, T*);                                        \
+  prefix template void backward_##name<T>(const AttentionArguments<T>&, const AttentionGradientArguments<T>&, T*); \
+  prefix template void add_rows_##name<T>(const RowSums<T>&);                                                      \
+  prefix template void pack_##name<T>(const PanelSource<T>&, T*);                                                  \
+  prefix template void product_##name<T>(const ProductArguments<T>&);                                              \
+  prefix template void weight_gradient_##name<T>(const WeightGradientArguments<T>&);                               \
+  prefix template void nearest_##name<T>(const NearestArguments<T>&, T*);
 #if COTERIE_X86
 #define COTERIE_ALL_KERNELS(prefix, T)     \
   COTERIE_KERNEL_LIST(prefix, baseline, T) \
@@ -173,13 +174,13 @@ COTERIE_ALL_KERNELS(extern, double)
 /// The entry points of one instruction set.
 template <class T>
 struct KernelTable {
-  void (*forward)(const AttentionPart<T>&, T*);
-  void (*backward)(const AttentionPart<T>&, const AttentionPartGradients<T>&, T*);
+  void (*forward)(const AttentionArguments<T>&, T*);
+  void (*backward)(const AttentionArguments<T>&, const AttentionGradientArguments<T>&, T*);
   void (*add_rows)(const RowSums<T>&);
   void (*pack)(const PanelSource<T>&, T*);
-  void (*product)(const ProductPart<T>&);
-  void (*weight_gradient)(const WeightGradientPart<T>&);
-  void (*nearest)(const NearestPart<T>&, T*);
+  void (*product)(const ProductArguments<T>&);
+  void (*weight_gradient)(const WeightGradientArguments<T>&);
+  void (*nearest)(const NearestArguments<T>&, T*);
   Index (*forward_scratch)(const PartSizes&);  // numbers of scratch memory
   Index (*backward_scratch)(const PartSizes&);
   Index panel_width;  // columns of a packed panel

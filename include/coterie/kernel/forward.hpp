@@ -9,7 +9,7 @@
 
 #include <limits>
 
-#include "coterie/kernel/row.hpp"
+#include "coterie/kernel/few_queries.hpp"
 
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
@@ -43,8 +43,8 @@ struct Forward {
            2 * Distant::buffer_size(sizes.relative_count) + Distant::scratch_size(sizes.relative_count);
   }
 
-  static COTERIE_INLINE void run(const AttentionPart<T>& given, T* scratch) {
-    AttentionPart<T> part = given;
+  static COTERIE_INLINE void run(const AttentionArguments<T>& given, T* scratch) {
+    AttentionArguments<T> part = given;
     const PartSizes sizes = part.sizes();
     Common::gather(part, most_in_place, scratch + tiles_size(sizes));
     Scratch f;
@@ -63,7 +63,7 @@ struct Forward {
     // Few queries take the path of rows, but not with relative keys or values: a table is for many.
     const Index few = part.relative_count > 0 ? 0 : Row<T, M>::most;
     if (part.bias && part.entries > few) Common::pad_bias(part, f.bias);
-    Positions<T, M> positions;
+    TilePositions<T, M> positions;
     Distant relative;
     relative.begin(part, positions, rest);
     for (Index first = 0; first < part.entries; first += width) {
@@ -75,8 +75,8 @@ struct Forward {
     }
   }
 
-  static COTERIE_INLINE void tile(const AttentionPart<T>& part, Index first, int count, const Scratch& f,
-                                  Positions<T, M>& positions, Distant& relative) {
+  static COTERIE_INLINE void tile(const AttentionArguments<T>& part, Index first, int count, const Scratch& f,
+                                  TilePositions<T, M>& positions, Distant& relative) {
     Lookout sight;
     sight.look(part, first, count);
     // Lanes without an entry have queries of zero.
@@ -247,7 +247,8 @@ struct Forward {
   }
 
   /// out = Ot / sum, lse = reference ln(2) + log(sum); zero and minus infinity where nothing is seen.
-  static COTERIE_INLINE void finish(const AttentionPart<T>& part, Index first, const Lookout& sight, const Scratch& f) {
+  static COTERIE_INLINE void finish(const AttentionArguments<T>& part, Index first, const Lookout& sight,
+                                    const Scratch& f) {
     alignas(64) T inverse[width];
     alignas(64) T log_sum[width];
     for (int v = 0; v < sight.vectors; ++v) {

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "coterie/kernel/part.hpp"
+#include "coterie/kernel/arguments.hpp"
 
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {

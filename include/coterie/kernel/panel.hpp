@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "coterie/kernel/arguments.hpp"
 #include "coterie/kernel/micro.hpp"
-#include "coterie/kernel/part.hpp"
 
 namespace coterie::detail {
 
@@ -22,7 +22,7 @@ struct PanelSource {
 
 /// Rows of y = x w with w packed into panels of [depth][width].
 template <class T>
-struct ProductPart {
+struct ProductArguments {
   const T* x = nullptr;
   Index x_stride = 0;
   const T* panels = nullptr;
@@ -46,7 +46,7 @@ constexpr Index gradient_scratch(Index columns, Index width) {
 
 /// d_w += x^T d_y for a block of tokens, rows and columns of d_w.
 template <class T>
-struct WeightGradientPart {
+struct WeightGradientArguments {
   const T* x = nullptr;
   Index x_stride = 0;
   const T* d_y = nullptr;
@@ -59,7 +59,7 @@ struct WeightGradientPart {
 
 /// Rows of x and the number of their nearest centroid.
 template <class T>
-struct NearestPart {
+struct NearestArguments {
   const T* x = nullptr;
   Index x_stride = 0;
   Index rows = 0, d = 0;
@@ -199,7 +199,7 @@ struct Panel {
   }
 
   /// y[i][c] (+)= sum_l x[i][l] w[l][c]
-  static COTERIE_INLINE void product(const ProductPart<T>& part) {
+  static COTERIE_INLINE void product(const ProductArguments<T>& part) {
     constexpr int group = 8 * R;
     const T* rows[group];
     alignas(64) T tail[group * width];
@@ -232,7 +232,7 @@ struct Panel {
   }
 
   /// d_w[l][c] += sum_i x[i][l] d_y[i][c]
-  static COTERIE_INLINE void weight_gradient(const WeightGradientPart<T>& part) {
+  static COTERIE_INLINE void weight_gradient(const WeightGradientArguments<T>& part) {
     T* const strips = part.scratch;
     T* const sums = strips + gradient_rows * gradient_tokens;
     T* const panels = sums + gradient_rows * width;
@@ -273,7 +273,7 @@ struct Panel {
   }
 
   /// The number of the centroid nearest to x: lanes are centroids.
-  static COTERIE_INLINE std::int32_t nearest_of(const NearestPart<T>& part, const T* x, T* scores) {
+  static COTERIE_INLINE std::int32_t nearest_of(const NearestArguments<T>& part, const T* x, T* scores) {
     const T* rows[centroid_block];
     Index label = 0;
     T best = 0;
@@ -289,7 +289,7 @@ struct Panel {
   }
 
   /// labels[i] = argmax_c x_i . centroids_c: lanes are rows of x, if there are several, and centroids are broadcast.
-  static COTERIE_INLINE void nearest(const NearestPart<T>& part, T* scratch) {
+  static COTERIE_INLINE void nearest(const NearestArguments<T>& part, T* scratch) {
     if (part.rows == 1) {
       *part.labels = nearest_of(part, part.x, scratch);
       return;

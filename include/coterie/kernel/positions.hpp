@@ -1,133 +1,73 @@
-// Positions in queries and keys: rotary embeddings, forward and backward.
+// Where a tile's queries and keys stand, for all terms by distance.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <span>
-#include <vector>
+#include <algorithm>
+#include <limits>
 
-#include "coterie/core/context.hpp"
+#include "coterie/kernel/visibility.hpp"
 
-namespace coterie {
+namespace coterie::detail {
+inline namespace COTERIE_FLAGS_NAMESPACE {
 
-/// Which columns of a head turn together, with h = d/2. Weights trained with one layout give the same logits with the
-/// other once their columns are put in its order.
-enum class RotaryLayout {
-  halves,       ///< (j, j + h): GPT-NeoX, LLaMA
-  interleaved,  ///< (2j, 2j + 1): RoFormer, GPT-J
+/// The positions of a tile's queries, and of the keys of the current block.
+template <class T, class M>
+struct TilePositions {
+  using L = typename M::L;
+  using Lookout = Sight<T, M>;
+  static constexpr int lanes = L::count, width = M::width, V = width / lanes;
+
+  Index lowest[V], highest[V];  // of a vector's lanes; those without an entry go on by one
+  Index above[width];           // of a lane above its vector's lowest
+  bool ascending[V];            // by one, lane after lane
+  Index of_key[key_block];
+  int key_begin, key_end;     // the block's keys that have a position
+  Index key_least, key_most;  // bounds of those positions
+  bool keys_ascend;           // by one, key after key
+
+  COTERIE_INLINE void look(const AttentionArguments<T>& part, Index first, const Lookout& sight) {
+    for (int v = 0; v < sight.vectors; ++v) {
+      Index* const here = above + v * lanes;
+      ascending[v] = true;
+      for (int l = 0; l < lanes; ++l) {
+        const Index entry = first + v * lanes + l;
+        here[l] = v * lanes + l < sight.count ? part.query_position(entry) : here[l - 1] + 1;
+        lowest[v] = l == 0 ? here[0] : std::min(lowest[v], here[l]);
+        highest[v] = l == 0 ? here[0] : std::max(highest[v], here[l]);
+        if (l > 0) ascending[v] &= here[l] == here[l - 1] + 1;
+      }
+      for (int l = 0; l < lanes; ++l) here[l] -= lowest[v];
+    }
+  }
+
+  /// Turns to the block of keys that sight was cut to.
+  COTERIE_INLINE void look_at_keys(const AttentionArguments<T>& part, const Lookout& sight, int block_begin) {
+    // Memory comes before all tokens or after.
+    key_begin = sight.low;
+    key_end = sight.high;
+    while (key_begin < key_end && !part.has_position(key_begin)) ++key_begin;
+    while (key_begin < key_end && !part.has_position(key_end - 1)) --key_end;
+    keys_ascend = !part.key_positions && key_begin < key_end &&
+                  part.keys[key_end - 1] - part.keys[key_begin] == key_end - 1 - key_begin;
+    key_least = std::numeric_limits<Index>::max();
+    key_most = std::numeric_limits<Index>::min();
+    for (int key = key_begin; key < key_end; ++key) {
+      const Index position = of_key[key - block_begin] = part.key_position(key);
+      key_least = std::min(key_least, position);
+      key_most = std::max(key_most, position);
+    }
+  }
+
+  /// Calls f(at, v, low, high) for the segment's vectors and keys that have a position: `at` is the pairs' place in rows of
+  /// `width` from the block's first key on, `low` and `high` bound their rows in a table whose row 0 is for distance `first`.
+  template <class F>
+  COTERIE_INLINE void each(Index first, const typename Lookout::Segment& s, int block_begin, const F& f) const {
+    const int begin = std::max(s.begin, key_begin) - block_begin, end = std::min(s.end, key_end) - block_begin;
+    for (int v = s.first; v < s.last; ++v) {
+      const Index low = lowest[v] - first, high = highest[v] - first;
+      for (int j = begin; j < end; ++j) f(Index(j) * width + v * lanes, v, low - of_key[j], high - of_key[j]);
+    }
+  }
 };
 
-/// Rotary positions of one head width: column pair j < h = d/2 turns by the angle position * base^(-j/h).
-///
-/// The dot product of a rotated query and a rotated key depends on their distance only. A last odd column stays.
-/// Source: Su et al. 2021, section 3.2.
-class Rotary {
- public:
-  Rotary() = default;
-
-  /// Allocates: tables of 128 * (d/2) doubles.
-  /// Requires: head_dim >= 0, a positive base and a layout that there is, otherwise ValueError.
-  explicit Rotary(Index head_dim, double base = 10000, RotaryLayout layout = RotaryLayout::halves)
-      : half_(head_dim / 2), layout_(layout) {
-    if (head_dim < 0) detail::fail<ValueError>("Rotary", "head_dim", "at least 0", head_dim);
-    if (!(base > 0) || !std::isfinite(base)) detail::fail<ValueError>("Rotary", "base", "a positive number", base);
-    if (layout != RotaryLayout::halves && layout != RotaryLayout::interleaved)
-      detail::fail<ValueError>("Rotary", "layout", "halves or interleaved", static_cast<int>(layout));
-    const auto half = static_cast<std::size_t>(half_);
-    frequency_.resize(half);
-    for (std::size_t j = 0; j < half; ++j)
-      frequency_[j] = std::pow(base, -static_cast<double>(j) / static_cast<double>(half_));
-    cos_.resize(block * half);
-    sin_.resize(block * half);
-    for (std::size_t b = 0; b < block; ++b)
-      for (std::size_t j = 0; j < half; ++j) {
-        cos_[b * half + j] = std::cos(static_cast<double>(b) * frequency_[j]);
-        sin_[b * half + j] = std::sin(static_cast<double>(b) * frequency_[j]);
-      }
-  }
-
-  /// d/2: how many angles a position has.
-  Index half() const { return half_; }
-
-  /// Turns every row of x by its position, in place.
-  /// Shapes: x tokens x heads*d, positions tokens.
-  /// Formula: (u, v) = (u cos a - v sin a, v cos a + u sin a), (u, v) the pair j of a head, a = position * base^(-j/h).
-  /// Requires: shapes that fit, otherwise ShapeError.
-  /// Overwrites x.
-  /// Threads and determinism: a row's bits depend on that row and its position alone.
-  /// Accuracy: cosines and sines come in double from those of two angles, within 2e-15 + 2e-16 * |angle| of the exact
-  ///   ones of the frequency in double.
-  template <class T>
-  void forward(View<T> x, Index heads, std::span<const std::int32_t> positions, Context& context) const {
-    rotate<T>("Rotary::forward", x, heads, positions, 1, context);
-  }
-
-  /// Turns every row of d_x back by its position, in place: the gradient of forward's output becomes that of its input.
-  template <class T>
-  void backward(View<T> d_x, Index heads, std::span<const std::int32_t> positions, Context& context) const {
-    rotate<T>("Rotary::backward", d_x, heads, positions, -1, context);
-  }
-
- private:
-  static constexpr Index block = 64;
-
-  // Cosine and sine of the current block of positions, and of the current position.
-  struct Angles {
-    double *block_cos, *block_sin, *cos, *sin;
-    Index current = 1;  // not a multiple of the block: none yet
-  };
-
-  template <class T>
-  void rotate(const char* function, View<T> x, Index heads, std::span<const std::int32_t> positions, double sign,
-              Context& context) const {
-    if (heads < 1 || x.cols() % heads != 0 || x.cols() / heads / 2 != half_)
-      detail::fail<ShapeError>(function, "x", detail::join(heads, " heads of ", 2 * half_, " or one more columns"),
-                               detail::join(x.cols(), " columns"));
-    detail::check_shape<T>(function, "x", x, x.rows(), x.cols());
-    if (static_cast<Index>(positions.size()) != x.rows())
-      detail::fail<ShapeError>(function, "positions", detail::join(x.rows(), " values"), positions.size());
-    context.for_chunks(x.rows(), block, [&](Index first, Index last, Index worker) {
-      Arena& arena = context.workspace().worker(worker);
-      Arena::Scope scope(arena);
-      double* const scratch = arena.take<double>(4 * half_);
-      Angles angles{scratch, scratch + half_, scratch + 2 * half_, scratch + 3 * half_};
-      for (Index i = first; i < last; ++i)
-        turn(x.row(i), x.cols() / heads, heads, positions[static_cast<std::size_t>(i)], sign, angles);
-    });
-  }
-
-  template <class T>
-  void turn(T* x, Index width, Index heads, Index position, double sign, Angles& a) const {
-    const Index from = (position >= 0 ? position : position - (block - 1)) / block * block;  // rounded down
-    if (a.current != from) {
-      for (Index j = 0; j < half_; ++j) {
-        const double angle = static_cast<double>(from) * frequency_[static_cast<std::size_t>(j)];
-        a.block_cos[j] = std::cos(angle);
-        a.block_sin[j] = std::sin(angle);
-      }
-      a.current = from;
-    }
-    // cos(a + b) = cos a cos b - sin a sin b, sin(a + b) = sin a cos b + cos a sin b
-    const double* const fine_cos = cos_.data() + (position - from) * half_;
-    const double* const fine_sin = sin_.data() + (position - from) * half_;
-    for (Index j = 0; j < half_; ++j) {
-      a.cos[j] = a.block_cos[j] * fine_cos[j] - a.block_sin[j] * fine_sin[j];
-      a.sin[j] = sign * (a.block_sin[j] * fine_cos[j] + a.block_cos[j] * fine_sin[j]);
-    }
-    // Column of the pair's first, and how far the second is.
-    const Index step = layout_ == RotaryLayout::halves ? 1 : 2, apart = layout_ == RotaryLayout::halves ? half_ : 1;
-    for (Index h = 0; h < heads; ++h, x += width)
-      for (Index j = 0; j < half_; ++j) {
-        const T c = static_cast<T>(a.cos[j]), s = static_cast<T>(a.sin[j]), u = x[j * step], v = x[j * step + apart];
-        x[j * step] = u * c - v * s;
-        x[j * step + apart] = v * c + u * s;
-      }
-  }
-
-  Index half_ = 0;
-  RotaryLayout layout_ = RotaryLayout::halves;
-  std::vector<double> frequency_;  // half: base^(-j/half)
-  std::vector<double> cos_, sin_;  // block x half: of the positions in [0, block)
-};
-
-}  // namespace coterie
+}  // namespace COTERIE_FLAGS_NAMESPACE
+}  // namespace coterie::detail

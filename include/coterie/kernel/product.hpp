@@ -40,7 +40,8 @@ void packed_product(ConstView<T> x, ConstView<T> w, bool transposed, View<T> y, 
     });
   }
   context.for_chunks(x.rows(), product_rows, [&](Index first, Index last, Index) {
-    ProductPart<T> part{x.row(first), x.stride(), packed, y.row(first), y.stride(), last - first, depth, columns, add};
+    ProductArguments<T> part{x.row(first), x.stride(), packed,  y.row(first), y.stride(),
+                             last - first, depth,      columns, add};
     if (in_place) part.w = w.data(), part.w_stride = w.stride();
     kernel.product(part);
   });
@@ -108,7 +109,7 @@ void product_weight_gradient(ConstView<T> x, ConstView<T> d_y, View<T> d_w, Cont
     const Index row = task % tiles / column_blocks * rows, column = task % column_blocks * columns;
     // The first chunk adds into d_w itself.
     const View<T> sum = chunk > 0 ? View<T>(partials + (chunk - 1) * in * out, in, out) : d_w;
-    detail::WeightGradientPart<T> part;
+    detail::WeightGradientArguments<T> part;
     part.x_stride = x.stride();
     part.d_y_stride = d_y.stride();
     part.d_w = sum.row(row) + column;
@@ -157,8 +158,8 @@ void nearest_centroids(ConstView<T> x, ConstView<T> centroids, std::span<std::in
   context.for_chunks(x.rows(), 512, [&](Index first, Index last, Index worker) {
     Arena& arena = context.workspace().worker(worker);
     Arena::Scope task_scope(arena);
-    kernel.nearest(detail::NearestPart<T>{x.row(first), x.stride(), last - first, x.cols(), rows, centroids.rows(),
-                                          labels.data() + first},
+    kernel.nearest(detail::NearestArguments<T>{x.row(first), x.stride(), last - first, x.cols(), rows, centroids.rows(),
+                                               labels.data() + first},
                    arena.template take<T>(kernel.nearest_scratch(x.cols())));
   });
 }

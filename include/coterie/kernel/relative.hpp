@@ -19,8 +19,8 @@
 #include <new>
 
 #include "coterie/kernel/micro.hpp"
-#include "coterie/kernel/sight.hpp"
-#include "coterie/kernel/tile_positions.hpp"
+#include "coterie/kernel/positions.hpp"
+#include "coterie/kernel/visibility.hpp"
 
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
@@ -38,8 +38,8 @@ struct Relative {
   // ends among them; room behind.
   static constexpr Index skew_rows = lanes / 2, listed = lanes + skew_rows, room = listed + lanes + skew_rows;
 
-  const AttentionPart<T>* part = nullptr;
-  const Positions<T, M>* positions = nullptr;
+  const AttentionArguments<T>* part = nullptr;
+  const TilePositions<T, M>* positions = nullptr;
   Index count = 0;                // of the table's rows
   std::int32_t* rows = nullptr;   // table rows that the tile reaches, ascending, and the two ends always
   Index reached = 0;              // how many
@@ -67,7 +67,7 @@ struct Relative {
     return count > 0 ? padded(((3 * count + 1) * bytes<std::int32_t> + count * width) / bytes<T> + 1) : 0;
   }
 
-  COTERIE_INLINE void begin(const AttentionPart<T>& given, const Positions<T, M>& tile_positions, T* scratch) {
+  COTERIE_INLINE void begin(const AttentionArguments<T>& given, const TilePositions<T, M>& tile_positions, T* scratch) {
     part = &given;
     positions = &tile_positions;
     count = given.relative_count;

@@ -15,7 +15,7 @@
 
 #include "coterie/kernel/micro.hpp"
 #include "coterie/kernel/relative.hpp"
-#include "coterie/kernel/sight.hpp"
+#include "coterie/kernel/visibility.hpp"
 
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
@@ -76,7 +76,7 @@ struct Tile {
   /// Copies the keys and values that a part sees into `scratch` where they lie far apart and several tiles read them: rows of
   /// many heads are a power of two apart and fall on few sets of a cache. Rows that lie side by side are copied where
   /// `bytes_in_place` do not hold all of them: rows of a cluster are on many pages then.
-  static COTERIE_INLINE void gather(AttentionPart<T>& part, Index bytes_in_place, T* scratch) {
+  static COTERIE_INLINE void gather(AttentionArguments<T>& part, Index bytes_in_place, T* scratch) {
     if (part.entries < 3 * width) return;
     if (part.without_gaps() && part.k.rows * (part.d + part.dv) * Index(sizeof(T)) <= bytes_in_place) return;
     Index begin = std::numeric_limits<std::int32_t>::max(), end = 0;
@@ -102,7 +102,7 @@ struct Tile {
     part.gathered_first = begin;
   }
 
-  static COTERIE_INLINE void fetch_key(const AttentionPart<T>& part, Index rank) {
+  static COTERIE_INLINE void fetch_key(const AttentionArguments<T>& part, Index rank) {
     L::fetch(part.k.row(part.keys[rank]), part.d);
     L::fetch(part.v.row(part.keys[rank]), part.dv);
   }
@@ -111,11 +111,11 @@ struct Tile {
   /// and the machine cannot guess the next one: while a tile computes, it asks for what the following one reads and writes
   /// first. A few rows at a time: many wait for each other.
   struct Following {
-    const AttentionPart<T>* part;
+    const AttentionArguments<T>* part;
     Index entry, end, at_once;
 
     /// `calls`: how often fetch() will be called.
-    COTERIE_INLINE Following(const AttentionPart<T>& now, Index first, Index calls)
+    COTERIE_INLINE Following(const AttentionArguments<T>& now, Index first, Index calls)
         : part(&now), entry(first + width), end(0) {
       if (entry >= now.entries) {
         part = now.next;
@@ -141,13 +141,13 @@ struct Tile {
       }
     }
     COTERIE_INLINE void fetch() {
-      fetch([](const AttentionPart<T>&, Index) {});
+      fetch([](const AttentionArguments<T>&, Index) {});
     }
   };
 
   /// Writes what the tape keeps of a row.
-  static COTERIE_INLINE void write_state(const AttentionPart<T>& part, Index target, T reference, T log_sum, T inverse,
-                                         bool sees) {
+  static COTERIE_INLINE void write_state(const AttentionArguments<T>& part, Index target, T reference, T log_sum,
+                                         T inverse, bool sees) {
     const Index at = target * part.states.stride;
     if (part.states.reference) part.states.reference[at] = reference;
     if (part.states.inverse) part.states.inverse[at] = inverse;
@@ -182,7 +182,7 @@ struct Tile {
 
   /// score = cap tanh(score / cap) of one vector; y = tanh(score / cap). The one formula, so that rows have the same bits in
   /// tiles and alone.
-  static COTERIE_INLINE void cap(const AttentionPart<T>& part, T* score, F& y) {
+  static COTERIE_INLINE void cap(const AttentionArguments<T>& part, T* score, F& y) {
     F x;
     L::load(score, x);
     L::tanh(x * (T(1) / part.soft_cap), y);
@@ -190,7 +190,7 @@ struct Tile {
   }
 
   /// Caps the scores of a segment; `slope`, if wanted, the derivative, in rows of `width` as the scores.
-  static COTERIE_INLINE void cap_scores(const AttentionPart<T>& part, const typename Lookout::Segment& s,
+  static COTERIE_INLINE void cap_scores(const AttentionArguments<T>& part, const typename Lookout::Segment& s,
                                         int block_begin, T* scores, T* slope) {
     for (int key = s.begin; key < s.end; ++key)
       for (int v = s.first; v < s.last; ++v) {
@@ -202,7 +202,7 @@ struct Tile {
   }
 
   /// Drops pairs of the segment: 0 for those, and dropout_scale times the value for the others.
-  static COTERIE_INLINE void drop(const AttentionPart<T>& part, Index first, const Lookout& sight,
+  static COTERIE_INLINE void drop(const AttentionArguments<T>& part, Index first, const Lookout& sight,
                                   const typename Lookout::Segment& s, int block_begin, T* values) {
     using Unsigned = typename L::Unsigned;
     using U = typename L::U;
@@ -226,7 +226,7 @@ struct Tile {
 
   /// The bias table, to base 2, with its end columns repeated `width` times on both sides: lanes at or beyond an end, and
   /// those that ascend by one, find theirs side by side.
-  static COTERIE_INLINE void pad_bias(const AttentionPart<T>& part, T* table) {
+  static COTERIE_INLINE void pad_bias(const AttentionArguments<T>& part, T* table) {
     for (Index i = 0; i < part.bias_count + 2 * width; ++i)
       table[i] = part.bias[std::clamp<Index>(i - width, 0, part.bias_count - 1)] * log2_e<T>;
   }
@@ -234,7 +234,7 @@ struct Tile {
   /// Calls whole(at, column) for vectors of pairs whose columns of the padded table lie side by side, and single(at, column)
   /// for the other pairs.
   template <class Whole, class Single>
-  static COTERIE_INLINE void each_bias(const AttentionPart<T>& part, const Positions<T, M>& positions,
+  static COTERIE_INLINE void each_bias(const AttentionArguments<T>& part, const TilePositions<T, M>& positions,
                                        const typename Lookout::Segment& s, int block_begin, const Whole& whole,
                                        const Single& single) {
     const Index end = part.bias_count - 1;
@@ -252,7 +252,7 @@ struct Tile {
     positions.each(part.bias_first, s, block_begin, pairs);
   }
 
-  static COTERIE_INLINE void add_bias(const AttentionPart<T>& part, const Positions<T, M>& positions,
+  static COTERIE_INLINE void add_bias(const AttentionArguments<T>& part, const TilePositions<T, M>& positions,
                                       const typename Lookout::Segment& s, int block_begin, const T* table, T* scores) {
     const auto whole = [&](Index at, Index column) __attribute__((always_inline)) {
       L::add(table + column, scores + at);
@@ -262,7 +262,7 @@ struct Tile {
   }
 
   /// Masked pairs and those of lanes without an entry must be zero.
-  static COTERIE_INLINE void add_bias_gradient(const AttentionPart<T>& part, const Positions<T, M>& positions,
+  static COTERIE_INLINE void add_bias_gradient(const AttentionArguments<T>& part, const TilePositions<T, M>& positions,
                                                const typename Lookout::Segment& s, int block_begin, const T* d_scores,
                                                T* table) {
     const auto whole = [&](Index at, Index column) __attribute__((always_inline)) {

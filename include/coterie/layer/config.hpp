@@ -6,10 +6,10 @@
 #include <limits>
 #include <optional>
 
-#include "coterie/attention/relative_bias.hpp"
+#include "coterie/attention/distance_bias.hpp"
 #include "coterie/core/check.hpp"
 #include "coterie/core/matrix.hpp"
-#include "coterie/kernel/positions.hpp"
+#include "coterie/kernel/rotary.hpp"
 #include "coterie/plan/clustered.hpp"
 #include "coterie/router/config.hpp"
 #include "coterie/router/members.hpp"
@@ -38,7 +38,7 @@ enum class Logits {
 
 /// How heads know where queries and keys are. Distances are those of places in the sequence, never of ranks in a cluster;
 /// those of induction heads are to the key that matches, not to the value that it carries.
-enum class HeadPositions {
+enum class PositionKind {
   rotary,      ///< rotations of queries and keys by the place in the sequence; routers see them as they were
   bias,        ///< a learned number per head and distance, added to the logit
   none,        ///< only by which keys a query sees
@@ -46,9 +46,6 @@ enum class HeadPositions {
   t5_buckets,  ///< a learned number per head and bucket of distances (PositionBuckets)
   shaw,        ///< learned vectors per distance, for all of these heads, added to keys and to values (the paper)
 };
-/// HeadPositions by the names of their settings.
-using LocalPositions = HeadPositions;
-using RoutedPositions = HeadPositions;
 
 /// Settings of a RoutingAttention; designated initialisers in this order.
 struct RoutingAttentionConfig {
@@ -93,13 +90,13 @@ struct RoutingAttentionConfig {
   Index globals = 0;      ///< first tokens of every sequence, which all of its tokens see and which see all of them
   Index dense_up_to = 0;  ///< causal: the queries of the first so many positions see all before them; two-sided: those
                           ///< of sequences of at most so many keys see all
-  std::optional<LocalPositions> local_positions = {};  ///< automatic: rotary; none for induction heads, and for width 1
-  RoutedPositions routed_positions = RoutedPositions::none;
+  std::optional<PositionKind> local_positions = {};  ///< automatic: rotary; none for induction heads, and for width 1
+  PositionKind routed_positions = PositionKind::none;
   RotaryLayout rotary_layout = RotaryLayout::halves;
   double rotary_base = 10000;
   Index position_buckets = 32;  ///< of t5_buckets; two-sided layers have half of them for later keys
   Index max_distance = 128;     ///< of t5_buckets: about where the last bucket begins
-  Index routed_distances = 0;   ///< RoutedPositions::bias and shaw: how many distances have an entry (of each side,
+  Index routed_distances = 0;   ///< PositionKind::bias and shaw: how many distances have an entry (of each side,
                                 ///< where two-sided); farther ones take the last. Required there, else 0
   double decay = 0.999;         ///< of the centroids, reached by the schedule min(decay, (1 + t) / (10 + t))
   Average average = Average::counts_and_sums;  ///< of the routers, this and the next three: see KMeansConfig
@@ -159,33 +156,33 @@ inline PositionBuckets position_buckets(const RoutingAttentionConfig& c) {
 /// The part of resolve that is about positions.
 inline void resolve_positions(RoutingAttentionConfig& c, Faults& faults) {
   const bool any_routed = c.routed_heads > 0, any_local = c.routed_heads < c.heads;
-  const auto known = [](HeadPositions p) {
-    return static_cast<int>(p) >= 0 && static_cast<int>(p) <= static_cast<int>(HeadPositions::shaw);
+  const auto known = [](PositionKind p) {
+    return static_cast<int>(p) >= 0 && static_cast<int>(p) <= static_cast<int>(PositionKind::shaw);
   };
   if (!c.local_positions)
-    c.local_positions = c.local_induction || c.head_dim == 1 ? LocalPositions::none : LocalPositions::rotary;
+    c.local_positions = c.local_induction || c.head_dim == 1 ? PositionKind::none : PositionKind::rotary;
   faults.require(known(*c.local_positions), "local_positions", "rotary, bias, none, alibi, t5_buckets or shaw",
                  static_cast<int>(*c.local_positions));
   faults.require(known(c.routed_positions), "routed_positions", "rotary, bias, none, alibi, t5_buckets or shaw",
                  static_cast<int>(c.routed_positions));
-  faults.require(any_routed || c.routed_positions == RoutedPositions::none, "routed_positions",
+  faults.require(any_routed || c.routed_positions == PositionKind::none, "routed_positions",
                  "none without routed heads", static_cast<int>(c.routed_positions));
-  const auto used = [&](HeadPositions p) {
+  const auto used = [&](PositionKind p) {
     return (any_local && *c.local_positions == p) || (any_routed && c.routed_positions == p);
   };
   faults.require(c.rotary_layout == RotaryLayout::halves || c.rotary_layout == RotaryLayout::interleaved,
                  "rotary_layout", "halves or interleaved", static_cast<int>(c.rotary_layout));
   faults.require(c.rotary_base > 0 && std::isfinite(c.rotary_base), "rotary_base", "a positive number", c.rotary_base);
-  faults.require(!used(HeadPositions::rotary) || c.head_dim != 1, "head_dim",
+  faults.require(!used(PositionKind::rotary) || c.head_dim != 1, "head_dim",
                  "at least 2 with rotary positions (pairs of columns turn)", c.head_dim);
-  if (used(HeadPositions::t5_buckets)) check_buckets(faults, "position_buckets", "max_distance", position_buckets(c));
+  if (used(PositionKind::t5_buckets)) check_buckets(faults, "position_buckets", "max_distance", position_buckets(c));
   const bool by_distance =
-      any_routed && (c.routed_positions == RoutedPositions::bias || c.routed_positions == RoutedPositions::shaw);
+      any_routed && (c.routed_positions == PositionKind::bias || c.routed_positions == PositionKind::shaw);
   constexpr Index most = std::numeric_limits<std::int32_t>::max();
   faults.require(by_distance ? c.routed_distances >= 1 && c.routed_distances <= most : c.routed_distances == 0,
                  "routed_distances",
-                 by_distance ? "at least 1 with RoutedPositions::bias or shaw (farther keys share the last entry)"
-                             : "0 without RoutedPositions::bias or shaw (nothing else has entries by distance)",
+                 by_distance ? "at least 1 with PositionKind::bias or shaw (farther keys share the last entry)"
+                             : "0 without PositionKind::bias or shaw (nothing else has entries by distance)",
                  c.routed_distances);
 }
 

@@ -7,15 +7,16 @@
 #include <vector>
 
 #include "coterie/attention/attention.hpp"
-#include "coterie/core/normalise.hpp"
-#include "coterie/kernel/positions.hpp"
+#include "coterie/kernel/convolution.hpp"
+#include "coterie/kernel/normalise.hpp"
 #include "coterie/kernel/product.hpp"
+#include "coterie/kernel/rotary.hpp"
+#include "coterie/kernel/rows.hpp"
 #include "coterie/layer/input.hpp"
 #include "coterie/layer/memberships.hpp"
 #include "coterie/layer/parts.hpp"
 #include "coterie/layer/positions.hpp"
 #include "coterie/layer/router_rows.hpp"
-#include "coterie/layer/rows.hpp"
 #include "coterie/layer/tape.hpp"
 #include "coterie/plan/clustered.hpp"
 #include "coterie/plan/dense.hpp"
@@ -31,7 +32,7 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
 
 /// Logit scales of a group of heads, gain/sqrt(d), in scratch; empty where the gain is always 1.
 template <class T>
-std::span<const double> logit_scales(const LayerParts<T>& layer, const HeadGroup& group, Arena& arena) {
+std::span<const double> logit_scales(const LayerState<T>& layer, const HeadBlock& group, Arena& arena) {
   if (!group.learned_gain && group.gain == 1) return {};
   double* const scales = arena.take<double>(group.count);
   for (Index h = 0; h < group.count; ++h) {
@@ -43,7 +44,7 @@ std::span<const double> logit_scales(const LayerParts<T>& layer, const HeadGroup
 }
 
 template <class T>
-void add_memory_terms(const LayerParts<T>& layer, const HeadGroup& group, AttentionTerms<T>& terms) {
+void add_memory_terms(const LayerState<T>& layer, const HeadBlock& group, AttentionTerms<T>& terms) {
   if (layer.config.memory == 0) return;
   terms.memory_keys = view(layer.parameters.memory_keys).columns(group.kv_first_col(), group.kv_cols());
   terms.memory_values = view(layer.parameters.memory_values).columns(group.kv_first_col(), group.kv_cols());
@@ -51,7 +52,7 @@ void add_memory_terms(const LayerParts<T>& layer, const HeadGroup& group, Attent
 
 /// What attention adds for a group: terms by distance, and memory.
 template <class T>
-AttentionTerms<T> attention_terms(const LayerParts<T>& layer, const HeadGroup& group,
+AttentionTerms<T> attention_terms(const LayerState<T>& layer, const HeadBlock& group,
                                   std::span<const std::int32_t> key_places, Arena& arena) {
   AttentionTerms<T> terms = position_terms(layer.config, layer.parameters, group, key_places, arena);
   add_memory_terms(layer, group, terms);
@@ -60,7 +61,7 @@ AttentionTerms<T> attention_terms(const LayerParts<T>& layer, const HeadGroup& g
 
 /// What attention is asked to do for a group. Training: forward with a tape, and backward.
 template <class T>
-AttentionConfig attention_config(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
+AttentionConfig attention_config(const LayerState<T>& layer, const HeadBlock& group, const CheckedInput<T>& in,
                                  bool training, Arena& arena) {
   AttentionConfig config;
   config.heads = group.count;
@@ -79,13 +80,13 @@ AttentionConfig attention_config(const LayerParts<T>& layer, const HeadGroup& gr
 
 /// The values that attention reads: of induction heads, key j carries the value of row j + 1.
 template <class M>
-M carried_values(const HeadGroup& group, M v, Index keys) {
+M carried_values(const HeadBlock& group, M v, Index keys) {
   return v.rows(group.induction ? 1 : 0, keys);
 }
 
 /// q, k, v = x w + b, of the group's columns.
 template <class T>
-void project(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, const HeadsMatrices<T>& m,
+void project(const LayerState<T>& layer, const HeadBlock& group, const CheckedInput<T>& in, const HeadsMatrices<T>& m,
              Context& context) {
   const Parameters<T>& p = layer.parameters;
   const Index first = group.first_col(), cols = group.cols(), kv_first = group.kv_first_col();
@@ -108,7 +109,7 @@ void project(const LayerParts<T>& layer, const HeadGroup& group, const CheckedIn
 
 /// Undoes project: adds into the gradients of x, of the keys' source (x itself or another) and of the weights.
 template <class T>
-void project_backward(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, ConstView<T> d_q,
+void project_backward(const LayerState<T>& layer, const HeadBlock& group, const CheckedInput<T>& in, ConstView<T> d_q,
                       ConstView<T> d_k, ConstView<T> d_v, View<T> d_x, View<T> d_keys, Parameters<T>& gradients,
                       Context& context) {
   const Parameters<T>& p = layer.parameters;
@@ -126,7 +127,7 @@ void project_backward(const LayerParts<T>& layer, const HeadGroup& group, const 
 
 /// Labels of queries and keys of the routed heads: given, drawn, or by their routers.
 template <class T>
-void assign_labels(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
+void assign_labels(const LayerState<T>& layer, const HeadBlock& group, const CheckedInput<T>& in,
                    const HeadsMatrices<T>& m, HeadsPlans& plans, Context& context) {
   const Index n = in.x.rows(), keys = in.keys.rows(), heads = group.kv_count;
   const bool given = !in.input.routes.empty(), drawn = !given && layer.config.routing == Routing::random;
@@ -160,7 +161,7 @@ void assign_labels(const LayerParts<T>& layer, const HeadGroup& group, const Che
 
 /// The plans of a group, without what comes on top of them.
 template <class T>
-void build_token_plans(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
+void build_token_plans(const LayerState<T>& layer, const HeadBlock& group, const CheckedInput<T>& in,
                        const HeadsMatrices<T>& m, HeadsPlans& plans, Context& context) {
   const RoutingAttentionConfig& c = layer.config;
   const Index n = in.x.rows(), keys = in.keys.rows();
@@ -207,7 +208,7 @@ void build_token_plans(const LayerParts<T>& layer, const HeadGroup& group, const
 
 /// The plans of a group.
 template <class T>
-void build_plans(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
+void build_plans(const LayerState<T>& layer, const HeadBlock& group, const CheckedInput<T>& in,
                  const HeadsMatrices<T>& m, HeadsPlans& plans, Context& context) {
   build_token_plans(layer, group, in, m, plans, context);
   const RoutingAttentionConfig& c = layer.config;
@@ -236,7 +237,7 @@ void build_plans(const LayerParts<T>& layer, const HeadGroup& group, const Check
 /// The group's matrices up to what routers see: projected, convolved, normalised, summed. take(buffer, rows, columns) gives
 /// memory, convolve(q, u) makes convolved queries: forward from the rows before, a decoder from those that it remembers.
 template <class T, class Take, class Convolve>
-HeadsMatrices<T> prepare_rows(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
+HeadsMatrices<T> prepare_rows(const LayerState<T>& layer, const HeadBlock& group, const CheckedInput<T>& in,
                               const Take& take, const Convolve& convolve, Context& context) {
   const Index n = in.x.rows(), keys = in.keys.rows(), d = group.head_dim, cols = group.cols(),
               kv_cols = group.kv_cols();
@@ -271,11 +272,11 @@ HeadsMatrices<T> prepare_rows(const LayerParts<T>& layer, const HeadGroup& group
 
 /// Queries and keys as attention reads them. After routing, and apart from what routers and normalise_rows_backward read.
 template <class T, class Take>
-void read_rows(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, const Take& take,
+void read_rows(const LayerState<T>& layer, const HeadBlock& group, const CheckedInput<T>& in, const Take& take,
                HeadsMatrices<T>& m, Context& context) {
   m.read_q = group.logits == Logits::normalised ? m.u : m.q;
   m.read_k = !group.shared ? m.k : group.logits == Logits::raw ? m.q : m.u;
-  if (group.positions != HeadPositions::rotary) return;
+  if (group.positions != PositionKind::rotary) return;
   const auto turned = [&](Buffer<T> HeadsTape<T>::*buffer, View<T> from, Index heads,
                           std::span<const std::int32_t> places) {
     const View<T> to = group.routed || group.shared ? take(buffer, from.rows(), from.cols()) : from;
@@ -292,7 +293,7 @@ void read_rows(const LayerParts<T>& layer, const HeadGroup& group, const Checked
 /// y (+)= the group's share of the output. `add`: another group has written y. With a tape, keeps its matrices; training: and
 /// what backward needs beside them.
 template <class T>
-void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in, View<T> y, bool add,
+void heads_forward(const LayerState<T>& layer, const HeadBlock& group, const CheckedInput<T>& in, View<T> y, bool add,
                    HeadsTape<T>* tape, bool training, HeadsPlans& plans, Context& context) {
   Arena& arena = context.workspace().shared();
   Arena::Scope scope(arena);
@@ -322,7 +323,7 @@ void heads_forward(const LayerParts<T>& layer, const HeadGroup& group, const Che
 /// From the gradients of what attention read of heads with shared queries and keys, those of the projected queries; both
 /// are overwritten.
 template <class T>
-View<T> shared_rows_backward(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
+View<T> shared_rows_backward(const LayerState<T>& layer, const HeadBlock& group, const CheckedInput<T>& in,
                              const HeadsTape<T>& tape, View<T> d_q, View<T> d_k, Parameters<T>& gradients,
                              Context& context) {
   const RoutingAttentionConfig& c = layer.config;
@@ -362,7 +363,7 @@ View<T> shared_rows_backward(const LayerParts<T>& layer, const HeadGroup& group,
 /// From the gradients of what attention read of heads with keys of their own, those of the projected queries and keys: the
 /// same views, or others in scratch. All may be overwritten.
 template <class T>
-void own_rows_backward(const LayerParts<T>& layer, const HeadGroup& group, const HeadsTape<T>& tape, View<T>& d_q,
+void own_rows_backward(const LayerState<T>& layer, const HeadBlock& group, const HeadsTape<T>& tape, View<T>& d_q,
                        View<T>& d_k, Arena& arena, Context& context) {
   const RoutingAttentionConfig& c = layer.config;
   const HeadsMatrices<T>& m = tape.matrices;
@@ -386,7 +387,7 @@ void own_rows_backward(const LayerParts<T>& layer, const HeadGroup& group, const
 
 /// Undoes heads_forward: adds into d_x, d_keys (the source's, or d_x itself) and the gradients.
 template <class T>
-void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const CheckedInput<T>& in,
+void heads_backward(const LayerState<T>& layer, const HeadBlock& group, const CheckedInput<T>& in,
                     const HeadsTape<T>& tape, ConstView<T> d_y, View<T> d_x, View<T> d_keys, Parameters<T>& gradients,
                     Context& context) {
   const Index n = in.x.rows(), keys = in.keys.rows(), cols = group.cols(), kv_cols = group.kv_cols();
@@ -420,7 +421,7 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
   attention_backward(Plans(tape.plans.used()), q, k, v, ConstView<T>(m.out), tape.attention, ConstView<T>(d_out), d_q,
                      d_k, carried_values(group, d_v, keys), config, context, terms, d_terms);
   position_terms_backward(layer.config, terms, d_terms.d_bias, gradients, group);
-  if (group.positions == HeadPositions::rotary) {
+  if (group.positions == PositionKind::rotary) {
     layer.rotary.backward(d_q, group.count, in.places, context);
     layer.rotary.backward(d_k, group.kv_count, in.key_places, context);
   }
@@ -440,9 +441,9 @@ void heads_backward(const LayerParts<T>& layer, const HeadGroup& group, const Ch
 // As for kernels (dispatch.hpp): with COTERIE_EXTERN_HEADS a file leaves these functions to another one, which defines
 // COTERIE_INSTANTIATE_HEADS.
 #define COTERIE_HEADS(prefix, T)                                                                                       \
-  prefix template void heads_forward<T>(const LayerParts<T>&, const HeadGroup&, const CheckedInput<T>&, View<T>, bool, \
+  prefix template void heads_forward<T>(const LayerState<T>&, const HeadBlock&, const CheckedInput<T>&, View<T>, bool, \
                                         HeadsTape<T>*, bool, HeadsPlans&, Context&);                                   \
-  prefix template void heads_backward<T>(const LayerParts<T>&, const HeadGroup&, const CheckedInput<T>&,               \
+  prefix template void heads_backward<T>(const LayerState<T>&, const HeadBlock&, const CheckedInput<T>&,               \
                                          const HeadsTape<T>&, ConstView<T>, View<T>, View<T>, Parameters<T>&,          \
                                          Context&);
 #if defined(COTERIE_INSTANTIATE_HEADS)

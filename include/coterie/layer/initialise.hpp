@@ -13,7 +13,7 @@
 namespace coterie::detail {
 
 /// Consecutive heads of one kind: all the local ones, or all the routed ones.
-struct HeadGroup {
+struct HeadBlock {
   Index first = 0, count = 0;        ///< query heads
   Index kv_first = 0, kv_count = 0;  ///< key/value heads
   Index head_dim = 0;
@@ -22,7 +22,7 @@ struct HeadGroup {
   Logits logits = Logits::raw;
   double gain = 1;            ///< of the logits, beside 1/sqrt(d); where it is learned, its start
   bool learned_gain = false;  ///< it is a parameter
-  HeadPositions positions = HeadPositions::none;
+  PositionKind positions = PositionKind::none;
   bool induction = false;  ///< shared, convolved, and a key carries the next position's value
   Index key_first = 0;     ///< first of these key/value heads in w_k, unless shared
   Index gain_first = 0;    ///< first of these heads in gain, if learned
@@ -42,7 +42,7 @@ struct HeadGroup {
 
 /// The heads of a layer.
 struct Heads {
-  HeadGroup local, routed;
+  HeadBlock local, routed;
   Index key_heads = 0, gains = 0, taps_rows = 0;
 
   /// Requires a resolved config.
@@ -60,7 +60,7 @@ struct Heads {
     routed.learned_gain = *c.learned_gain;
     local.positions = *c.local_positions;
     routed.positions = c.routed_positions;
-    for (HeadGroup* group : {&local, &routed}) {
+    for (HeadBlock* group : {&local, &routed}) {
       group->head_dim = c.head_dim;
       group->kv_first = group->first / (c.heads / c.kv_heads);
       group->kv_count = group->count / (c.heads / c.kv_heads);
@@ -84,12 +84,12 @@ struct DistanceRange {
 
 /// The distances that the table of a group has to hold, where the longest sequence of keys has `longest` (at least
 /// 1) of them; only ALiBi's depends on that. Others take the nearest column.
-inline DistanceRange table_distances(const RoutingAttentionConfig& c, const HeadGroup& group, Index longest) {
+inline DistanceRange table_distances(const RoutingAttentionConfig& c, const HeadBlock& group, Index longest) {
   Index back = c.max_distance, ahead = c.causal ? 0 : c.max_distance;  // t5_buckets
-  if (group.positions == HeadPositions::bias || group.positions == HeadPositions::shaw) {
+  if (group.positions == PositionKind::bias || group.positions == PositionKind::shaw) {
     back = group.routed ? c.routed_distances - 1 : c.local_window - 1;
     ahead = !group.routed ? c.lookahead : c.causal ? 0 : back;
-  } else if (group.positions == HeadPositions::alibi) {
+  } else if (group.positions == PositionKind::alibi) {
     const bool far = group.routed || c.globals > 0 || c.dense_up_to > 0;
     back = far ? longest - 1 : std::min(longest, c.local_window) - 1;
     ahead = c.causal ? 0 : far ? back : std::min(longest - 1, c.lookahead);
@@ -141,15 +141,15 @@ inline std::vector<TensorShape> parameter_shapes(const RoutingAttentionConfig& c
   }
   add("gain", 1, heads.gains);
   add("taps", heads.taps_rows, c.head_dim);
-  for (const HeadGroup* group : {&heads.local, &heads.routed}) {
+  for (const HeadBlock* group : {&heads.local, &heads.routed}) {
     if (group->count == 0) continue;
-    if (group->positions == HeadPositions::bias) {
+    if (group->positions == PositionKind::bias) {
       add(group->routed ? "routed_distance_bias" : "distance_bias", group->count, table_distances(c, *group, 1).count);
-    } else if (group->positions == HeadPositions::shaw) {
+    } else if (group->positions == PositionKind::shaw) {
       const Index rows = table_distances(c, *group, 1).count;
       add(group->routed ? "routed_relative_keys" : "relative_keys", rows, c.head_dim);
       add(group->routed ? "routed_relative_values" : "relative_values", rows, c.head_dim);
-    } else if (group->positions == HeadPositions::t5_buckets) {
+    } else if (group->positions == PositionKind::t5_buckets) {
       add(group->routed ? "routed_bucket_bias" : "bucket_bias", group->count, c.position_buckets);
     }
   }
@@ -169,7 +169,7 @@ Parameters<T> zero_parameters(const RoutingAttentionConfig& c) {
 }
 
 /// First values: weights uniform in +-1/sqrt(rows), taps N(0, 1) * 0.9^t, memory N(0, 1), relative keys and values
-/// N(0, 1/head_dim), gains as HeadGroup has them, biases 0. The number at
+/// N(0, 1/head_dim), gains as HeadBlock has them, biases 0. The number at
 /// (i, j) is drawn by the counter i * cols + j, in double: float and double layers of a seed agree up to rounding.
 template <class T>
 Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
@@ -197,7 +197,7 @@ Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
   normal(p.memory_keys, LayerStream::memory_keys);
   normal(p.memory_values, LayerStream::memory_values);
   const Heads heads(c);
-  for (const HeadGroup* group : {&heads.local, &heads.routed})
+  for (const HeadBlock* group : {&heads.local, &heads.routed})
     for (Index h = 0; h < group->count && group->learned_gain; ++h)
       p.gain(0, group->gain_first + h) = static_cast<T>(group->gain);
   for (Index row = 0; row < p.taps.rows(); ++row) {

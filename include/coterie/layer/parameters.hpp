@@ -25,13 +25,13 @@ namespace coterie {
 ///     b_o     1 x D        with config.bias
 ///     gain    1 x G        logits are gain/sqrt(d) * q.k
 ///     taps    I*key_taps x d   row i*key_taps + t: factors of the query t positions back, of the i-th induction head
-///     distance_bias         L x (local_window + lookahead)   column c: distance c - lookahead; LocalPositions::bias
-///     bucket_bias           L x position_buckets   LocalPositions::t5_buckets
+///     distance_bias         L x (local_window + lookahead)   column c: distance c - lookahead; PositionKind::bias
+///     bucket_bias           L x position_buckets   PositionKind::t5_buckets
 ///     routed_distance_bias  R x routed_distances   column c: distance c; two-sided R x (2 * routed_distances - 1),
-///                           distance c + 1 - routed_distances; RoutedPositions::bias
-///     routed_bucket_bias    R x position_buckets   RoutedPositions::t5_buckets
-///     relative_keys, relative_values  distances x d   row c: distance c - lookahead, as distance_bias; LocalPositions::shaw
-///     routed_relative_keys, routed_relative_values   distances x d   rows as columns of routed_distance_bias; RoutedPositions::shaw
+///                           distance c + 1 - routed_distances; PositionKind::bias
+///     routed_bucket_bias    R x position_buckets   PositionKind::t5_buckets
+///     relative_keys, relative_values  distances x d   row c: distance c - lookahead, as distance_bias; PositionKind::shaw
+///     routed_relative_keys, routed_relative_values   distances x d   rows as columns of routed_distance_bias; PositionKind::shaw
 ///     memory_keys    memory x V*d   keys as attention reads them: beside normalised ones where those are normalised
 ///     memory_values  memory x V*d
 template <class T>

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "coterie/attention/call.hpp"
-#include "coterie/kernel/positions.hpp"
+#include "coterie/kernel/rotary.hpp"
 #include "coterie/layer/input.hpp"
 #include "coterie/layer/tape.hpp"
 #include "coterie/router/kmeans.hpp"
@@ -16,7 +16,7 @@ namespace coterie::detail {
 
 /// What a layer owns.
 template <class T>
-struct LayerParts {
+struct LayerState {
   RoutingAttentionConfig config;  ///< resolved
   Heads heads;
   Parameters<T> parameters;
@@ -30,7 +30,7 @@ void check_numbers(const RoutingAttentionConfig& c, const Heads& heads) {
   Faults faults("RoutingAttentionConfig");
   faults.require(is_soft_cap<T>(c.soft_cap), "soft_cap", "0, or a positive number that the scalar type can hold",
                  c.soft_cap);
-  for (const HeadGroup* group : {&heads.local, &heads.routed})
+  for (const HeadBlock* group : {&heads.local, &heads.routed})
     if (group->count > 0 && !std::isfinite(static_cast<T>(group->gain))) {
       faults.require(false, "gain", "a number that the scalar type can hold", group->gain);
       break;
@@ -40,11 +40,11 @@ void check_numbers(const RoutingAttentionConfig& c, const Heads& heads) {
 
 /// The layer of a resolved config, with its first weights and centroids.
 template <class T>
-LayerParts<T> make_layer_parts(const RoutingAttentionConfig& c) {
+LayerState<T> make_layer_state(const RoutingAttentionConfig& c) {
   check_numbers<T>(c, Heads(c));
-  LayerParts<T> layer{c, Heads(c), initial_parameters<T>(c), {}, {}};
-  for (const HeadGroup* group : {&layer.heads.local, &layer.heads.routed})
-    if (group->count > 0 && group->positions == HeadPositions::rotary)
+  LayerState<T> layer{c, Heads(c), initial_parameters<T>(c), {}, {}};
+  for (const HeadBlock* group : {&layer.heads.local, &layer.heads.routed})
+    if (group->count > 0 && group->positions == PositionKind::rotary)
       layer.rotary = Rotary(c.head_dim, c.rotary_base, c.rotary_layout);
   if (c.routing != Routing::learned) return layer;
   const auto stream = static_cast<std::uint64_t>(LayerStream::centroids);

@@ -6,7 +6,7 @@
 #include <span>
 
 #include "coterie/attention/config.hpp"
-#include "coterie/attention/relative_bias.hpp"
+#include "coterie/attention/distance_bias.hpp"
 #include "coterie/core/workspace.hpp"
 #include "coterie/layer/initialise.hpp"
 
@@ -21,8 +21,8 @@ inline Index longest_sequence(std::span<const std::int32_t> key_places) {
 
 /// The learned table of a group of heads among its layer's parameters or gradients, by distance or by bucket.
 template <class P>
-auto& position_table(P& parameters, const HeadGroup& group) {
-  if (group.positions == HeadPositions::bias)
+auto& position_table(P& parameters, const HeadBlock& group) {
+  if (group.positions == PositionKind::bias)
     return group.routed ? parameters.routed_distance_bias : parameters.distance_bias;
   return group.routed ? parameters.routed_bucket_bias : parameters.bucket_bias;
 }
@@ -30,24 +30,24 @@ auto& position_table(P& parameters, const HeadGroup& group) {
 /// What a group of heads adds by distance: parameters, or a table in scratch.
 template <class T>
 AttentionTerms<T> position_terms(const RoutingAttentionConfig& c, const Parameters<T>& parameters,
-                                 const HeadGroup& group, std::span<const std::int32_t> key_places, Arena& arena) {
+                                 const HeadBlock& group, std::span<const std::int32_t> key_places, Arena& arena) {
   AttentionTerms<T> terms;
-  if (group.positions == HeadPositions::none || group.positions == HeadPositions::rotary) return terms;
-  const Index longest = group.positions == HeadPositions::alibi ? longest_sequence(key_places) : 1;
+  if (group.positions == PositionKind::none || group.positions == PositionKind::rotary) return terms;
+  const Index longest = group.positions == PositionKind::alibi ? longest_sequence(key_places) : 1;
   const DistanceRange range = table_distances(c, group, longest);
-  if (group.positions == HeadPositions::shaw) {
+  if (group.positions == PositionKind::shaw) {
     terms.relative_keys = group.routed ? parameters.routed_relative_keys : parameters.relative_keys;
     terms.relative_values = group.routed ? parameters.routed_relative_values : parameters.relative_values;
     terms.relative_first = range.first;
     return terms;
   }
   terms.bias_first = range.first;
-  if (group.positions == HeadPositions::bias) {
+  if (group.positions == PositionKind::bias) {
     terms.bias = position_table(parameters, group);
     return terms;
   }
   const View<T> table = arena.matrix<T>(group.count, range.count);
-  if (group.positions == HeadPositions::alibi)
+  if (group.positions == PositionKind::alibi)
     alibi_bias<T>(table, range.first);
   else
     bucket_bias<T>(position_table(parameters, group), table, position_buckets(c), range.first);
@@ -58,14 +58,14 @@ AttentionTerms<T> position_terms(const RoutingAttentionConfig& c, const Paramete
 /// Where attention adds the gradients of the tables of position_terms: gradients, zeros in scratch, or nowhere.
 template <class T>
 AttentionTermGradients<T> position_term_gradients(const AttentionTerms<T>& terms, Parameters<T>& gradients,
-                                                  const HeadGroup& group, Arena& arena) {
+                                                  const HeadBlock& group, Arena& arena) {
   AttentionTermGradients<T> d_terms;
-  if (group.positions == HeadPositions::bias) {
+  if (group.positions == PositionKind::bias) {
     d_terms.d_bias = position_table(gradients, group);
-  } else if (group.positions == HeadPositions::t5_buckets) {
+  } else if (group.positions == PositionKind::t5_buckets) {
     d_terms.d_bias = arena.matrix<T>(terms.bias.rows(), terms.bias.cols());
     d_terms.d_bias.fill(0);
-  } else if (group.positions == HeadPositions::shaw) {
+  } else if (group.positions == PositionKind::shaw) {
     d_terms.d_relative_keys = group.routed ? gradients.routed_relative_keys : gradients.relative_keys;
     d_terms.d_relative_values = group.routed ? gradients.routed_relative_values : gradients.relative_values;
   }
@@ -75,8 +75,8 @@ AttentionTermGradients<T> position_term_gradients(const AttentionTerms<T>& terms
 /// Undoes position_terms: what attention has added to d_table reaches the gradients.
 template <class T>
 void position_terms_backward(const RoutingAttentionConfig& c, const AttentionTerms<T>& terms, View<T> d_table,
-                             Parameters<T>& gradients, const HeadGroup& group) {
-  if (group.positions == HeadPositions::t5_buckets)
+                             Parameters<T>& gradients, const HeadBlock& group) {
+  if (group.positions == PositionKind::t5_buckets)
     bucket_bias_backward<T>(position_table(gradients, group), d_table, position_buckets(c), terms.bias_first);
 }
 

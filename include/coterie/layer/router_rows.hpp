@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <span>
 
-#include "coterie/core/normalise.hpp"
+#include "coterie/kernel/normalise.hpp"
 #include "coterie/layer/tape.hpp"
 #include "coterie/router/commitment.hpp"
 #include "coterie/router/kmeans.hpp"
@@ -38,18 +38,18 @@ struct RouterRows {
 
 /// What routers see of the queries of a group of heads.
 template <class T>
-RouterRows<T> router_queries(const HeadGroup& group, const HeadsMatrices<T>& m) {
+RouterRows<T> router_queries(const HeadBlock& group, const HeadsMatrices<T>& m) {
   return {m.route, group.normalises_queries() && group.heads_per_kv() == 1};
 }
 /// What they see of the keys.
 template <class T>
-RouterRows<T> router_keys(const HeadGroup& group, const HeadsMatrices<T>& m) {
+RouterRows<T> router_keys(const HeadBlock& group, const HeadsMatrices<T>& m) {
   return {group.shared ? m.u : m.k, group.shared || group.normalises_keys()};
 }
 
 /// route = sum over the query heads of a key/value head of their normalised rows.
 template <class T>
-void sum_queries(const RoutingAttentionConfig& c, const HeadGroup& group, ConstView<T> u, View<T> route,
+void sum_queries(const RoutingAttentionConfig& c, const HeadBlock& group, ConstView<T> u, View<T> route,
                  Context& context) {
   const Index d = c.head_dim, each = group.heads_per_kv();
   context.for_chunks(u.rows(), normalise_task_rows, [&](Index first, Index last, Index worker) {
@@ -71,7 +71,7 @@ void sum_queries(const RoutingAttentionConfig& c, const HeadGroup& group, ConstV
 
 /// Undoes sum_queries: adds into d_u, the gradient of u, which is normalised or not as u is.
 template <class T>
-void sum_queries_backward(const RoutingAttentionConfig& c, const HeadGroup& group, ConstView<T> u, ConstView<T> d_route,
+void sum_queries_backward(const RoutingAttentionConfig& c, const HeadBlock& group, ConstView<T> u, ConstView<T> d_route,
                           View<T> d_u, Context& context) {
   const Index d = c.head_dim, each = group.heads_per_kv();
   context.for_chunks(u.rows(), normalise_task_rows, [&](Index first, Index last, Index worker) {

@@ -20,7 +20,7 @@ namespace coterie {
 ///     layer.update_router(tape, context);
 ///
 /// Formula: y = sum over heads h of attention_h w_o[h] + b_o. Local heads see their window; both kinds of heads know
-/// positions as HeadPositions has it. Routed heads see the members of their query's cluster, or everything:
+/// positions as PositionKind has it. Routed heads see the members of their query's cluster, or everything:
 ///   shared (causal default): q = k = normalise(x w_q), logits gain/sqrt(d) q.k;
 ///   otherwise q = x w_q, k = x w_k, logits q.k/sqrt(d), routed by their normalised rows;
 ///   both kinds with other Logits, gains and Normalisation where the config says so;
@@ -42,7 +42,7 @@ class RoutingAttention {
   /// Draws the weights and centroids from the seed; see Parameters for shapes.
   /// Requires: a config that makes sense, otherwise ValueError, which names all its faults.
   explicit RoutingAttention(const RoutingAttentionConfig& config)
-      : parts_(detail::make_layer_parts<T>(detail::resolve(config))) {}
+      : parts_(detail::make_layer_state<T>(detail::resolve(config))) {}
 
   /// The settings, with every automatic one filled in.
   const RoutingAttentionConfig& config() const { return parts_.config; }
@@ -140,7 +140,7 @@ class RoutingAttention {
   double commitment_loss(const Tape& tape, Context& context) const {
     check_tape("RoutingAttention::commitment_loss", tape);
     if (parts_.routers.empty() || !(config().commitment > 0)) return 0;
-    const detail::HeadGroup& group = parts_.heads.routed;
+    const detail::HeadBlock& group = parts_.heads.routed;
     const detail::HeadsMatrices<T>& m = tape.routed_.matrices;
     const detail::HeadsPlans& plans = tape.routed_.plans;
     const auto loss = [&](const detail::RouterRows<T>& rows, std::span<const std::int32_t> labels) {
@@ -177,7 +177,7 @@ class RoutingAttention {
     check_tape(function, tape);
     check_statistics(function, statistics);
     if (parts_.routers.empty()) return;
-    const detail::HeadGroup& group = parts_.heads.routed;
+    const detail::HeadBlock& group = parts_.heads.routed;
     const detail::HeadsMatrices<T>& m = tape.routed_.matrices;
     context.for_each(static_cast<Index>(parts_.routers.size()), [&](Index h, Index worker) {
       const OnlineKMeans<T>& router = parts_.routers[static_cast<std::size_t>(h)];
@@ -332,7 +332,7 @@ class RoutingAttention {
     if (config().bias) detail::add_bias(y, parts_.parameters.b_o.data(), context);
   }
 
-  detail::LayerParts<T> parts_;
+  detail::LayerState<T> parts_;
   RouterStatistics<T> statistics_;  // of update_router(tape, context), for its memory only
 };
 

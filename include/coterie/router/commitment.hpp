@@ -5,8 +5,8 @@
 #include <span>
 
 #include "coterie/core/context.hpp"
+#include "coterie/core/finite.hpp"
 #include "coterie/core/ordered_sum.hpp"
-#include "coterie/router/finite.hpp"
 
 namespace coterie {
 namespace detail {

@@ -6,7 +6,7 @@
 
 #include "coterie/core/check.hpp"
 #include "coterie/core/matrix.hpp"
-#include "coterie/core/normalise.hpp"
+#include "coterie/kernel/normalise.hpp"
 
 namespace coterie {
 

@@ -8,10 +8,10 @@
 #include <span>
 
 #include "coterie/core/context.hpp"
+#include "coterie/core/finite.hpp"
 #include "coterie/kernel/product.hpp"
 #include "coterie/router/centroids.hpp"
 #include "coterie/router/config.hpp"
-#include "coterie/router/finite.hpp"
 #include "coterie/router/relocation.hpp"
 #include "coterie/router/statistics.hpp"
 

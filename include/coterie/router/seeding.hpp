@@ -7,9 +7,9 @@
 #include <span>
 #include <vector>
 
-#include "coterie/core/normalise.hpp"
 #include "coterie/core/ordered_sum.hpp"
 #include "coterie/core/random.hpp"
+#include "coterie/kernel/normalise.hpp"
 
 namespace coterie::detail {
 

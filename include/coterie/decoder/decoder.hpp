@@ -1,0 +1,231 @@
+// A causal layer, token by token: caches of keys and values, at a cost and of a size that do not grow with the position.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <vector>
+
+#include "coterie/decoder/decoder_heads.hpp"
+#include "coterie/layer/routing_attention.hpp"
+
+namespace coterie {
+
+/// The caches of a layer, with which it goes on from the tokens before: step() gives the rows that forward() gives.
+///
+///     Decoder<float> decoder(layer, {.sequences = 1, .reserve = 4096});
+///     decoder.prefill(prompt, y_prompt, 0, context);    // with the fast forward
+///     decoder.step(x, y, context);                      // one token of every sequence
+///
+/// Local heads keep their last local_window keys and values; routed heads the last `window` members of every cluster, in lists
+/// that take memory as they fill; dense heads all. To these come max_rollback more, and the first tokens where they stay
+/// visible (globals, dense_up_to).
+/// Bits: a row is forward's row of the same prefix, bit for bit, routes included, on the same instruction set.
+/// Requires a causal layer whose memberships do not depend on later tokens (not balanced), and self-attention. It refers to the
+/// layer, which has to stay where it is. Weights must not change between steps (nobody checks that), nor may centroids move
+/// (that is refused). Random routing draws the clusters of Input::step 0; dropout is off.
+/// A copy is independent of the original, but has no reserve: for branches and beams, see also copy_sequence().
+/// Allocates: nothing in step() within the tokens reserved, once a context has been used for it; otherwise where lists grow.
+/// Memory: at most 2 sequences kv_heads (clusters + 1) (window + max_rollback) head_dim numbers, windows rounded up to 16,
+///   besides globals and dense_up_to first tokens; no more than tokens need; 4 bytes a row and head for places.
+/// Threads and determinism: the same bits for any number of workers. A decoder is used by one thread at a time.
+/// Cost of a step: model_dim^2 and heads * (clusters + window + memory + globals) * head_dim operations a token, at any
+///   position; dense heads, and others below dense_up_to: all tokens before.
+/// Source: the cache of window and cluster members, exact because membership is by the nearest centroid: ours.
+template <class T>
+class Decoder {
+ public:
+  /// Requires: a layer as above, settings as DecoderConfig says (ValueError).
+  explicit Decoder(RoutingAttention<T>&&, const DecoderConfig& = {}) = delete;  // it would not stay where it is
+  explicit Decoder(const RoutingAttention<T>& layer, const DecoderConfig& config = {}) : layer_(&layer) {
+    const RoutingAttentionConfig& c = layer.config();
+    detail::Faults faults("Decoder");
+    faults.require(c.causal, "layer", "a causal one (a later token changes earlier rows of others)", "a two-sided one");
+    faults.require(c.membership == Membership::nearest, "layer",
+                   "nearest membership (with balanced a later token changes the clusters of earlier ones)", "balanced");
+    constexpr Index most = std::numeric_limits<std::int32_t>::max();
+    faults.require(config.sequences >= 1 && config.sequences <= most, "sequences", "at least 1", config.sequences);
+    faults.require(config.max_rollback >= 0 && config.max_rollback <= most, "max_rollback", "at least 0",
+                   config.max_rollback);
+    faults.require(config.reserve >= 0 && config.reserve <= most, "reserve", "at least 0", config.reserve);
+    faults.raise();
+    const detail::LayerState<T>& parts = layer.parts_;
+    local_ = detail::DecoderHeads<T>(parts, parts.heads.local, config);
+    routed_ = detail::DecoderHeads<T>(parts, parts.heads.routed, config);
+    lengths_.assign(static_cast<std::size_t>(config.sequences), 0);
+    taken_back_.assign(static_cast<std::size_t>(config.sequences), 0);
+    for (std::int32_t s = 0; s < static_cast<std::int32_t>(config.sequences); ++s) all_.push_back(s);
+    places_.reserve(all_.size());
+    named_.assign(all_.size(), 0);
+    max_rollback_ = config.max_rollback;
+    for (const OnlineKMeans<T>& router : layer.routers()) revisions_.push_back(router.revision());
+  }
+
+  Index sequences() const { return static_cast<Index>(lengths_.size()); }
+  /// Tokens of a sequence so far. Requires: a sequence (ValueError).
+  Index length(Index sequence) const {
+    check_sequence("Decoder::length", sequence);
+    return lengths_[static_cast<std::size_t>(sequence)];
+  }
+  /// Bytes of caches and lists.
+  std::size_t bytes() const { return local_.bytes() + routed_.bytes(); }
+
+  /// The next token of every sequence: y = the layer's row for x at the end of it.
+  /// Shapes: x, y sequences x model_dim, row s of sequence s.
+  /// Requires: those, y apart from x and the parameters (ShapeError); centroids where they were when the decoder was made
+  ///   (ValueError). On error nothing changes.
+  /// Overwrites y.
+  void step(ConstView<T> x, View<T> y, Context& context) { advance("Decoder::step", x, y, all_, context); }
+
+  /// The same for some of the sequences, row by row, each of them once.
+  void step(ConstView<T> x, View<T> y, std::span<const std::int32_t> sequences, Context& context) {
+    const char* const function = "Decoder::step";
+    for (const std::int32_t s : sequences) check_sequence(function, s);
+    std::fill(named_.begin(), named_.end(), 0);
+    for (const std::int32_t s : sequences)
+      if (named_[static_cast<std::size_t>(s)]++ > 0)
+        detail::fail<ValueError>(function, "sequences", "each sequence once", detail::join(s, " twice"));
+    advance(function, x, y, sequences, context);
+  }
+
+  /// The next tokens of a sequence, many at once: of an empty one by the layer's forward, otherwise step by step.
+  /// Shapes: x, y tokens x model_dim.
+  /// Requires: as step, and a sequence (ValueError).
+  /// Overwrites y. Allocates: memory of a forward pass of so many tokens, which is given back.
+  void prefill(ConstView<T> x, View<T> y, Index sequence, Context& context) {
+    const char* const function = "Decoder::prefill";
+    check_sequence(function, sequence);
+    check_rows(function, x, y, x.rows());
+    check_layer(function, context);
+    const auto s = static_cast<std::size_t>(sequence);
+    check_place(function, lengths_[s] + x.rows());
+    if (x.rows() == 0) return;
+    if (lengths_[s] > 0) {
+      const std::int32_t number = static_cast<std::int32_t>(sequence);
+      for (Index i = 0; i < x.rows(); ++i) advance(function, x.rows(i, 1), y.rows(i, 1), {&number, 1}, context);
+      return;
+    }
+    const detail::LayerState<T>& parts = layer_->parts_;
+    detail::Places places;
+    for (std::int32_t i = 0; i < static_cast<std::int32_t>(x.rows()); ++i) places.queries.push_back(i);
+    const Input<T> input(x);
+    const detail::CheckedInput<T> in(input, places);
+    const auto run = [&](const detail::HeadBlock& group, detail::DecoderHeads<T>& heads, bool add) {
+      if (group.count == 0) return;
+      detail::HeadsTape<T> tape;
+      detail::heads_forward(parts, group, in, y, add, &tape, false, tape.plans, context);
+      heads.fill(group, sequence, tape, x.rows());
+    };
+    run(parts.heads.local, local_, false);
+    run(parts.heads.routed, routed_, parts.heads.local.count > 0);
+    if (parts.config.bias) detail::add_bias(y, parts.parameters.b_o.data(), context);
+    lengths_[s] = x.rows();
+    taken_back_[s] = 0;
+  }
+
+  /// Takes the last `tokens` tokens of a sequence back, as if they had not been.
+  /// Requires: a sequence, and at most max_rollback tokens, also together with those taken back before, since as many have
+  ///   come again; no more than there are (ValueError).
+  void rollback(Index sequence, Index tokens) {
+    const char* const function = "Decoder::rollback";
+    check_sequence(function, sequence);
+    const auto s = static_cast<std::size_t>(sequence);
+    const Index most = std::min(lengths_[s], max_rollback_ - taken_back_[s]);
+    if (tokens < 0 || tokens > most)
+      detail::fail<ValueError>(function, "tokens",
+                               detail::join("0 to ", most, " (", lengths_[s], " tokens, max_rollback ", max_rollback_,
+                                            ", ", taken_back_[s], " of them used)"),
+                               tokens);
+    for (Index i = 0; i < tokens; ++i, --lengths_[s]) {
+      local_.take_back(layer_->parts_.heads.local, sequence, lengths_[s]);
+      routed_.take_back(layer_->parts_.heads.routed, sequence, lengths_[s]);
+    }
+    taken_back_[s] += tokens;
+  }
+
+  /// Empties a sequence; its memory stays for others.
+  /// Requires: a sequence (ValueError).
+  void clear(Index sequence) {
+    check_sequence("Decoder::clear", sequence);
+    local_.clear(sequence);
+    routed_.clear(sequence);
+    lengths_[static_cast<std::size_t>(sequence)] = taken_back_[static_cast<std::size_t>(sequence)] = 0;
+  }
+
+  /// Makes sequence `to` what sequence `from` is: branches of a beam.
+  /// Requires: sequences (ValueError). Cost: what `from` keeps is copied.
+  void copy_sequence(Index from, Index to) {
+    const char* const function = "Decoder::copy_sequence";
+    check_sequence(function, from);
+    check_sequence(function, to);
+    if (from == to) return;
+    local_.copy(from, to);
+    routed_.copy(from, to);
+    lengths_[static_cast<std::size_t>(to)] = lengths_[static_cast<std::size_t>(from)];
+    taken_back_[static_cast<std::size_t>(to)] = taken_back_[static_cast<std::size_t>(from)];
+  }
+
+ private:
+  void check_sequence(const char* function, Index sequence) const {
+    if (sequence < 0 || sequence >= sequences())
+      detail::fail<ValueError>(function, "sequence", detail::join("0 to ", sequences() - 1), sequence);
+  }
+
+  void check_place(const char* function, Index length) const {
+    constexpr Index most = std::numeric_limits<std::int32_t>::max();
+    if (length > most) detail::fail<ValueError>(function, "x", detail::join("at most ", most, " tokens"), length);
+  }
+
+  void check_rows(const char* function, ConstView<T> x, View<T> y, Index rows) const {
+    const Index model_dim = layer_->config().model_dim;
+    detail::check_shape<T>(function, "x", x, rows, model_dim);
+    detail::check_shape<T>(function, "y", y, rows, model_dim);
+    detail::check_no_alias<T>(function, "y", y, "x", x);
+    detail::check_apart<T>(function, "y", y, "parameters", layer_->parameters());
+  }
+
+  void check_layer(const char* function, const Context& context) const {
+    layer_->check_ready(function, context);
+    const std::span<const OnlineKMeans<T>> routers = layer_->routers();
+    bool same = routers.size() == revisions_.size();
+    for (std::size_t h = 0; h < revisions_.size() && same; ++h) same = routers[h].revision() == revisions_[h];
+    if (!same)
+      detail::fail<ValueError>(function, "layer", "the centroids by which the cache was filled (make a new decoder)",
+                               "others");
+  }
+
+  void advance(const char* function, ConstView<T> x, View<T> y, std::span<const std::int32_t> sequences,
+               Context& context) {
+    check_rows(function, x, y, static_cast<Index>(sequences.size()));
+    check_layer(function, context);
+    places_.clear();
+    for (const std::int32_t s : sequences) {
+      check_place(function, lengths_[static_cast<std::size_t>(s)] + 1);
+      places_.push_back(static_cast<std::int32_t>(lengths_[static_cast<std::size_t>(s)]));
+    }
+    if (sequences.empty()) return;
+    const detail::LayerState<T>& parts = layer_->parts_;
+    const Input<T> input(x);
+    const detail::CheckedInput<T> in(input, places_);
+    const detail::StepTokens tokens{sequences, places_};
+    const bool local = parts.heads.local.count > 0;
+    if (local) local_.step(parts, parts.heads.local, in, tokens, y, false, context);
+    if (parts.heads.routed.count > 0) routed_.step(parts, parts.heads.routed, in, tokens, y, local, context);
+    if (parts.config.bias) detail::add_bias(y, parts.parameters.b_o.data(), context);
+    for (const std::int32_t s : sequences) {
+      ++lengths_[static_cast<std::size_t>(s)];
+      Index& taken_back = taken_back_[static_cast<std::size_t>(s)];
+      taken_back = std::max<Index>(0, taken_back - 1);
+    }
+  }
+
+  const RoutingAttention<T>* layer_;
+  detail::DecoderHeads<T> local_, routed_;
+  std::vector<Index> lengths_, taken_back_;
+  std::vector<std::int32_t> all_, places_, named_;
+  std::vector<std::uint64_t> revisions_;
+  Index max_rollback_ = 0;
+};
+
+}  // namespace coterie

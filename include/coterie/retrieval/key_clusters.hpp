@@ -1,0 +1,209 @@
+// Clusters of the keys of a cache, and how keys enter them: the memory of KeyIndex.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "coterie/core/finite.hpp"
+#include "coterie/core/offsets.hpp"
+#include "coterie/core/random.hpp"
+#include "coterie/kernel/product.hpp"
+#include "coterie/router/seeding.hpp"
+
+namespace coterie {
+
+/// Settings of KeyIndex; designated initialisers in this order.
+struct KeyIndexConfig {
+  Index kv_heads = 1;      ///< key/value heads side by side in the cache, each with clusters of its own
+  Index clusters = 0;      ///< of every head, at least 1; the square root of the number of keys is a good number
+  Index sinks = 4;         ///< first keys, which every query sees; at least 0
+  Index recent = 64;       ///< last keys, which every query sees; at least 0
+  Index sample = 0;        ///< keys of a head that k-means sees at most; 0: 32 * clusters
+  Index steps = 5;         ///< Lloyd steps; at least 0
+  std::uint64_t seed = 0;  ///< of the sample and of k-means++
+};
+
+namespace detail {
+
+/// Lists of rows by cluster, for every key/value head of a cache.
+template <class T>
+class KeyClusters {
+ public:
+  struct Head {
+    Index count = 0;         // clusters in use
+    RowMatrix<T> centroids;  // d x count, a column each: what all keys have in common is not in them
+    RowMatrix<T> nearest;    // count x (d + 1): centroid and minus half its square, for nearest_centroids
+    RowMatrix<T> mean;       // 1 x d: what all keys have in common
+    std::vector<std::vector<std::int32_t>> members;  // ascending
+  };
+
+  explicit KeyClusters(const KeyIndexConfig& config) : config_(config) {
+    Faults faults("KeyIndex");
+    faults.require(config.kv_heads >= 1, "kv_heads", "at least 1", config.kv_heads);
+    faults.require(config.clusters >= 1, "clusters", "at least 1", config.clusters);
+    faults.require(config.sinks >= 0, "sinks", "at least 0", config.sinks);
+    faults.require(config.recent >= 0, "recent", "at least 0", config.recent);
+    faults.require(config.sample >= 0, "sample", "at least 0", config.sample);
+    faults.require(config.steps >= 0, "steps", "at least 0", config.steps);
+    constexpr Index most = std::numeric_limits<std::int32_t>::max() / 64;  // so that no product of settings overflows
+    for (const auto& [name, value] : {std::pair{"clusters", config.clusters}, std::pair{"sinks", config.sinks}})
+      faults.require(value <= most, name, join("at most ", most), value);
+    faults.raise();
+    heads_.resize(static_cast<std::size_t>(config.kv_heads));
+  }
+
+  const KeyIndexConfig& config() const { return config_; }
+  Index tokens() const { return tokens_; }
+  Index dim() const { return dim_; }
+  /// Keys that are in clusters; all others are in sight of every query.
+  RowRange clustered() const { return clustered_; }
+
+  const Head& of(const char* function, Index kv_head) const {
+    if (kv_head < 0 || kv_head >= config_.kv_heads)
+      fail<ValueError>(function, "kv_head", join("in [0, ", config_.kv_heads, ")"), kv_head);
+    return heads_[static_cast<std::size_t>(kv_head)];
+  }
+
+  /// Keys that a plan can list at most which looks into `probed` clusters.
+  Index most_listed(Index probed) const {
+    const Index inside = clustered_.count();
+    return tokens_ - inside + (probed < config_.clusters ? std::min(inside, probed * longest_) : inside);
+  }
+
+  void build(ConstView<T> k, Context& context) {
+    check_keys("KeyIndex::build", k, 0, std::max<Index>(1, k.cols() / config_.kv_heads));
+    dim_ = k.cols() / config_.kv_heads;
+    tokens_ = k.rows();
+    longest_ = 0;
+    const Index begin = std::min(config_.sinks, tokens_), end = std::max(begin, tokens_ - config_.recent);
+    clustered_ = {begin, begin};
+    for (Head& head : heads_) head = Head();
+    if (begin == end) return;
+    std::vector<RowMatrix<T>> samples(heads_.size());
+    context.for_each(config_.kv_heads, [&](Index h, Index) {
+      samples[static_cast<std::size_t>(h)] = seed(k.columns(h * dim_, dim_), {begin, end}, h);
+    });
+    for (std::size_t h = 0; h < heads_.size(); ++h) settle(heads_[h], samples[h], context);
+    take(k, end, context);
+  }
+
+  void append(ConstView<T> k, Context& context) {
+    check_keys("KeyIndex::append", k, tokens_, dim_ > 0 ? dim_ : std::max<Index>(1, k.cols() / config_.kv_heads));
+    dim_ = k.cols() / config_.kv_heads;
+    tokens_ = k.rows();
+    if (heads_.front().count > 0) take(k, tokens_ - config_.recent, context);
+  }
+
+ private:
+  void check_keys(const char* function, ConstView<T> k, Index rows, Index d) const {
+    if (k.rows() < rows) fail<ShapeError>(function, "k", join("at least ", rows, " rows"), join(k.rows(), " rows"));
+    constexpr Index most = std::numeric_limits<std::int32_t>::max();
+    if (k.rows() > most) fail<ShapeError>(function, "k", join("at most ", most, " rows"), join(k.rows(), " rows"));
+    check_shape<T>(function, "k", k, k.rows(), config_.kv_heads * d);
+  }
+
+  /// A head's first centroids, of a sample of its keys. Returns the sample: rows less their mean, and a column of ones.
+  RowMatrix<T> seed(ConstView<T> k, RowRange range, Index kv_head) {
+    Head& head = heads_[static_cast<std::size_t>(kv_head)];
+    const std::uint64_t seed = random_bits(config_.seed, static_cast<std::uint64_t>(kv_head), 0);
+    const Index most = config_.sample > 0 ? config_.sample : 32 * config_.clusters;
+    std::vector<Index> rows = draw_rows(range.count(), most, seed);
+    std::erase_if(rows, [&](Index i) { return !finite_row(k.row(range.begin + i), dim_); });
+    const Index count = static_cast<Index>(rows.size());
+    RowMatrix<T> sample(count, dim_ + 1);
+    std::vector<double> sum(static_cast<std::size_t>(dim_), 0.0);
+    for (Index i = 0; i < count; ++i)
+      for (Index j = 0; j < dim_; ++j)
+        sum[static_cast<std::size_t>(j)] += static_cast<double>(k(range.begin + rows[static_cast<std::size_t>(i)], j));
+    head.mean.setZero(1, dim_);
+    for (Index j = 0; j < dim_ && count > 0; ++j)
+      head.mean(0, j) = static_cast<T>(sum[static_cast<std::size_t>(j)] / static_cast<double>(count));
+    for (Index i = 0; i < count; ++i)
+      centre(head, k.row(range.begin + rows[static_cast<std::size_t>(i)]), view(sample).row(i));
+
+    RowMatrix<T> centroids = RowMatrix<T>::Zero(config_.clusters, dim_);
+    SeedingScratch<T> scratch;
+    // Where no key of the sample is finite, one centroid takes them all.
+    head.count = std::max<Index>(
+        1, seed_centroids<T>(view(std::as_const(sample)).columns(0, dim_), view(centroids), seed, scratch));
+    head.nearest.resize(head.count, dim_ + 1);
+    for (Index c = 0; c < head.count; ++c) place(head, c, centroids.data() + c * dim_);
+    return sample;
+  }
+
+  /// Lloyd steps by distance; a centroid without rows stays.
+  void settle(Head& head, const RowMatrix<T>& sample, Context& context) const {
+    std::vector<std::int32_t> labels(static_cast<std::size_t>(sample.rows()));
+    std::vector<double> counts, sums;
+    std::vector<T> centroid(static_cast<std::size_t>(dim_));
+    for (Index step = 0; step < config_.steps; ++step) {
+      nearest_centroids<T>(sample, head.nearest, labels, context);
+      counts.assign(static_cast<std::size_t>(head.count), 0.0);
+      sums.assign(static_cast<std::size_t>(head.count * dim_), 0.0);
+      for (Index i = 0; i < sample.rows(); ++i) {
+        const Index c = labels[static_cast<std::size_t>(i)];
+        counts[static_cast<std::size_t>(c)] += 1;
+        for (Index j = 0; j < dim_; ++j)
+          sums[static_cast<std::size_t>(c * dim_ + j)] += static_cast<double>(sample(i, j));
+      }
+      for (Index c = 0; c < head.count; ++c) {
+        const double count = counts[static_cast<std::size_t>(c)];
+        if (count == 0) continue;
+        for (Index j = 0; j < dim_; ++j)
+          centroid[static_cast<std::size_t>(j)] = static_cast<T>(sums[static_cast<std::size_t>(c * dim_ + j)] / count);
+        place(head, c, centroid.data());
+      }
+    }
+    head.centroids = head.nearest.leftCols(dim_).transpose();
+    head.members.assign(static_cast<std::size_t>(head.count), {});
+  }
+
+  /// to = (key - mean, 1), whose dot product with a row (c, -c.c/2) is (|key - mean|^2 - |key - mean - c|^2) / 2.
+  void centre(const Head& head, const T* key, T* to) const {
+    for (Index j = 0; j < dim_; ++j) to[j] = key[j] - head.mean(0, j);
+    to[dim_] = 1;
+  }
+  void place(Head& head, Index c, const T* centroid) const {
+    T* const row = head.nearest.data() + c * (dim_ + 1);
+    std::copy(centroid, centroid + dim_, row);
+    row[dim_] = striped_sum<T>(dim_, [=](Index j) { return centroid[j] * centroid[j]; }) / -2;
+  }
+
+  /// Puts the keys before `end` that are in no cluster yet into clusters.
+  void take(ConstView<T> k, Index end, Context& context) {
+    constexpr Index most = 8192;  // keys at a time
+    while (clustered_.end < end) {
+      const Index begin = clustered_.end, count = std::min(end - begin, most), chunk = 256;
+      Arena& arena = context.workspace().shared();
+      Arena::Scope scope(arena);
+      const View<T> rows = arena.matrix<T>(count, dim_ + 1);
+      std::int32_t* const labels = arena.take<std::int32_t>(count);
+      for (Index h = 0; h < config_.kv_heads; ++h) {
+        Head& head = heads_[static_cast<std::size_t>(h)];
+        context.for_chunks(count, chunk, [&](Index first, Index last, Index) {
+          for (Index i = first; i < last; ++i) centre(head, k.row(begin + i) + h * dim_, rows.row(i));
+        });
+        nearest_centroids<T>(rows, head.nearest, {labels, static_cast<std::size_t>(count)}, context);
+        for (Index i = 0; i < count; ++i) {
+          std::vector<std::int32_t>& members = head.members[static_cast<std::size_t>(labels[i])];
+          members.push_back(static_cast<std::int32_t>(begin + i));
+          longest_ = std::max(longest_, static_cast<Index>(members.size()));
+        }
+      }
+      clustered_.end = begin + count;
+    }
+  }
+
+  KeyIndexConfig config_;
+  Index tokens_ = 0, dim_ = 0;
+  RowRange clustered_;
+  Index longest_ = 0;  // keys of the largest cluster
+  std::vector<Head> heads_;
+};
+
+}  // namespace detail
+}  // namespace coterie
