@@ -36,7 +36,7 @@ inline std::uint64_t next_revision() {
 /// Spherical k-means of one head, learned from batch to batch by moving averages.
 ///
 /// Rows come in normalised (normalise_rows: zero mean and norm sqrt(dim), or norm 1), so that the largest dot product with a centroid is
-/// the cosine times the centroid's norm. Centroids are means, not normalised again unless KMeansConfig::renormalise says so:
+/// the cosine times the centroid's norm. Centroids are means, not normalised again unless RouterConfig::renormalise says so:
 /// one of a tight cluster is longer.
 ///
 ///     router.assign(rows, labels, context);                      // const
@@ -79,7 +79,7 @@ class OnlineKMeans {
   /// What the next update keeps of the past: min(decay, (1+t)/(10+t)) after t updates.
   double next_decay() const {
     const double t = static_cast<double>(updates_);
-    return std::min(config().decay, (1 + t) / (10 + t));
+    return std::min(config().router.decay, (1 + t) / (10 + t));
   }
 
   /// labels[i] = argmax over c of x_i . centroid_c, the lowest c on ties.
