@@ -193,7 +193,10 @@ class OnlineKMeans {
     update_checked(statistics, head);
   }
 
-  /// update() of statistics that check_update() has let pass, for those who check several heads before they move any.
+  /// update() of statistics that check_update() has let pass.
+  ///
+  /// With updates() > 0 nothing is allocated and nothing throws. The first update allocates, and what it throws may leave
+  /// this router half written: who must not lose its state updates a copy, then calls copy_state().
   void update_checked(const RouterStatistics<T>& statistics, Index head) {
     if (frozen_) return;
     const std::span<const double> counts = statistics.counts(head);
@@ -207,6 +210,15 @@ class OnlineKMeans {
       average(counts, statistics.sums(head), samples);
     ++updates_;
     revision_ = detail::next_revision();
+  }
+
+  /// The state of another router of the same config, revision included. Allocates nothing, throws nothing; views of the
+  /// centroids stay valid.
+  void copy_state(const OnlineKMeans& other) noexcept {
+    COTERIE_ASSERT(config() == other.config());
+    state_.restore(other.centroids(), other.counts(), other.sums());
+    updates_ = other.updates_;
+    revision_ = other.revision_;
   }
 
   /// Throws what update() would throw for these statistics, and does nothing else.
