@@ -39,30 +39,30 @@ namespace detail {
 
 /// Collects the faults of the settings that say how centroids move.
 inline void check_movement(Faults& faults, const KMeansConfig& config) {
-  faults.require(config.average == Average::counts_and_sums || config.average == Average::batch_mean ||
-                     config.average == Average::batch_direction,
-                 "average", "counts_and_sums, batch_mean or batch_direction", static_cast<int>(config.average));
-  faults.require(config.dead_share >= 0 && config.dead_share < 1, "dead_share", "in [0, 1)", config.dead_share);
-  faults.require(config.split_share == 0 || (config.split_share > 1 && std::isfinite(config.split_share)),
-                 "split_share", "above 1, or 0 for no splits", config.split_share);
+  faults.expect(config.average == Average::counts_and_sums || config.average == Average::batch_mean ||
+                    config.average == Average::batch_direction,
+                "average", "counts_and_sums, batch_mean or batch_direction", static_cast<int>(config.average));
+  faults.expect(config.dead_share >= 0 && config.dead_share < 1, "dead_share", "in [0, 1)", config.dead_share);
+  faults.expect(config.split_share == 0 || (config.split_share > 1 && std::isfinite(config.split_share)), "split_share",
+                "above 1, or 0 for no splits", config.split_share);
 }
 
 /// The narrowest rows that normalisation leaves more than a sign of.
 inline Index least_width(Normalisation normalisation) { return normalisation == Normalisation::layer_norm ? 3 : 2; }
 
 inline void check_normalisation(Faults& faults, Normalisation normalisation) {
-  faults.require(normalisation == Normalisation::layer_norm || normalisation == Normalisation::unit_length,
-                 "normalisation", "layer_norm or unit_length", static_cast<int>(normalisation));
+  faults.expect(normalisation == Normalisation::layer_norm || normalisation == Normalisation::unit_length,
+                "normalisation", "layer_norm or unit_length", static_cast<int>(normalisation));
 }
 
 /// Throws ValueError, one for all faults, where a setting is out of its range.
 inline void check_config(const char* function, const KMeansConfig& config) {
   Faults faults(function);
-  faults.require(config.clusters >= 1, "clusters", "at least 1", config.clusters);
+  faults.expect(config.clusters >= 1, "clusters", "at least 1", config.clusters);
   const Index least = least_width(config.normalisation);
-  faults.require(config.dim >= least, "dim", least == 3 ? "at least 3" : "at least 2", config.dim);
+  faults.expect(config.dim >= least, "dim", least == 3 ? "at least 3" : "at least 2", config.dim);
   check_normalisation(faults, config.normalisation);
-  faults.require(config.decay >= 0 && config.decay < 1, "decay", "in [0, 1)", config.decay);
+  faults.expect(config.decay >= 0 && config.decay < 1, "decay", "in [0, 1)", config.decay);
   check_movement(faults, config);
   faults.raise();
 }
