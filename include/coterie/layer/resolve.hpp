@@ -85,7 +85,7 @@ class BlockFaults {
 
   template <class Expected, class Got>
   void expect(bool good, const char* setting, const Expected& expected, const Got& got) {
-    if (!good) faults_.require(false, path(setting).c_str(), expected, got);
+    if (!good) faults_.expect(false, path(setting).c_str(), expected, got);
   }
   std::string path(const char* setting) const { return join(block_, ".", setting); }
   Faults& faults() { return faults_; }
@@ -126,17 +126,17 @@ inline void check_matching(const Matching& m, const RoutingAttentionConfig& c, b
                 "its default with raw logits of queries and keys of their own (nothing is normalised)", "another");
   const Index least = least_width(m.normalisation);
   if (normalises && c.head_dim > 0 && c.head_dim < least)
-    faults.faults().require(
+    faults.faults().expect(
         false, "head_dim",
         join("at least ", least, " for ", faults.path("matching.normalisation"),
              least == 3 ? " (a layer norm over fewer leaves only signs)" : " (one column has no direction but a sign)"),
         c.head_dim);
   if (*m.shared_qk && c.kv_heads >= 1)
     if (const std::int64_t heads = all_heads(c); c.kv_heads != heads)
-      faults.faults().require(false, "kv_heads",
-                              join("as many as heads = ", heads, " with ", faults.path("matching.shared_qk"),
-                                   " (a key is its head's query)"),
-                              c.kv_heads);
+      faults.faults().expect(false, "kv_heads",
+                             join("as many as heads = ", heads, " with ", faults.path("matching.shared_qk"),
+                                  " (a key is its head's query)"),
+                             c.kv_heads);
 }
 
 /// Judges how a block knows positions. `own_range`: its window says which distances have an entry.
@@ -148,8 +148,8 @@ inline void check_positions(const Positions& p, const RoutingAttentionConfig& c,
   faults.expect(p.layout == RotaryLayout::halves || p.layout == RotaryLayout::interleaved, "positions.layout",
                 "halves or interleaved", static_cast<int>(p.layout));
   if (*p.kind == PositionKind::rotary && c.head_dim == 1)
-    faults.faults().require(false, "head_dim",
-                            join("at least 2 with rotary ", faults.path("positions"), " (pairs of columns turn)"), 1);
+    faults.faults().expect(false, "head_dim",
+                           join("at least 2 with rotary ", faults.path("positions"), " (pairs of columns turn)"), 1);
   if (*p.kind == PositionKind::t5_buckets)
     check_buckets(faults.faults(), faults.path("positions.buckets").c_str(),
                   faults.path("positions.max_distance").c_str(), position_buckets(p, c.causal));
@@ -172,7 +172,7 @@ bool check_block(const Block& block, const RoutingAttentionConfig& c, const char
   own.expect(block.heads >= 0 && block.heads <= largest_size, "heads", join("0 to ", largest_size), block.heads);
   if (block.heads < 0) return false;
   if (block.heads == 0) {
-    faults.require(block == Block{}, name, "its default without heads", "another");
+    faults.expect(block == Block{}, name, "its default without heads", "another");
     return false;
   }
   if (const std::int64_t heads = all_heads(c); c.kv_heads >= 1 && heads % c.kv_heads == 0)
@@ -248,43 +248,42 @@ inline void check_routed(const RoutedHeads& routed, BlockFaults& faults) {
 /// Judges global tokens and short sequences: what is dense anyway needs neither.
 inline void check_additions(const RoutingAttentionConfig& c, Faults& faults) {
   const bool all_dense = c.local.heads <= 0 && c.routed.heads <= 0 && c.dense.heads > 0;
-  faults.require(c.memory >= 0 && c.memory <= largest_size, "memory", join("0 to ", largest_size), c.memory);
-  faults.require(c.globals >= 0 && c.globals <= largest_size, "globals", join("0 to ", largest_size), c.globals);
+  faults.expect(c.memory >= 0 && c.memory <= largest_size, "memory", join("0 to ", largest_size), c.memory);
+  faults.expect(c.globals >= 0 && c.globals <= largest_size, "globals", join("0 to ", largest_size), c.globals);
   if (c.globals > 0) {
-    faults.require(!all_dense, "globals", "0 where all heads are dense (every token is global)", c.globals);
-    faults.require(!has_members(c), "globals", "0 with balanced membership or several probes (one entry for a token)",
-                   c.globals);
+    faults.expect(!all_dense, "globals", "0 where all heads are dense (every token is global)", c.globals);
+    faults.expect(!has_members(c), "globals", "0 with balanced membership or several probes (one entry for a token)",
+                  c.globals);
     const auto check_self = [&](const auto& block, const char* path) {
-      faults.require(block.heads <= 0 || c.causal || *block.matching.self == Self::visible, path,
-                     "visible with globals in a two-sided layer (else a query had three intervals of keys)", "another");
+      faults.expect(block.heads <= 0 || c.causal || *block.matching.self == Self::visible, path,
+                    "visible with globals in a two-sided layer (else a query had three intervals of keys)", "another");
     };
     check_self(c.local, "local.matching.self");
     check_self(c.routed, "routed.matching.self");
   }
-  faults.require(c.dense_up_to >= 0 && c.dense_up_to <= largest_size, "dense_up_to", join("0 to ", largest_size),
-                 c.dense_up_to);
-  faults.require(c.dense_up_to <= 0 || !all_dense, "dense_up_to", "0 where all heads are dense at any length",
-                 c.dense_up_to);
+  faults.expect(c.dense_up_to >= 0 && c.dense_up_to <= largest_size, "dense_up_to", join("0 to ", largest_size),
+                c.dense_up_to);
+  faults.expect(c.dense_up_to <= 0 || !all_dense, "dense_up_to", "0 where all heads are dense at any length",
+                c.dense_up_to);
 }
 
 /// Judges a config by what was asked and what fill() made of it: ValueError, which names all faults by path.
 inline void check(const RoutingAttentionConfig& asked, const RoutingAttentionConfig& c) {
   Faults faults("RoutingAttentionConfig");
   const std::int64_t heads = all_heads(c);
-  faults.require(c.model_dim >= 1 && c.model_dim <= largest_size, "model_dim", join("1 to ", largest_size),
-                 c.model_dim);
-  faults.require(heads >= 1 && heads <= largest_size, "heads",
-                 join("1 to ", largest_size, " in the blocks local, routed and dense together"), heads);
+  faults.expect(c.model_dim >= 1 && c.model_dim <= largest_size, "model_dim", join("1 to ", largest_size), c.model_dim);
+  faults.expect(heads >= 1 && heads <= largest_size, "heads",
+                join("1 to ", largest_size, " in the blocks local, routed and dense together"), heads);
   if (asked.head_dim == 0 && c.model_dim >= 1 && heads >= 1)
-    faults.require(c.model_dim % heads == 0, "model_dim", join("a multiple of heads = ", heads, ", or a head_dim"),
-                   c.model_dim);
+    faults.expect(c.model_dim % heads == 0, "model_dim", join("a multiple of heads = ", heads, ", or a head_dim"),
+                  c.model_dim);
   else
-    faults.require(c.head_dim >= 0 && c.head_dim <= largest_size, "head_dim",
-                   join("1 to ", largest_size, ", or 0 for model_dim / heads"), c.head_dim);
-  faults.require(heads < 1 || (c.kv_heads >= 1 && heads % c.kv_heads == 0), "kv_heads",
-                 join("a divisor of heads = ", heads), c.kv_heads);
-  faults.require(c.soft_cap >= 0 && std::isfinite(c.soft_cap), "soft_cap", "0, or a positive number", c.soft_cap);
-  faults.require(c.dropout >= 0 && c.dropout < 1, "dropout", "at least 0 and below 1", c.dropout);
+    faults.expect(c.head_dim >= 0 && c.head_dim <= largest_size, "head_dim",
+                  join("1 to ", largest_size, ", or 0 for model_dim / heads"), c.head_dim);
+  faults.expect(heads < 1 || (c.kv_heads >= 1 && heads % c.kv_heads == 0), "kv_heads",
+                join("a divisor of heads = ", heads), c.kv_heads);
+  faults.expect(c.soft_cap >= 0 && std::isfinite(c.soft_cap), "soft_cap", "0, or a positive number", c.soft_cap);
+  faults.expect(c.dropout >= 0 && c.dropout < 1, "dropout", "at least 0 and below 1", c.dropout);
   BlockFaults local(faults, "local"), routed(faults, "routed");
   if (check_block(c.local, c, "local", faults)) check_local(c.local, c, local);
   if (check_block(c.routed, c, "routed", faults)) check_routed(c.routed, routed);
