@@ -28,20 +28,24 @@ namespace coterie {
 ///     gain    1 x G        logits are gain/sqrt(d) * q.k
 ///     taps    rows x d     per induction head key_taps of its block: factors of the query t positions back
 ///     local_distance_bias    B x (window + lookahead)   column c: distance c - lookahead; PositionKind::bias
-///     routed_distance_bias, dense_distance_bias    B x distances   column c: distance c; two-sided
-///                            B x (2 * distances - 1), distance c + 1 - distances
-///     local_bucket_bias, routed_bucket_bias, dense_bucket_bias    B x buckets   PositionKind::t5_buckets
-///     local_relative_keys, routed_relative_keys, dense_relative_keys, local_relative_values, routed_relative_values,
-///     dense_relative_values    distances x d   rows as columns of the block's distance_bias; PositionKind::shaw
+///     local_bucket_bias      B x buckets   PositionKind::t5_buckets
+///     routed_distance_bias   B x distances   column c: distance c; two-sided B x (2 * distances - 1), distance
+///                            c + 1 - distances; PositionKind::bias
+///     routed_bucket_bias     B x buckets   PositionKind::t5_buckets
+///     dense_distance_bias, dense_bucket_bias   as the routed ones
+///     local_relative_keys, local_relative_values     distances x d   rows as columns of local_distance_bias;
+///                                                    PositionKind::shaw
+///     routed_relative_keys, routed_relative_values   distances x d   rows as columns of routed_distance_bias
+///     dense_relative_keys, dense_relative_values     distances x d   rows as columns of dense_distance_bias
 ///     memory_keys    memory x V*d   keys as attention reads them: beside normalised ones where those are normalised
 ///     memory_values  memory x V*d
 template <class T>
 struct Parameters {
   RowMatrix<T> w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, gain, taps;
-  RowMatrix<T> local_distance_bias, routed_distance_bias, dense_distance_bias;
-  RowMatrix<T> local_bucket_bias, routed_bucket_bias, dense_bucket_bias;
-  RowMatrix<T> local_relative_keys, routed_relative_keys, dense_relative_keys;
-  RowMatrix<T> local_relative_values, routed_relative_values, dense_relative_values;
+  RowMatrix<T> local_distance_bias, local_bucket_bias, routed_distance_bias, routed_bucket_bias, dense_distance_bias,
+      dense_bucket_bias;
+  RowMatrix<T> local_relative_keys, local_relative_values, routed_relative_keys, routed_relative_values,
+      dense_relative_keys, dense_relative_values;
   RowMatrix<T> memory_keys, memory_values;
 
   /// Name and member of a tensor.
@@ -62,16 +66,16 @@ struct Parameters {
              {"gain", &Parameters::gain},
              {"taps", &Parameters::taps},
              {"local_distance_bias", &Parameters::local_distance_bias},
-             {"routed_distance_bias", &Parameters::routed_distance_bias},
-             {"dense_distance_bias", &Parameters::dense_distance_bias},
              {"local_bucket_bias", &Parameters::local_bucket_bias},
+             {"routed_distance_bias", &Parameters::routed_distance_bias},
              {"routed_bucket_bias", &Parameters::routed_bucket_bias},
+             {"dense_distance_bias", &Parameters::dense_distance_bias},
              {"dense_bucket_bias", &Parameters::dense_bucket_bias},
              {"local_relative_keys", &Parameters::local_relative_keys},
-             {"routed_relative_keys", &Parameters::routed_relative_keys},
-             {"dense_relative_keys", &Parameters::dense_relative_keys},
              {"local_relative_values", &Parameters::local_relative_values},
+             {"routed_relative_keys", &Parameters::routed_relative_keys},
              {"routed_relative_values", &Parameters::routed_relative_values},
+             {"dense_relative_keys", &Parameters::dense_relative_keys},
              {"dense_relative_values", &Parameters::dense_relative_values},
              {"memory_keys", &Parameters::memory_keys},
              {"memory_values", &Parameters::memory_values}}};

@@ -268,7 +268,7 @@ inline void check_additions(const RoutingAttentionConfig& c, Faults& faults) {
 }
 
 /// Judges a config by what was asked and what fill() made of it: ValueError, which names all faults by path.
-inline void check(const RoutingAttentionConfig& asked, const RoutingAttentionConfig& c) {
+inline void check_settings(const RoutingAttentionConfig& asked, const RoutingAttentionConfig& c) {
   Faults faults("RoutingAttentionConfig");
   const std::int64_t heads = all_heads(c);
   faults.expect(c.model_dim >= 1 && c.model_dim <= largest_size, "model_dim", join("1 to ", largest_size), c.model_dim);
@@ -296,7 +296,7 @@ inline void check(const RoutingAttentionConfig& asked, const RoutingAttentionCon
 /// Requires: settings that make sense together; otherwise ValueError, which names all faults.
 inline RoutingAttentionConfig resolve(const RoutingAttentionConfig& asked) {
   const RoutingAttentionConfig config = fill(asked);
-  check(asked, config);
+  check_settings(asked, config);
   return config;
 }
 
