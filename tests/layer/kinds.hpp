@@ -27,6 +27,22 @@ inline void set_heads(RoutingAttentionConfig& c, Index local, Index routed) {
   c.routed.heads = routed;
 }
 
+/// Calls f(block) for every block of a config that has heads.
+template <class C, class F>
+void for_each_block(C& c, F f) {
+  if (c.local.heads > 0) f(c.local);
+  if (c.routed.heads > 0) f(c.routed);
+  if (c.dense.heads > 0) f(c.dense);
+}
+
+/// Whether a block with heads has a property.
+template <class F>
+bool any_block(const RoutingAttentionConfig& c, F property) {
+  bool any = false;
+  for_each_block(c, [&](const auto& block) { any = any || property(block); });
+  return any;
+}
+
 /// Turns routed heads into dense ones, which share queries and keys as routed ones would.
 inline void make_dense(RoutingAttentionConfig& c) {
   c.dense = {.heads = c.routed.heads, .matching = c.routed.matching, .positions = c.routed.positions};
@@ -316,8 +332,7 @@ inline std::vector<Kind> kinds() {
   });
   add("causal: three blocks share queries and keys, Shaw's vectors", [](auto& c) {
     c.causal = true;
-    c.dense = {
-        .heads = 1, .matching = {.shared_qk = true}, .positions = {.kind = PositionKind::shaw, .distances = 3}};
+    c.dense = {.heads = 1, .matching = {.shared_qk = true}, .positions = {.kind = PositionKind::shaw, .distances = 3}};
     c.local.matching.shared_qk = true;
     c.local.matching.gain = 1.5;
     c.local.positions.kind = PositionKind::shaw;
