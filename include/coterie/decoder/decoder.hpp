@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <limits>
 #include <span>
@@ -42,7 +43,7 @@ class Decoder {
     const RoutingAttentionConfig& c = layer.config();
     detail::Faults faults("Decoder");
     faults.expect(c.causal, "layer", "a causal one (a later token changes earlier rows of others)", "a two-sided one");
-    faults.expect(c.membership == Membership::nearest, "layer",
+    faults.expect(c.routed.membership.kind == MembershipKind::nearest, "layer",
                   "nearest membership (with balanced a later token changes the clusters of earlier ones)", "balanced");
     constexpr Index most = std::numeric_limits<std::int32_t>::max();
     faults.expect(config.sequences >= 1 && config.sequences <= most, "sequences", "at least 1", config.sequences);
@@ -50,9 +51,9 @@ class Decoder {
                   config.max_rollback);
     faults.expect(config.reserve >= 0 && config.reserve <= most, "reserve", "at least 0", config.reserve);
     faults.raise();
-    const detail::LayerState<T>& parts = layer.parts_;
-    local_ = detail::DecoderHeads<T>(parts, parts.heads.local, config);
-    routed_ = detail::DecoderHeads<T>(parts, parts.heads.routed, config);
+    const detail::LayerState<T>& state = layer.state_;
+    for (std::size_t b = 0; b < heads_.size(); ++b)
+      heads_[b] = detail::DecoderHeads<T>(state, state.heads.blocks[b], config);
     lengths_.assign(static_cast<std::size_t>(config.sequences), 0);
     taken_back_.assign(static_cast<std::size_t>(config.sequences), 0);
     for (std::int32_t s = 0; s < static_cast<std::int32_t>(config.sequences); ++s) all_.push_back(s);
@@ -69,7 +70,11 @@ class Decoder {
     return lengths_[static_cast<std::size_t>(sequence)];
   }
   /// Bytes of caches and lists.
-  std::size_t bytes() const { return local_.bytes() + routed_.bytes(); }
+  std::size_t bytes() const {
+    std::size_t sum = 0;
+    for (const detail::DecoderHeads<T>& heads : heads_) sum += heads.bytes();
+    return sum;
+  }
 
   /// The next token of every sequence: y = the layer's row for x at the end of it.
   /// Shapes: x, y sequences x model_dim, row s of sequence s.
@@ -106,20 +111,19 @@ class Decoder {
       for (Index i = 0; i < x.rows(); ++i) advance(function, x.rows(i, 1), y.rows(i, 1), {&number, 1}, context);
       return;
     }
-    const detail::LayerState<T>& parts = layer_->parts_;
-    detail::Places places;
-    for (std::int32_t i = 0; i < static_cast<std::int32_t>(x.rows()); ++i) places.queries.push_back(i);
+    const detail::LayerState<T>& state = layer_->state_;
+    detail::RowPositions positions;
+    for (std::int32_t i = 0; i < static_cast<std::int32_t>(x.rows()); ++i) positions.queries.push_back(i);
     const Input<T> input(x);
-    const detail::CheckedInput<T> in(input, places);
-    const auto run = [&](const detail::HeadBlock& group, detail::DecoderHeads<T>& heads, bool add) {
-      if (group.count == 0) return;
+    const detail::CheckedInput<T> in(input, positions);
+    for (std::size_t b = 0; b < heads_.size(); ++b) {
+      const detail::HeadBlock& block = state.heads.blocks[b];
+      if (block.count == 0) continue;
       detail::HeadsTape<T> tape;
-      detail::heads_forward(parts, group, in, y, add, &tape, false, tape.plans, context);
-      heads.fill(group, sequence, tape, x.rows());
-    };
-    run(parts.heads.local, local_, false);
-    run(parts.heads.routed, routed_, parts.heads.local.count > 0);
-    if (parts.config.bias) detail::add_bias(y, parts.parameters.b_o.data(), context);
+      detail::HeadsPass<T>(state, block, in, context).prefill(y, tape);
+      heads_[b].fill(block, sequence, tape, x.rows());
+    }
+    if (state.config.bias) detail::add_bias(y, state.parameters.b_o.data(), context);
     lengths_[s] = x.rows();
     taken_back_[s] = 0;
   }
@@ -137,10 +141,9 @@ class Decoder {
                                detail::join("0 to ", most, " (", lengths_[s], " tokens, max_rollback ", max_rollback_,
                                             ", ", taken_back_[s], " of them used)"),
                                tokens);
-    for (Index i = 0; i < tokens; ++i, --lengths_[s]) {
-      local_.take_back(layer_->parts_.heads.local, sequence, lengths_[s]);
-      routed_.take_back(layer_->parts_.heads.routed, sequence, lengths_[s]);
-    }
+    for (Index i = 0; i < tokens; ++i, --lengths_[s])
+      for (std::size_t b = 0; b < heads_.size(); ++b)
+        heads_[b].take_back(layer_->state_.heads.blocks[b], sequence, lengths_[s]);
     taken_back_[s] += tokens;
   }
 
@@ -148,8 +151,7 @@ class Decoder {
   /// Requires: a sequence (ValueError).
   void clear(Index sequence) {
     check_sequence("Decoder::clear", sequence);
-    local_.clear(sequence);
-    routed_.clear(sequence);
+    for (detail::DecoderHeads<T>& heads : heads_) heads.clear(sequence);
     lengths_[static_cast<std::size_t>(sequence)] = taken_back_[static_cast<std::size_t>(sequence)] = 0;
   }
 
@@ -160,8 +162,7 @@ class Decoder {
     check_sequence(function, from);
     check_sequence(function, to);
     if (from == to) return;
-    local_.copy(from, to);
-    routed_.copy(from, to);
+    for (detail::DecoderHeads<T>& heads : heads_) heads.copy(from, to);
     lengths_[static_cast<std::size_t>(to)] = lengths_[static_cast<std::size_t>(from)];
     taken_back_[static_cast<std::size_t>(to)] = taken_back_[static_cast<std::size_t>(from)];
   }
@@ -186,7 +187,7 @@ class Decoder {
   }
 
   void check_layer(const char* function, const Context& context) const {
-    layer_->check_ready(function, context);
+    detail::LayerChecks<T>(function, layer_->state_).ready(context);
     const std::span<const OnlineKMeans<T>> routers = layer_->routers();
     bool same = routers.size() == revisions_.size();
     for (std::size_t h = 0; h < revisions_.size() && same; ++h) same = routers[h].revision() == revisions_[h];
@@ -205,14 +206,14 @@ class Decoder {
       places_.push_back(static_cast<std::int32_t>(lengths_[static_cast<std::size_t>(s)]));
     }
     if (sequences.empty()) return;
-    const detail::LayerState<T>& parts = layer_->parts_;
+    const detail::LayerState<T>& state = layer_->state_;
     const Input<T> input(x);
     const detail::CheckedInput<T> in(input, places_);
     const detail::StepTokens tokens{sequences, places_};
-    const bool local = parts.heads.local.count > 0;
-    if (local) local_.step(parts, parts.heads.local, in, tokens, y, false, context);
-    if (parts.heads.routed.count > 0) routed_.step(parts, parts.heads.routed, in, tokens, y, local, context);
-    if (parts.config.bias) detail::add_bias(y, parts.parameters.b_o.data(), context);
+    for (std::size_t b = 0; b < heads_.size(); ++b)
+      if (const detail::HeadBlock& block = state.heads.blocks[b]; block.count > 0)
+        heads_[b].step(state, block, in, tokens, y, context);
+    if (state.config.bias) detail::add_bias(y, state.parameters.b_o.data(), context);
     for (const std::int32_t s : sequences) {
       ++lengths_[static_cast<std::size_t>(s)];
       Index& taken_back = taken_back_[static_cast<std::size_t>(s)];
@@ -221,7 +222,7 @@ class Decoder {
   }
 
   const RoutingAttention<T>* layer_;
-  detail::DecoderHeads<T> local_, routed_;
+  std::array<detail::DecoderHeads<T>, 3> heads_;  // local, routed, dense
   std::vector<Index> lengths_, taken_back_;
   std::vector<std::int32_t> all_, places_, named_;
   std::vector<std::uint64_t> revisions_;

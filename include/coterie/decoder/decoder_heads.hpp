@@ -1,4 +1,4 @@
-// One group of heads of a layer, token by token: what heads_forward does for the newest token of each sequence.
+// One block of heads of a layer, token by token: the steps of HeadsPass for the newest token of each sequence.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "coterie/decoder/cache.hpp"
-#include "coterie/layer/heads.hpp"
+#include "coterie/layer/heads_pass.hpp"
 
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
@@ -24,91 +24,91 @@ class DecoderHeads {
  public:
   DecoderHeads() = default;
 
-  DecoderHeads(const LayerState<T>& layer, const HeadBlock& group, const DecoderConfig& sizes)
-      : clustered_(group.routed && layer.config.routing != Routing::dense),
-        history_(sizes.max_rollback + std::max<Index>(group.taps, 2)) {
-    if (group.count == 0) return;
+  DecoderHeads(const LayerState<T>& layer, const HeadBlock& block, const DecoderConfig& sizes)
+      : clustered_(block.clustered()), history_(sizes.max_rollback + std::max<Index>(block.taps, 2)) {
+    if (block.count == 0) return;
     const RoutingAttentionConfig& c = layer.config;
-    const bool dense = group.routed && !clustered_;
+    const bool dense = block.kind == BlockKind::dense;
     globals_ = dense ? 0 : c.globals;
     beginning_ = dense ? 0 : std::max(c.globals, c.dense_up_to);
-    lists_ = clustered_ ? c.clusters : 1;
-    positions_ = group.positions == PositionKind::alibi ? StepPositions::listed
-                 : group.positions == PositionKind::none || group.positions == PositionKind::rotary
+    lists_ = clustered_ ? block.clusters : 1;
+    positions_ = block.positions == PositionKind::alibi ? StepPositions::listed
+                 : block.positions == PositionKind::none || block.positions == PositionKind::rotary
                      ? StepPositions::none
                      : StepPositions::places;
-    window_ = dense ? 0 : group.routed ? c.window : c.local_window;
+    window_ = dense ? 0 : block.window;
     capacity_ = cache_capacity(window_, sizes.max_rollback);
-    units_.resize(static_cast<std::size_t>(clustered_ ? group.kv_count : 1));
+    units_.resize(static_cast<std::size_t>(clustered_ ? block.kv_count : 1));
     plans_.resize(units_.size());
     for (std::size_t u = 0; u < units_.size(); ++u) {
       HeadCache& unit = units_[u];
-      unit.cols = clustered_ ? group.head_dim : group.kv_cols();
+      unit.cols = clustered_ ? block.head_dim : block.kv_cols();
       unit.first_col = static_cast<Index>(u) * unit.cols;
       unit.lists.resize(static_cast<std::size_t>(sizes.sequences * lists_));
       unit.beginning.resize(static_cast<std::size_t>(beginning_ > 0 ? sizes.sequences : 0));
     }
-    if (group.taps > 1) queries_.setZero(sizes.sequences * history_, group.cols());
-    if (group.induction) pending_.setZero(sizes.sequences * history_, group.kv_cols());
+    if (block.taps > 1) queries_.setZero(sizes.sequences * history_, block.cols());
+    if (block.induction) pending_.setZero(sizes.sequences * history_, block.kv_cols());
     if (clustered_) labels_.assign(static_cast<std::size_t>(sizes.sequences * history_) * units_.size(), -1);
-    keys_.resize(0, group.kv_cols());
-    values_.resize(0, group.kv_cols());
+    keys_.resize(0, block.kv_cols());
+    values_.resize(0, block.kv_cols());
     for (AttentionPlan& plan : plans_) {
       plan.memory_tokens = c.memory;
-      plan.combine = clustered_ && has_members(c) ? Combine::lse : Combine::single;
+      plan.combine = block.has_members() ? Combine::lse : Combine::single;
     }
     most_rows_ = capacity_ > 0
                      ? sizes.sequences * (lists_ * pages_for(capacity_) + pages_for(beginning_)) * HeadCache::page_rows
                      : std::numeric_limits<Index>::max();
-    if (sizes.reserve > 0) reserve(c, sizes);
+    if (sizes.reserve > 0) reserve(c, block, sizes);
   }
 
-  /// y (+)= the group's share of the output for the newest tokens, which enter the cache.
-  void step(const LayerState<T>& layer, const HeadBlock& group, const CheckedInput<T>& in, const StepTokens& tokens,
-            View<T> y, bool add, Context& context) {
+  /// y (+)= the block's share of the output for the newest tokens, which enter the cache.
+  void step(const LayerState<T>& layer, const HeadBlock& block, const CheckedInput<T>& in, const StepTokens& tokens,
+            View<T> y, Context& context) {
     const Index n = tokens.count();
     Arena& arena = context.workspace().shared();
     Arena::Scope scope(arena);
-    const auto take = [&](Buffer<T> HeadsTape<T>::*, Index rows, Index columns) {
-      return arena.matrix<T>(rows, columns);
-    };
-    const auto convolved = [&](View<T> from, View<T> to) { convolve_newest(layer, group, tokens, from, to, arena); };
-    HeadsMatrices<T> m = prepare_rows(layer, group, in, take, convolved, context);
-    if (clustered_) route(layer, group, in, m, context);
-    read_rows(layer, group, in, take, m, context);
+    HeadsPass<T> pass(layer, block, in, context);
+    const HeadsMatrices<T>& m = pass.matrices();
+    pass.take_matrices(arena);
+    pass.project();
+    if (block.taps > 0) convolve_newest(layer, block, tokens, m.projected_q, m.normalised_q, arena);
+    pass.normalise();
+    if (clustered_) route(layer, block, pass, context);
+    pass.rotate();
     for (Index i = 0; i < n; ++i) {
-      remember(group, tokens, i, m, key_labels(labels_now_), n);
-      enter(group, tokens, i, m);
+      remember(block, tokens, i, m, labels_now_.key_labels(), n);
+      enter(block, tokens, i, m);
     }
-    for (std::size_t u = 0; u < units_.size(); ++u) plan_step(layer.config, group, tokens, u);
-    const AttentionConfig config = attention_config(layer, group, in, false, arena);
-    const AttentionTerms<T> terms = step_terms(layer, group, tokens, arena);
-    attention_forward(Plans(plans_), ConstView<T>(m.read_q), view(std::as_const(keys_)), view(std::as_const(values_)),
-                      m.out, config, context, terms);
-    product<T>(m.out, view(layer.parameters.w_o).rows(group.first_col(), group.cols()), y, context, add);
+    for (std::size_t u = 0; u < units_.size(); ++u) plan_step(block, tokens, u);
+    const AttentionConfig config = pass.attention_config(false);
+    const AttentionTerms<T> terms = step_terms(block, pass, arena);
+    attention_forward(Plans(plans_), ConstView<T>(m.attended_q), view(std::as_const(keys_)),
+                      view(std::as_const(values_)), m.out, config, context, terms);
+    pass.output(y);
   }
 
   /// Enters the tokens of an empty sequence, by the matrices and labels of their forward pass.
-  void fill(const HeadBlock& group, Index sequence, const HeadsTape<T>& tape, Index count) {
+  void fill(const HeadBlock& block, Index sequence, const HeadsTape<T>& tape, Index count) {
     const HeadsMatrices<T>& m = tape.matrices;
     for (Index i = 0; i < count; ++i) {
       const auto s = static_cast<std::int32_t>(sequence), place = static_cast<std::int32_t>(i);
       const StepTokens token{{&s, 1}, {&place, 1}};
       const auto from = [&](View<T> all) { return all.cols() > 0 ? all.rows(i, 1) : all; };
       HeadsMatrices<T> one;
-      one.q = from(m.q);
-      one.v = from(m.v);
-      one.read_k = from(m.read_k);
-      const std::span<const std::int32_t> labels = key_labels(tape.plans);
-      remember(group, token, 0, one, labels.empty() ? labels : labels.subspan(static_cast<std::size_t>(i)), count);
-      enter(group, token, 0, one);
+      one.projected_q = from(m.projected_q);
+      one.projected_v = from(m.projected_v);
+      one.attended_k = from(m.attended_k);
+      const std::span<const std::int32_t> labels = tape.plans.key_labels();
+      remember(block, token, 0, one, labels.empty() ? labels : labels.subspan(static_cast<std::size_t>(i)), count);
+      enter(block, token, 0, one);
     }
   }
 
   /// Takes the last token of a sequence of `length` back.
-  void take_back(const HeadBlock& group, Index sequence, Index length) {
-    const Index place = length - 1 - (group.induction ? 1 : 0);  // of the key that the token has brought
-    if (group.count == 0 || place < 0) return;
+  void take_back(const HeadBlock& block, Index sequence, Index length) {
+    const Index place = length - 1 - (block.induction ? 1 : 0);  // of the key that the token has brought
+    if (block.count == 0 || place < 0) return;
     for (std::size_t u = 0; u < units_.size(); ++u) {
       CacheList& list = list_of(u, sequence, place);
       --list.end;
@@ -165,77 +165,78 @@ class DecoderHeads {
   }
 
   // u = convolve(q) of the newest tokens, from the queries that are remembered.
-  void convolve_newest(const LayerState<T>& layer, const HeadBlock& group, const StepTokens& tokens, View<T> q,
+  void convolve_newest(const LayerState<T>& layer, const HeadBlock& block, const StepTokens& tokens, View<T> q,
                        View<T> u, Arena& arena) {
-    const T** const rows = arena.take<const T*>(group.taps);
-    const Index d = group.head_dim;
+    const T** const rows = arena.take<const T*>(block.taps);
+    const Index d = block.head_dim;
     for (Index i = 0; i < tokens.count(); ++i) {
       const Index place = tokens.places[static_cast<std::size_t>(i)];
       const Index sequence = tokens.sequences[static_cast<std::size_t>(i)];
-      const Index reach = std::min(group.taps, place + 1);
-      for (Index h = 0; h < group.count; ++h) {
+      const Index reach = std::min(block.taps, place + 1);
+      for (Index h = 0; h < block.count; ++h) {
         rows[0] = q.row(i) + h * d;
         for (Index t = 1; t < reach; ++t)
           rows[t] = view(queries_).row(sequence * history_ + (place - t) % history_) + h * d;
-        convolve_row<T>(rows, reach, view(layer.parameters.taps).rows(group.taps_first + h * group.taps, group.taps),
+        convolve_row<T>(rows, reach, view(layer.parameters.taps).rows(block.taps_first + h * block.taps, block.taps),
                         u.row(i) + h * d);
       }
     }
   }
 
   // Labels of queries and keys, and of several probes the clusters of the queries.
-  void route(const LayerState<T>& layer, const HeadBlock& group, const CheckedInput<T>& in, const HeadsMatrices<T>& m,
-             Context& context) {
-    const RoutingAttentionConfig& c = layer.config;
-    if (!has_members(c)) {
-      assign_labels(layer, group, in, m, labels_now_, context);
+  void route(const LayerState<T>& layer, const HeadBlock& block, HeadsPass<T>& pass, Context& context) {
+    if (!block.has_members()) {
+      pass.assign_labels(labels_now_);
       return;
     }
     labels_now_.members.resize(units_.size());
     Arena& arena = context.workspace().shared();
     Arena::Scope scope(arena);
-    const Index n = in.x.rows();
-    const View<T> scores = arena.matrix<T>(n, c.clusters), scratch = arena.matrix<T>(n, group.head_dim);
+    const RouterRows<T> queries = router_queries(block, pass.matrices()), keys = router_keys(block, pass.matrices());
+    const Index n = queries.all.rows();
+    const View<T> scores = arena.matrix<T>(n, block.clusters), scratch = arena.matrix<T>(n, block.head_dim);
     const Index units = static_cast<Index>(units_.size());
     const auto query_labels = HeadsPlans::grow(labels_now_.query_labels, units * n);
-    const auto own_labels = HeadsPlans::grow(labels_now_.key_labels, group.shared ? 0 : units * n);
+    const auto own_labels = HeadsPlans::grow(labels_now_.own_key_labels, block.shared ? 0 : units * n);
     for (std::size_t u = 0; u < units_.size(); ++u) {
       const Index unit = static_cast<Index>(u);
-      if (!group.shared) {
-        layer.routers[u].scores(router_keys(group, m).of(unit, scratch, c, context), scores, context);
+      if (!block.shared) {
+        layer.routers[u].scores(keys.of(unit, scratch, context), scores, context);
         best_columns<T>(scores, labels_of(own_labels, unit, n), context);
       }
-      layer.routers[u].scores(router_queries(group, m).of(unit, scratch, c, context), scores, context);
+      layer.routers[u].scores(queries.of(unit, scratch, context), scores, context);
       best_columns<T>(scores, labels_of(query_labels, unit, n), context);
-      coterie::nearest_members(scores, {.probes = c.probes}, labels_now_.members[u], context);
+      coterie::nearest_members(scores, {.probes = block.probes}, labels_now_.members[u], context);
     }
   }
 
   // Keeps what later tokens, or the taking back of this one, need of token i. labels: of `stride` rows for each unit.
-  void remember(const HeadBlock& group, const StepTokens& tokens, Index i, const HeadsMatrices<T>& m,
+  void remember(const HeadBlock& block, const StepTokens& tokens, Index i, const HeadsMatrices<T>& m,
                 std::span<const std::int32_t> labels, Index stride) {
     const Index place = tokens.places[static_cast<std::size_t>(i)];
     const Index sequence = tokens.sequences[static_cast<std::size_t>(i)], at = sequence * history_ + place % history_;
-    if (queries_.rows() > 0) std::copy_n(m.q.row(i), group.cols(), view(queries_).row(at));
-    if (pending_.rows() > 0) std::copy_n(m.read_k.row(i), group.kv_cols(), view(pending_).row(at));
+    if (queries_.rows() > 0) std::copy_n(m.projected_q.row(i), block.cols(), view(queries_).row(at));
+    if (pending_.rows() > 0) std::copy_n(m.attended_k.row(i), block.kv_cols(), view(pending_).row(at));
     if (clustered_)
       for (std::size_t u = 0; u < units_.size(); ++u)
         label_of(u, sequence, place) = labels[u * static_cast<std::size_t>(stride) + static_cast<std::size_t>(i)];
   }
 
   // The key that token i brings enters its lists: its own, or of induction heads that of the token before, with its value.
-  void enter(const HeadBlock& group, const StepTokens& tokens, Index i, const HeadsMatrices<T>& m) {
+  void enter(const HeadBlock& block, const StepTokens& tokens, Index i, const HeadsMatrices<T>& m) {
     const Index sequence = tokens.sequences[static_cast<std::size_t>(i)];
-    const Index place = tokens.places[static_cast<std::size_t>(i)] - (group.induction ? 1 : 0);
+    const Index place = tokens.places[static_cast<std::size_t>(i)] - (block.induction ? 1 : 0);
     if (place < 0) return;
-    const T* const key = group.induction ? view(pending_).row(sequence * history_ + place % history_) : m.read_k.row(i);
+    const T* const key =
+        block.induction ? view(pending_).row(sequence * history_ + place % history_) : m.attended_k.row(i);
     for (std::size_t u = 0; u < units_.size(); ++u) {
       HeadCache& unit = units_[u];
       CacheList& list = list_of(u, sequence, place);
       if (place < globals_) ++list.globals;
-      write(unit, unit.append(list, capacity_), key, m.v.row(i), place);
+      write(unit, unit.append(list, capacity_), key, m.projected_v.row(i), place);
       if (place < beginning_)
-        write(unit, unit.append(unit.beginning[static_cast<std::size_t>(sequence)], 0), key, m.v.row(i), place);
+        write(unit, unit.append(unit.beginning[static_cast<std::size_t>(sequence)], 0), key, m.projected_v.row(i),
+              place);
     }
   }
 
@@ -278,12 +279,12 @@ class DecoderHeads {
   }
 
   // What token i of a step sees of a unit's keys.
-  void plan_step(const RoutingAttentionConfig& c, const HeadBlock& group, const StepTokens& tokens, std::size_t u) {
+  void plan_step(const HeadBlock& block, const StepTokens& tokens, std::size_t u) {
     HeadCache& unit = units_[u];
     AttentionPlan& plan = plans_[u];
     plan.tokens = tokens.count();
     StepPlan step(unit, plan, positions_);
-    const Self self = !group.routed ? (group.induction ? Self::never : Self::visible) : *c.self;
+    const Self self = block.self;
     for (Index i = 0; i < tokens.count(); ++i) {
       const Index place = tokens.places[static_cast<std::size_t>(i)];
       const Index sequence = tokens.sequences[static_cast<std::size_t>(i)];
@@ -297,14 +298,14 @@ class DecoderHeads {
         continue;
       }
       // The query's clusters, each with the keys up to the query, itself included, and the first that its window reaches.
-      const auto of_cluster = [&](Index cluster) { return seen_of(group, unit, u, sequence, place, cluster); };
+      const auto of_cluster = [&](Index cluster) { return seen_of(block, unit, u, sequence, place, cluster); };
       bool others = false;
-      each_cluster(c, u, i, [&](Index cluster) {
+      each_cluster(block, u, i, [&](Index cluster) {
         const Seen seen = of_cluster(cluster);
         others |= seen.up_to - (seen.has_self ? 1 : 0) > seen.begin;
       });
       bool first = true;
-      each_cluster(c, u, i, [&](Index cluster) {
+      each_cluster(block, u, i, [&](Index cluster) {
         Seen seen = of_cluster(cluster);
         if (seen.has_self && (self == Self::never || (self == Self::only_if_alone && others))) --seen.up_to;
         const CacheList& list = lists_of(unit, sequence)[static_cast<std::size_t>(cluster)];
@@ -323,21 +324,21 @@ class DecoderHeads {
     Index begin = 0, up_to = 0;  // ordinals of the cluster's keys
     bool has_self = false;       // the last one is the query's own
   };
-  Seen seen_of(const HeadBlock& group, HeadCache& unit, std::size_t u, Index sequence, Index place, Index cluster) {
+  Seen seen_of(const HeadBlock& block, HeadCache& unit, std::size_t u, Index sequence, Index place, Index cluster) {
     Seen seen;
     seen.has_self = !clustered_ || label_of(u, sequence, place) == cluster;
     // The key of an induction head's query is not in yet, but counts in the window.
     seen.up_to =
-        lists_of(unit, sequence)[static_cast<std::size_t>(cluster)].end + (group.induction && seen.has_self ? 1 : 0);
+        lists_of(unit, sequence)[static_cast<std::size_t>(cluster)].end + (block.induction && seen.has_self ? 1 : 0);
     seen.begin = window_ > 0 ? std::max<Index>(0, seen.up_to - window_) : 0;
     return seen;
   }
 
   // Calls f(cluster) for the clusters of row i, ascending.
   template <class F>
-  void each_cluster(const RoutingAttentionConfig& c, std::size_t u, Index i, const F& f) const {
+  void each_cluster(const HeadBlock& block, std::size_t u, Index i, const F& f) const {
     if (!clustered_) return f(0);
-    if (!has_members(c))
+    if (!block.has_members())
       return f(
           labels_now_.query_labels[u * labels_now_.query_labels.size() / units_.size() + static_cast<std::size_t>(i)]);
     const ClusterMembers& members = labels_now_.members[u];
@@ -348,17 +349,15 @@ class DecoderHeads {
   }
 
   // What attention adds: the terms of forward, but ALiBi's as a table of the keys at hand, for one of all distances grows.
-  AttentionTerms<T> step_terms(const LayerState<T>& layer, const HeadBlock& group, const StepTokens& tokens,
-                               Arena& arena) const {
-    if (positions_ != StepPositions::listed) return attention_terms(layer, group, tokens.places, arena);
-    AttentionTerms<T> terms;
-    add_memory_terms(layer, group, terms);
+  AttentionTerms<T> step_terms(const HeadBlock& block, HeadsPass<T>& pass, Arena& arena) const {
+    if (positions_ != StepPositions::listed) return pass.attention_terms();
+    AttentionTerms<T> terms = pass.memory_terms();
     std::size_t most = 1;
     for (const HeadCache& unit : units_) most = std::max(most, unit.distances.size());
-    const View<T> table = arena.matrix<T>(group.count, static_cast<Index>(most));
-    for (Index h = 0; h < group.count; ++h) {
-      const HeadCache& unit = units_[units_.size() == 1 ? 0 : static_cast<std::size_t>(h / group.heads_per_kv())];
-      const double slope = alibi_slope(h, group.count);
+    const View<T> table = arena.matrix<T>(block.count, static_cast<Index>(most));
+    for (Index h = 0; h < block.count; ++h) {
+      const HeadCache& unit = units_[units_.size() == 1 ? 0 : static_cast<std::size_t>(h / block.heads_per_kv())];
+      const double slope = alibi_slope(h, block.count);
       for (std::size_t i = 0; i < unit.distances.size(); ++i)
         table(h, static_cast<Index>(i)) = alibi_bias_at<T>(slope, unit.distances[i]);
     }
@@ -367,7 +366,7 @@ class DecoderHeads {
   }
 
   // Memory for so many tokens of every sequence.
-  void reserve(const RoutingAttentionConfig& c, const DecoderConfig& sizes) {
+  void reserve(const RoutingAttentionConfig& c, const HeadBlock& block, const DecoderConfig& sizes) {
     const Index n = sizes.reserve, kept = capacity_ > 0 ? std::min(n, capacity_) : n;
     const Index list_pages = pages_for(kept);
     // Lists keep the pages of tokens that were taken back.
@@ -375,18 +374,18 @@ class DecoderHeads {
     const Index lists_pages = std::min(lists_ * list_pages, lists_ + pages_for(n) + taken_back);
     const Index beginning_pages = pages_for(std::min(n, beginning_));
     const Index all = sizes.sequences * (lists_pages + beginning_pages);
-    const Index entries = sizes.sequences * (clustered_ ? c.probes : 1);
+    const Index entries = sizes.sequences * block.probes;
     const Index seen = window_ > 0 ? std::max(std::min(n, window_), std::min(n, beginning_)) : n;
     const Index keys = entries * (c.memory + globals_ + 2 * key_block + seen);
     for (HeadCache& unit : units_) unit.reserve(list_pages, beginning_pages, all, keys);
     need_rows(all * HeadCache::page_rows);
     if (clustered_) {
       labels_now_.query_labels.reserve(units_.size() * static_cast<std::size_t>(sizes.sequences));
-      labels_now_.key_labels.reserve(units_.size() * static_cast<std::size_t>(sizes.sequences));
+      labels_now_.own_key_labels.reserve(units_.size() * static_cast<std::size_t>(sizes.sequences));
     }
-    labels_now_.members.resize(clustered_ && has_members(c) ? units_.size() : 0);
+    labels_now_.members.resize(block.has_members() ? units_.size() : 0);
     for (ClusterMembers& members : labels_now_.members) {
-      members.begin.reserve(static_cast<std::size_t>(c.clusters) + 1);
+      members.begin.reserve(static_cast<std::size_t>(block.clusters) + 1);
       members.rows.reserve(static_cast<std::size_t>(entries));
       members.scratch.reserve(static_cast<std::size_t>(entries));
     }
