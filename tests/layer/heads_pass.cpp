@@ -13,36 +13,24 @@ using namespace coterie;
 
 namespace {
 
-// Three blocks of two heads each: local, routed, dense. The dense heads are made of the last routed ones.
+// Three blocks of two heads each: local, routed, dense.
 template <class T>
 detail::LayerState<T> three_blocks(bool shared, Index kv_heads = 0) {
-  RoutingAttentionConfig c{.model_dim = 10,
-                           .head_dim = 4,
-                           .kv_heads = kv_heads,
-                           .causal = true,
-                           .bias = true,
-                           .memory = 2,
-                           .globals = 1,
-                           .seed = 3,
-                           .local = {.heads = 2, .window = 4},
-                           .routed = {.heads = 4, .clusters = 3, .window = 4, .matching = {.shared_qk = shared}}};
-  detail::LayerState<T> layer = detail::make_layer_state<T>(detail::resolve(c));
-  detail::HeadBlock &routed = layer.heads.blocks[1], &dense = layer.heads.blocks[2];
-  const Index half = routed.kv_count / 2;
-  dense = routed;
-  dense.kind = detail::BlockKind::dense;
-  dense.commitment = 0;
-  dense.positions = PositionKind::rotary;
-  routed.count = dense.count = 2;
-  routed.kv_count = dense.kv_count = half;
-  dense.first = routed.first + 2;
-  dense.kv_first = routed.kv_first + half;
-  dense.dropout_stream = 2;
-  if (!shared) dense.key_first = routed.key_first + half;
-  if (routed.learned_gain) dense.gain_first = routed.gain_first + 2;
-  layer.rotary[2] = Rotary(dense.head_dim, 500, RotaryLayout::interleaved);  // each block has its own
-  while (layer.routers.size() > static_cast<std::size_t>(half)) layer.routers.pop_back();
-  return layer;
+  const RoutingAttentionConfig c{
+      .model_dim = 10,
+      .head_dim = 4,
+      .kv_heads = kv_heads,
+      .causal = true,
+      .bias = true,
+      .memory = 2,
+      .globals = 1,
+      .seed = 3,
+      .local = {.heads = 2, .window = 4},
+      .routed = {.heads = 2, .clusters = 3, .window = 4, .matching = {.shared_qk = shared}},
+      .dense = {.heads = 2,
+                .matching = {.shared_qk = shared},
+                .positions = {.base = 500, .layout = RotaryLayout::interleaved}}};  // each block has its own
+  return detail::make_layer_state<T>(detail::resolve(c));
 }
 
 template <class T>
