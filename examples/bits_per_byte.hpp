@@ -17,8 +17,8 @@ struct ScoredWindow {
 /// Requires: 1 <= stride <= window (ValueError).
 inline std::vector<ScoredWindow> scored_windows(Index bytes, Index window, Index stride) {
   coterie::detail::Faults faults("scored_windows");
-  faults.require(window >= 1, "window", "at least 1", window);
-  faults.require(stride >= 1 && stride <= window, "stride", coterie::detail::join("1 to window = ", window), stride);
+  faults.expect(window >= 1, "window", "at least 1", window);
+  faults.expect(stride >= 1 && stride <= window, "stride", coterie::detail::join("1 to window = ", window), stride);
   faults.raise();
   std::vector<ScoredWindow> windows;
   Index scored = 0;

@@ -37,10 +37,10 @@ class Sampler {
   /// Requires: a temperature of at least 0, top_k of at least 0, top_p above 0 and at most 1 (ValueError).
   explicit Sampler(const SamplingConfig& config = {}) : config_(config) {
     coterie::detail::Faults faults("Sampler");
-    faults.require(config.temperature >= 0 && std::isfinite(config.temperature), "temperature", "at least 0",
-                   config.temperature);
-    faults.require(config.top_k >= 0, "top_k", "at least 0", config.top_k);
-    faults.require(config.top_p > 0 && config.top_p <= 1, "top_p", "above 0, at most 1", config.top_p);
+    faults.expect(config.temperature >= 0 && std::isfinite(config.temperature), "temperature", "at least 0",
+                  config.temperature);
+    faults.expect(config.top_k >= 0, "top_k", "at least 0", config.top_k);
+    faults.expect(config.top_p > 0 && config.top_p <= 1, "top_p", "above 0, at most 1", config.top_p);
     faults.raise();
   }
 

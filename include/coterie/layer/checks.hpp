@@ -98,7 +98,7 @@ class LayerChecks {
     Faults faults(function_);
     if (!in.offsets.empty()) check_offsets(faults, "offsets", in.offsets, n);
     if (in.crosses()) source(faults, in);
-    faults.require(in.crosses() || in.source_offsets.empty(), "source_offsets", "none without a source", "some");
+    faults.expect(in.crosses() || in.source_offsets.empty(), "source_offsets", "none without a source", "some");
     if (!in.routes.empty()) routes(faults, in);
     faults.raise();
   }
@@ -107,20 +107,20 @@ class LayerChecks {
     const Index rows = in.source.rows();
     check_shape<T>(function_, "source", in.source, rows, layer_.config.model_dim);
     check_count(function_, "source", rows);
-    faults.require(rows > 0, "source", "at least one row", rows);
+    faults.expect(rows > 0, "source", "at least one row", rows);
     bool shares = false, all_visible = true;
     for (const HeadBlock& block : layer_.heads.blocks)
       if (block.count > 0) {
         shares = shares || block.shared;
         all_visible = all_visible && block.self == Self::visible;
       }
-    faults.require(!shares, "source", "a layer whose heads have keys of their own (shared_qk = false)",
-                   "one whose heads share them with queries");
-    faults.require(layer_.config.globals == 0, "source", "a layer without global tokens, for they are queries and keys",
-                   "one with some");
-    faults.require(all_visible, "source", "a layer with Self::visible, for queries of x have no self there", "another");
-    faults.require(in.source_offsets.size() == in.offsets.size(), "source_offsets", "as many as offsets",
-                   in.source_offsets.size());
+    faults.expect(!shares, "source", "a layer whose heads have keys of their own (shared_qk = false)",
+                  "one whose heads share them with queries");
+    faults.expect(layer_.config.globals == 0, "source", "a layer without global tokens, for they are queries and keys",
+                  "one with some");
+    faults.expect(all_visible, "source", "a layer with Self::visible, for queries of x have no self there", "another");
+    faults.expect(in.source_offsets.size() == in.offsets.size(), "source_offsets", "as many as offsets",
+                  in.source_offsets.size());
     if (!in.source_offsets.empty()) check_offsets(faults, "source_offsets", in.source_offsets, rows);
   }
 
@@ -129,18 +129,18 @@ class LayerChecks {
     const HeadBlock& routed = layer_.routed();
     const Index labels = static_cast<Index>(in.routes.size()), expected = routed.kv_count * in.x.rows();
     if (in.crosses()) {
-      faults.require(false, "routes", "none with a source (they would label its keys as well)", labels);
+      faults.expect(false, "routes", "none with a source (they would label its keys as well)", labels);
     } else if (routed.count == 0) {
-      faults.require(false, "routes", "none without learned or random routing", labels);
+      faults.expect(false, "routes", "none without learned or random routing", labels);
     } else if (routed.has_members()) {
-      faults.require(false, "routes", "none with balanced membership or several probes (a label is one cluster)",
-                     labels);
+      faults.expect(false, "routes", "none with balanced membership or several probes (a label is one cluster)",
+                    labels);
     } else if (labels != expected) {
-      faults.require(false, "routes", join("routed key/value heads * tokens = ", expected, " labels"), labels);
+      faults.expect(false, "routes", join("routed key/value heads * tokens = ", expected, " labels"), labels);
     } else {
       for (std::size_t i = 0; i < in.routes.size(); ++i) {
         if (in.routes[i] >= -1 && in.routes[i] < routed.clusters) continue;
-        faults.require(false, "routes", join("labels in [-1, ", routed.clusters, ")"), join(in.routes[i], " at ", i));
+        faults.expect(false, "routes", join("labels in [-1, ", routed.clusters, ")"), join(in.routes[i], " at ", i));
         break;
       }
     }

@@ -123,29 +123,29 @@ inline Index routed_kv_heads(const RoutingAttentionConfig& c) { return c.routed_
 inline void check_membership(const RoutingAttentionConfig& c, Faults& faults) {
   const bool learned = c.routed_heads > 0 && c.routing == Routing::learned;
   const bool balanced = c.membership == Membership::balanced;
-  faults.require(balanced || c.membership == Membership::nearest, "membership", "nearest or balanced",
-                 static_cast<int>(c.membership));
-  faults.require(!balanced || learned, "membership", "nearest without heads of learned routing (nothing scores tokens)",
-                 "balanced");
-  faults.require(c.probes >= 1, "probes", "at least 1", c.probes);
+  faults.expect(balanced || c.membership == Membership::nearest, "membership", "nearest or balanced",
+                static_cast<int>(c.membership));
+  faults.expect(!balanced || learned, "membership", "nearest without heads of learned routing (nothing scores tokens)",
+                "balanced");
+  faults.expect(c.probes >= 1, "probes", "at least 1", c.probes);
   if (c.probes > 1) {
-    faults.require(learned, "probes", "1 without heads of learned routing (nothing scores clusters)", c.probes);
-    faults.require(!balanced, "probes", "1 with balanced membership (clusters choose their queries)", c.probes);
-    faults.require(!learned || c.probes <= c.clusters, "probes", join("at most clusters = ", c.clusters), c.probes);
+    faults.expect(learned, "probes", "1 without heads of learned routing (nothing scores clusters)", c.probes);
+    faults.expect(!balanced, "probes", "1 with balanced membership (clusters choose their queries)", c.probes);
+    faults.expect(!learned || c.probes <= c.clusters, "probes", join("at most clusters = ", c.clusters), c.probes);
   }
-  faults.require(c.unassigned == Unassigned::left_out || (balanced && c.unassigned == Unassigned::nearest),
-                 "unassigned", "left_out, or nearest with balanced membership", static_cast<int>(c.unassigned));
-  faults.require(c.combine == Combine::mean || (balanced && c.combine == Combine::lse), "combine",
-                 "mean, or lse with balanced membership (several probes are one softmax anyway)",
-                 static_cast<int>(c.combine));
-  faults.require(c.query_share == 0 || (balanced && c.query_share > 0 && std::isfinite(c.query_share)), "query_share",
-                 "0, or a positive number with balanced membership", c.query_share);
-  faults.require(c.mean_epsilon == 0 ||
-                     (balanced && c.combine == Combine::mean && c.mean_epsilon > 0 && std::isfinite(c.mean_epsilon)),
-                 "mean_epsilon", "0, or a positive number with the mean over clusters of balanced membership",
-                 c.mean_epsilon);
-  faults.require(c.query_share == 0 || !*c.shared_qk, "query_share",
-                 "0 with shared_qk (lists of keys are those of queries)", c.query_share);
+  faults.expect(c.unassigned == Unassigned::left_out || (balanced && c.unassigned == Unassigned::nearest), "unassigned",
+                "left_out, or nearest with balanced membership", static_cast<int>(c.unassigned));
+  faults.expect(c.combine == Combine::mean || (balanced && c.combine == Combine::lse), "combine",
+                "mean, or lse with balanced membership (several probes are one softmax anyway)",
+                static_cast<int>(c.combine));
+  faults.expect(c.query_share == 0 || (balanced && c.query_share > 0 && std::isfinite(c.query_share)), "query_share",
+                "0, or a positive number with balanced membership", c.query_share);
+  faults.expect(c.mean_epsilon == 0 ||
+                    (balanced && c.combine == Combine::mean && c.mean_epsilon > 0 && std::isfinite(c.mean_epsilon)),
+                "mean_epsilon", "0, or a positive number with the mean over clusters of balanced membership",
+                c.mean_epsilon);
+  faults.expect(c.query_share == 0 || !*c.shared_qk, "query_share",
+                "0 with shared_qk (lists of keys are those of queries)", c.query_share);
 }
 
 /// The buckets of heads with t5_buckets.
@@ -161,29 +161,29 @@ inline void resolve_positions(RoutingAttentionConfig& c, Faults& faults) {
   };
   if (!c.local_positions)
     c.local_positions = c.local_induction || c.head_dim == 1 ? PositionKind::none : PositionKind::rotary;
-  faults.require(known(*c.local_positions), "local_positions", "rotary, bias, none, alibi, t5_buckets or shaw",
-                 static_cast<int>(*c.local_positions));
-  faults.require(known(c.routed_positions), "routed_positions", "rotary, bias, none, alibi, t5_buckets or shaw",
-                 static_cast<int>(c.routed_positions));
-  faults.require(any_routed || c.routed_positions == PositionKind::none, "routed_positions",
-                 "none without routed heads", static_cast<int>(c.routed_positions));
+  faults.expect(known(*c.local_positions), "local_positions", "rotary, bias, none, alibi, t5_buckets or shaw",
+                static_cast<int>(*c.local_positions));
+  faults.expect(known(c.routed_positions), "routed_positions", "rotary, bias, none, alibi, t5_buckets or shaw",
+                static_cast<int>(c.routed_positions));
+  faults.expect(any_routed || c.routed_positions == PositionKind::none, "routed_positions", "none without routed heads",
+                static_cast<int>(c.routed_positions));
   const auto used = [&](PositionKind p) {
     return (any_local && *c.local_positions == p) || (any_routed && c.routed_positions == p);
   };
-  faults.require(c.rotary_layout == RotaryLayout::halves || c.rotary_layout == RotaryLayout::interleaved,
-                 "rotary_layout", "halves or interleaved", static_cast<int>(c.rotary_layout));
-  faults.require(c.rotary_base > 0 && std::isfinite(c.rotary_base), "rotary_base", "a positive number", c.rotary_base);
-  faults.require(!used(PositionKind::rotary) || c.head_dim != 1, "head_dim",
-                 "at least 2 with rotary positions (pairs of columns turn)", c.head_dim);
+  faults.expect(c.rotary_layout == RotaryLayout::halves || c.rotary_layout == RotaryLayout::interleaved,
+                "rotary_layout", "halves or interleaved", static_cast<int>(c.rotary_layout));
+  faults.expect(c.rotary_base > 0 && std::isfinite(c.rotary_base), "rotary_base", "a positive number", c.rotary_base);
+  faults.expect(!used(PositionKind::rotary) || c.head_dim != 1, "head_dim",
+                "at least 2 with rotary positions (pairs of columns turn)", c.head_dim);
   if (used(PositionKind::t5_buckets)) check_buckets(faults, "position_buckets", "max_distance", position_buckets(c));
   const bool by_distance =
       any_routed && (c.routed_positions == PositionKind::bias || c.routed_positions == PositionKind::shaw);
   constexpr Index most = std::numeric_limits<std::int32_t>::max();
-  faults.require(by_distance ? c.routed_distances >= 1 && c.routed_distances <= most : c.routed_distances == 0,
-                 "routed_distances",
-                 by_distance ? "at least 1 with PositionKind::bias or shaw (farther keys share the last entry)"
-                             : "0 without PositionKind::bias or shaw (nothing else has entries by distance)",
-                 c.routed_distances);
+  faults.expect(by_distance ? c.routed_distances >= 1 && c.routed_distances <= most : c.routed_distances == 0,
+                "routed_distances",
+                by_distance ? "at least 1 with PositionKind::bias or shaw (farther keys share the last entry)"
+                            : "0 without PositionKind::bias or shaw (nothing else has entries by distance)",
+                c.routed_distances);
 }
 
 /// The settings of a routed head's router.
@@ -199,11 +199,11 @@ inline KMeansConfig router_config(const RoutingAttentionConfig& c, std::uint64_t
 inline void check_routers(const RoutingAttentionConfig& c, Faults& faults) {
   const RouterConfig usual;
   check_router(faults, router_config(c, 0).router, "");
-  faults.require(c.commitment >= 0 && std::isfinite(c.commitment), "commitment", "0, or a positive number",
-                 c.commitment);
+  faults.expect(c.commitment >= 0 && std::isfinite(c.commitment), "commitment", "0, or a positive number",
+                c.commitment);
   if (c.routed_heads > 0 && c.routing == Routing::learned) return;
   const auto unused = [&](bool changed, const char* argument) {
-    faults.require(!changed, argument, "its default without heads of learned routing (there is no router)", "another");
+    faults.expect(!changed, argument, "its default without heads of learned routing (there is no router)", "another");
   };
   unused(c.average != usual.average, "average");
   unused(c.renormalise, "renormalise");
@@ -218,7 +218,7 @@ inline void resolve_logits(RoutingAttentionConfig& c, Faults& faults) {
   check_normalisation(faults, c.normalisation);
   // Of heads that there are not, nothing but what would have been automatic.
   const auto unused = [&](bool changed, const char* argument, const char* without) {
-    faults.require(!changed, argument, without, "another");
+    faults.expect(!changed, argument, without, "another");
   };
   const Logits usual = *c.shared_qk ? Logits::normalised : Logits::raw;
   if (!any_routed) {
@@ -232,97 +232,97 @@ inline void resolve_logits(RoutingAttentionConfig& c, Faults& faults) {
   }
   if (!c.logits) c.logits = usual;
   const auto logits = static_cast<int>(*c.logits);
-  faults.require(logits >= 0 && logits <= static_cast<int>(Logits::normalised_keys), "logits",
-                 "raw, normalised or normalised_keys", logits);
-  faults.require(!c.induction || *c.logits == Logits::normalised, "logits",
-                 "normalised or automatic with induction (what came before is matched by its direction)", logits);
-  if (c.gain) faults.require(std::isfinite(*c.gain), "gain", "a finite number", *c.gain);
+  faults.expect(logits >= 0 && logits <= static_cast<int>(Logits::normalised_keys), "logits",
+                "raw, normalised or normalised_keys", logits);
+  faults.expect(!c.induction || *c.logits == Logits::normalised, "logits",
+                "normalised or automatic with induction (what came before is matched by its direction)", logits);
+  if (c.gain) faults.expect(std::isfinite(*c.gain), "gain", "a finite number", *c.gain);
   if (!c.learned_gain) c.learned_gain = *c.shared_qk;
   const bool normalises =
       (any_routed && (*c.shared_qk || c.routing == Routing::learned || *c.logits != Logits::raw)) || local_induction;
   const Index least = least_width(c.normalisation);
-  faults.require(!normalises || c.head_dim >= least || c.head_dim <= 0, "head_dim",
-                 least == 3
-                     ? "at least 3 where queries and keys are normalised (a layer norm over fewer leaves only signs)"
-                     : "at least 2 where queries and keys are normalised (one column has no direction but a sign)",
-                 c.head_dim);
+  faults.expect(!normalises || c.head_dim >= least || c.head_dim <= 0, "head_dim",
+                least == 3
+                    ? "at least 3 where queries and keys are normalised (a layer norm over fewer leaves only signs)"
+                    : "at least 2 where queries and keys are normalised (one column has no direction but a sign)",
+                c.head_dim);
 }
 
 /// The config with every automatic value filled in.
 /// Requires: settings that make sense together; otherwise ValueError, which names all faults.
 inline RoutingAttentionConfig resolve(RoutingAttentionConfig c) {
   Faults faults("RoutingAttentionConfig");
-  faults.require(c.model_dim >= 1, "model_dim", "at least 1", c.model_dim);
-  faults.require(c.heads >= 1, "heads", "at least 1", c.heads);
+  faults.expect(c.model_dim >= 1, "model_dim", "at least 1", c.model_dim);
+  faults.expect(c.heads >= 1, "heads", "at least 1", c.heads);
   if (c.kv_heads == 0) c.kv_heads = c.heads;
   const bool grouped = c.heads >= 1 && c.kv_heads >= 1 && c.heads % c.kv_heads == 0;
-  faults.require(grouped || c.heads < 1, "kv_heads", join("a divisor of heads = ", c.heads), c.kv_heads);
-  faults.require(c.head_dim >= 0, "head_dim", "at least 1, or 0 for model_dim / heads", c.head_dim);
+  faults.expect(grouped || c.heads < 1, "kv_heads", join("a divisor of heads = ", c.heads), c.kv_heads);
+  faults.expect(c.head_dim >= 0, "head_dim", "at least 1, or 0 for model_dim / heads", c.head_dim);
   if (c.head_dim == 0 && c.model_dim >= 1 && c.heads >= 1) {
-    faults.require(c.model_dim % c.heads == 0, "model_dim", join("a multiple of heads = ", c.heads, ", or a head_dim"),
-                   c.model_dim);
+    faults.expect(c.model_dim % c.heads == 0, "model_dim", join("a multiple of heads = ", c.heads, ", or a head_dim"),
+                  c.model_dim);
     c.head_dim = c.model_dim / c.heads;
   }
-  faults.require(c.routed_heads >= 0 && c.routed_heads <= c.heads, "routed_heads", join("0 to heads = ", c.heads),
-                 c.routed_heads);
+  faults.expect(c.routed_heads >= 0 && c.routed_heads <= c.heads, "routed_heads", join("0 to heads = ", c.heads),
+                c.routed_heads);
   if (grouped && c.routed_heads % (c.heads / c.kv_heads) != 0)
-    faults.require(false, "routed_heads", join("a multiple of heads / kv_heads = ", c.heads / c.kv_heads),
-                   c.routed_heads);
+    faults.expect(false, "routed_heads", join("a multiple of heads / kv_heads = ", c.heads / c.kv_heads),
+                  c.routed_heads);
   const bool any_routed = c.routed_heads > 0, any_local = c.routed_heads < c.heads;
   const bool clustered = any_routed && c.routing != Routing::dense;
   constexpr Index most = std::numeric_limits<std::int32_t>::max();
-  faults.require(c.clusters <= most && c.clusters >= (clustered ? 1 : 0), "clusters",
-                 join("1 to ", most, " with learned or random routing (2 * tokens / window is a good number)"),
-                 c.clusters);
+  faults.expect(c.clusters <= most && c.clusters >= (clustered ? 1 : 0), "clusters",
+                join("1 to ", most, " with learned or random routing (2 * tokens / window is a good number)"),
+                c.clusters);
   const bool own_local_window = c.local_window != 0;
   if (!own_local_window) c.local_window = c.window;
-  faults.require(c.window >= 0 && (!clustered || c.window >= 1), "window",
-                 "at least 1 (as long as the longest sequence: no limit)", c.window);
-  faults.require((c.local_window >= 0 && (!any_local || c.local_window >= 1)) || (!own_local_window && c.window < 0),
-                 "local_window", "at least 1, or a window to take", c.local_window);
-  faults.require(c.lookahead >= 0, "lookahead", "at least 0", c.lookahead);
-  faults.require(!c.causal || c.lookahead <= 0, "lookahead", "0 with causal (it shows later tokens)", c.lookahead);
+  faults.expect(c.window >= 0 && (!clustered || c.window >= 1), "window",
+                "at least 1 (as long as the longest sequence: no limit)", c.window);
+  faults.expect((c.local_window >= 0 && (!any_local || c.local_window >= 1)) || (!own_local_window && c.window < 0),
+                "local_window", "at least 1, or a window to take", c.local_window);
+  faults.expect(c.lookahead >= 0, "lookahead", "at least 0", c.lookahead);
+  faults.expect(!c.causal || c.lookahead <= 0, "lookahead", "0 with causal (it shows later tokens)", c.lookahead);
 
   resolve_positions(c, faults);
-  faults.require(c.routing == Routing::learned || c.routing == Routing::random || c.routing == Routing::dense,
-                 "routing", "learned, random or dense", static_cast<int>(c.routing));
+  faults.expect(c.routing == Routing::learned || c.routing == Routing::random || c.routing == Routing::dense, "routing",
+                "learned, random or dense", static_cast<int>(c.routing));
   if (c.self) check_self(faults, *c.self);
 
   const bool asked_self = c.self.has_value();
-  faults.require(!c.induction || c.causal, "induction", "causal (a key carries the value of the next position)",
-                 "a two-sided layer");
-  faults.require(!c.local_induction || c.causal, "local_induction",
-                 "causal (a key carries the value of the next position)", "a two-sided layer");
-  faults.require(!c.induction || c.shared_qk.value_or(true), "shared_qk", "true or automatic with induction", "false");
+  faults.expect(!c.induction || c.causal, "induction", "causal (a key carries the value of the next position)",
+                "a two-sided layer");
+  faults.expect(!c.local_induction || c.causal, "local_induction",
+                "causal (a key carries the value of the next position)", "a two-sided layer");
+  faults.expect(!c.induction || c.shared_qk.value_or(true), "shared_qk", "true or automatic with induction", "false");
   if (!c.shared_qk) c.shared_qk = (c.causal && c.kv_heads == c.heads) || c.induction;
-  faults.require(
-      c.kv_heads == c.heads || !((any_routed && *c.shared_qk) || (any_local && c.local_induction)), "kv_heads",
-      "as many as heads with shared_qk, induction or local_induction (a key is its head's query)", c.kv_heads);
+  faults.expect(c.kv_heads == c.heads || !((any_routed && *c.shared_qk) || (any_local && c.local_induction)),
+                "kv_heads", "as many as heads with shared_qk, induction or local_induction (a key is its head's query)",
+                c.kv_heads);
   if (!c.self) c.self = c.induction ? Self::never : *c.shared_qk ? Self::only_if_alone : Self::visible;
-  faults.require(!c.induction || !asked_self || *c.self == Self::never, "self",
-                 "never or automatic with induction (a token's own key carries the next token)", "another");
-  faults.require(c.key_taps >= 0, "key_taps", "at least 0", c.key_taps);
-  faults.require(c.key_taps <= 0 || c.induction || c.local_induction, "key_taps",
-                 "0 without induction or local_induction (only their queries are convolved)", c.key_taps);
+  faults.expect(!c.induction || !asked_self || *c.self == Self::never, "self",
+                "never or automatic with induction (a token's own key carries the next token)", "another");
+  faults.expect(c.key_taps >= 0, "key_taps", "at least 0", c.key_taps);
+  faults.expect(c.key_taps <= 0 || c.induction || c.local_induction, "key_taps",
+                "0 without induction or local_induction (only their queries are convolved)", c.key_taps);
   resolve_logits(c, faults);
   check_membership(c, faults);
-  faults.require(c.memory >= 0 && c.memory <= most, "memory", join("0 to ", most), c.memory);
-  faults.require(c.memory <= 0 || !any_routed || c.causal || *c.self == Self::visible, "self",
-                 "visible with memory in a two-sided layer (else a query had three intervals of keys)", "another");
-  faults.require(c.soft_cap >= 0 && std::isfinite(c.soft_cap), "soft_cap", "0, or a positive number", c.soft_cap);
-  faults.require(c.dropout >= 0 && c.dropout < 1, "dropout", "at least 0 and below 1", c.dropout);
+  faults.expect(c.memory >= 0 && c.memory <= most, "memory", join("0 to ", most), c.memory);
+  faults.expect(c.memory <= 0 || !any_routed || c.causal || *c.self == Self::visible, "self",
+                "visible with memory in a two-sided layer (else a query had three intervals of keys)", "another");
+  faults.expect(c.soft_cap >= 0 && std::isfinite(c.soft_cap), "soft_cap", "0, or a positive number", c.soft_cap);
+  faults.expect(c.dropout >= 0 && c.dropout < 1, "dropout", "at least 0 and below 1", c.dropout);
   const bool all_dense = any_routed && !any_local && c.routing == Routing::dense;
-  faults.require(c.globals >= 0 && c.globals <= most, "globals", join("0 to ", most), c.globals);
+  faults.expect(c.globals >= 0 && c.globals <= most, "globals", join("0 to ", most), c.globals);
   if (c.globals > 0) {
-    faults.require(!all_dense, "globals", "0 where all heads are dense (every token is global)", c.globals);
-    faults.require(!has_members(c), "globals", "0 with balanced membership or several probes (one entry for a token)",
-                   c.globals);
-    faults.require(!any_routed || c.causal || *c.self == Self::visible, "self",
-                   "visible with globals in a two-sided layer (else a query had three intervals of keys)", "another");
+    faults.expect(!all_dense, "globals", "0 where all heads are dense (every token is global)", c.globals);
+    faults.expect(!has_members(c), "globals", "0 with balanced membership or several probes (one entry for a token)",
+                  c.globals);
+    faults.expect(!any_routed || c.causal || *c.self == Self::visible, "self",
+                  "visible with globals in a two-sided layer (else a query had three intervals of keys)", "another");
   }
-  faults.require(c.dense_up_to >= 0 && c.dense_up_to <= most, "dense_up_to", join("0 to ", most), c.dense_up_to);
-  faults.require(c.dense_up_to <= 0 || !all_dense, "dense_up_to", "0 where all heads are dense at any length",
-                 c.dense_up_to);
+  faults.expect(c.dense_up_to >= 0 && c.dense_up_to <= most, "dense_up_to", join("0 to ", most), c.dense_up_to);
+  faults.expect(c.dense_up_to <= 0 || !all_dense, "dense_up_to", "0 where all heads are dense at any length",
+                c.dense_up_to);
   check_routers(c, faults);
   faults.raise();
   return c;

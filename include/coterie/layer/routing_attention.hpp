@@ -8,6 +8,7 @@
 
 #include "coterie/layer/checks.hpp"
 #include "coterie/layer/heads_pass.hpp"
+#include "coterie/router/update_routers.hpp"
 
 namespace coterie {
 
@@ -127,14 +128,14 @@ class RoutingAttention {
 
   /// Moves the centroids by the rows and labels of a forward pass; the only kind of call that does. Without learned
   /// routing it does nothing.
+  /// After an error, of a task or of memory as well, all centroids are where they were.
   void update_router(const Tape& tape, Context& context) {
     detail::LayerChecks<T>("RoutingAttention::update_router", state_).tape(tape);
     if (state_.routers.empty()) return;
     if (statistics_.heads() == 0) statistics_ = zero_statistics();
     statistics_.clear();
     observe(tape, statistics_, context);
-    update_all(statistics_,
-               [&](Index heads, const auto& task) { context.for_each(heads, [&](Index h, Index) { task(h); }); });
+    detail::update_routers<T>(state_.routers, statistics_, context);
   }
 
   /// Empty statistics of the routers' shapes (no heads unless routing is learned).
@@ -164,12 +165,13 @@ class RoutingAttention {
     });
   }
 
-  /// Moves the centroids by what was observed, on this machine or, with block() summed, on several.
+  /// Moves the centroids by what was observed, on this machine or, with block() summed, on several; all of
+  /// them or, where something throws, none.
   void update_router(const RouterStatistics<T>& statistics) {
     detail::LayerChecks<T>("RoutingAttention::update_router", state_).statistics(statistics);
-    update_all(statistics, [](Index heads, const auto& task) {
-      for (Index h = 0; h < heads; ++h) task(h);
-    });
+    if (state_.routers.empty()) return;
+    Context serial;
+    detail::update_routers<T>(state_.routers, statistics, serial);
   }
 
   /// While frozen, update_router does nothing.
@@ -201,22 +203,6 @@ class RoutingAttention {
     each_block(detail::CheckedInput<T>(input, positions), context, forward);
     // y += b_o
     if (config().bias) detail::add_bias(y, state_.parameters.b_o.data(), context);
-  }
-
-  // Moves all routers or, where something throws, none. First updates allocate: they go to copies. Later ones cannot fail.
-  template <class ForEach>
-  void update_all(const RouterStatistics<T>& statistics, const ForEach& for_each) {
-    std::vector<OnlineKMeans<T>>& routers = state_.routers;
-    const auto heads = static_cast<Index>(routers.size());
-    const auto number = [](Index h) { return static_cast<std::size_t>(h); };
-    for_each(heads, [&](Index h) { routers[number(h)].check_update(statistics, h); });
-    if (std::any_of(routers.begin(), routers.end(), [](const auto& router) { return router.updates() == 0; })) {
-      std::vector<OnlineKMeans<T>> moved = routers;
-      for_each(heads, [&](Index h) { moved[number(h)].update_checked(statistics, h); });
-      std::swap_ranges(moved.begin(), moved.end(), routers.begin());
-    } else {
-      for (Index h = 0; h < heads; ++h) routers[number(h)].update_checked(statistics, h);
-    }
   }
 
   detail::LayerState<T> state_;

@@ -13,6 +13,7 @@
 #include "coterie/core/workspace.hpp"
 #include "coterie/layer/head_block.hpp"
 #include "coterie/layer/input.hpp"
+#include "coterie/plan/complete.hpp"
 
 namespace coterie {
 
@@ -31,8 +32,8 @@ class HeadsPlans {
   std::vector<std::int32_t> own_key_labels;  ///< key/value heads x key rows; empty where keys have those of the queries
   std::vector<ClusterMembers> members;       ///< per head lists of the queries, and of the keys; empty where labels do
   std::vector<AttentionPlan> plans;
-  std::vector<AttentionPlan> made;  ///< memory for what is put on top of each plan
-  std::size_t count = 0;            ///< plans in use: 1 for all heads, or one per key/value head
+  std::vector<PlanScratch> scratch;  ///< per plan, for builders run side by side
+  std::size_t count = 0;             ///< plans in use: 1 for all heads, or one per key/value head
 
   /// Labels of the keys: their own, or those of the queries.
   std::span<const std::int32_t> key_labels() const { return own_key_labels.empty() ? query_labels : own_key_labels; }
@@ -42,7 +43,7 @@ class HeadsPlans {
   std::span<AttentionPlan> use(std::size_t number) {
     count = 0;
     if (plans.size() < number) plans.resize(number);
-    if (made.size() < number) made.resize(number);
+    if (scratch.size() < number) scratch.resize(number);
     count = number;
     return {plans.data(), number};
   }

@@ -54,7 +54,7 @@ namespace detail {
 /// Collects the faults of a router's settings. `path` stands before their names: "router.", or longer.
 inline void check_router(Faults& faults, const RouterConfig& config, const std::string& path) {
   const auto expect = [&](bool good, const char* name, const char* expected, const auto& got) {
-    faults.require(good, (path + name).c_str(), expected, got);
+    faults.expect(good, (path + name).c_str(), expected, got);
   };
   expect(config.decay >= 0 && config.decay < 1, "decay", "in [0, 1)", config.decay);
   expect(config.average == Average::counts_and_sums || config.average == Average::batch_mean ||
@@ -69,16 +69,16 @@ inline void check_router(Faults& faults, const RouterConfig& config, const std::
 inline Index least_width(Normalisation normalisation) { return normalisation == Normalisation::layer_norm ? 3 : 2; }
 
 inline void check_normalisation(Faults& faults, Normalisation normalisation) {
-  faults.require(normalisation == Normalisation::layer_norm || normalisation == Normalisation::unit_length,
-                 "normalisation", "layer_norm or unit_length", static_cast<int>(normalisation));
+  faults.expect(normalisation == Normalisation::layer_norm || normalisation == Normalisation::unit_length,
+                "normalisation", "layer_norm or unit_length", static_cast<int>(normalisation));
 }
 
 /// Throws ValueError, one for all faults, where a setting is out of its range.
 inline void check_config(const char* function, const KMeansConfig& config) {
   Faults faults(function);
-  faults.require(config.clusters >= 1, "clusters", "at least 1", config.clusters);
+  faults.expect(config.clusters >= 1, "clusters", "at least 1", config.clusters);
   const Index least = least_width(config.normalisation);
-  faults.require(config.dim >= least, "dim", least == 3 ? "at least 3" : "at least 2", config.dim);
+  faults.expect(config.dim >= least, "dim", least == 3 ? "at least 3" : "at least 2", config.dim);
   check_normalisation(faults, config.normalisation);
   check_router(faults, config.router, "router.");
   faults.raise();
