@@ -1,4 +1,4 @@
-// Multi-head attention whose heads look nearby or, by content, anywhere.
+// The layer: multi-head attention whose heads see a window, the tokens of like content, or everything.
 #pragma once
 
 #include <algorithm>
@@ -15,29 +15,28 @@ namespace coterie {
 template <class T>
 class Decoder;
 
-/// A layer of local heads and routed heads, with its weights and the centroids of its routers.
+/// A layer of local, routed and dense heads, with its weights and the centroids of its routers.
 ///
-///     RoutingAttention<float> layer({.model_dim = 256, .heads = 8, .routed_heads = 4,
-///                                    .clusters = 32, .window = 256, .causal = true, .seed = 1});
+///     RoutingAttention<float> layer(config);                  // see RoutingAttentionConfig
 ///     layer.forward(x, y, context);                           // evaluation
 ///     layer.forward(x, y, tape, context);                     // training: forward, backward, then the routers
 ///     layer.backward(x, tape, d_y, d_x, gradients, context);
 ///     layer.update_router(tape, context);
 ///
-/// Formula: y = sum over heads h of attention_h w_o[h] + b_o. Local heads see their window; both kinds of heads know
-/// positions as PositionKind has it. Routed heads see the members of their query's cluster, or everything:
-///   shared (causal default): q = k = normalise(x w_q), logits gain/sqrt(d) q.k;
-///   otherwise q = x w_q, k = x w_k, logits q.k/sqrt(d), routed by their normalised rows;
-///   both kinds with other Logits, gains and Normalisation where the config says so;
-///   induction: q = k = normalise(convolve(x w_q)), and key j carries the value of position j + 1 (zero keys: zero).
-/// With a source, keys and values are those of its rows: cross-attention, of heads that do not share. The last causal
+/// Formula: y = sum over heads h of attention_h w_o[h] + b_o. Local heads see a window around the query, routed heads
+/// the members of its clusters, dense heads everything; a causal layer nothing after the query.
+///   shared:     q = k = normalise(x w_q), logits gain/sqrt(d) q.k;
+///   otherwise:  q = x w_q, k = x w_k, logits q.k/sqrt(d); routers see normalised rows;
+///   both with other logits, gains and normalisation where the config says so;
+///   induction:  q = k = normalise(convolve(x w_q)), and key j carries the value of position j + 1 (zero keys: zero).
+/// With a source, keys and values are made from its rows: cross-attention, of heads that do not share. The last causal
 /// query then meets the last row of its sequence of the source, two-sided ones meet in proportion (Alignment).
 /// Routing passes no gradient.
-/// Allocates: nothing in forward, backward and update_router, once tape and workspace have grown to the sizes in use; the
-///   first update_router allocates for its k-means++.
-/// Threads and determinism: const calls with different tapes and contexts may run at the same time. A row's bits depend
-///   on what that row sees and not on other sequences, later tokens (causal) or the number of workers.
-/// Errors: what is wrong with an argument is thrown before anything is written.
+/// Requires: arguments that fit (ShapeError, ValueError); nothing is written before all of them have been checked.
+/// Allocates: nothing in forward, backward and update_router(tape, context), once tape and workspace have grown to the
+///   sizes in use; the first update_router allocates for its k-means++.
+/// Threads and determinism: const calls with different tapes and contexts may run at the same time. The bits of a row
+///   depend on what that row sees, not on other sequences, later tokens (causal) or the number of workers.
 /// Source: Roy et al. 2021, sections 4 and 5; routing by nearest centroid, shared heads' gain and induction are ours.
 template <class T>
 class RoutingAttention {
@@ -58,11 +57,12 @@ class RoutingAttention {
   /// Zeros of the parameters' shapes, for backward to add into.
   Parameters<T> zero_gradients() const { return detail::zero_parameters<T>(state_.config); }
 
-  /// The routers of the routed heads, one per key/value head; empty unless routing is learned. Their centroids are state, not parameters.
+  /// The routers of the routed heads, one per key/value head; empty unless routing is learned. Centroids are state, not
+  /// parameters.
   std::span<const OnlineKMeans<T>> routers() const { return state_.routers; }
   std::span<OnlineKMeans<T>> routers() { return state_.routers; }
 
-  /// y = layer(x), for evaluation: the bits of the other forward (but for dropout, which it leaves out), and nothing kept.
+  /// y = layer(x), for evaluation: bit-identical to the other forward, but without dropout, and nothing is kept.
   /// Shapes: x, y tokens x model_dim.
   /// Requires: matching shapes, y apart from x (ShapeError); offsets ascending from 0 to tokens, routes in
   ///   [-1, clusters) and only without a source, a source only where no head shares, with
@@ -109,9 +109,9 @@ class RoutingAttention {
                [&](detail::HeadsPass<T> pass, std::size_t block) { pass.backward(d_y, tape.blocks_[block], into); });
   }
 
-  /// The commitment loss of a forward pass, whose gradient backward adds: commitment times the sum over routed key/value heads of the
-  /// mean squares of their normalised rows' distances to their nearest centroids; queries, and keys unless shared. Call it
-  /// before update_router.
+  /// The commitment loss of a forward pass, whose gradient backward adds. Call it before update_router.
+  /// Formula: commitment times the sum over routed key/value heads of the mean square distance of their normalised rows
+  ///   from their nearest centroids; of queries, and of keys unless shared.
   /// Requires: a tape of a layer with this config (ValueError).
   double commitment_loss(const Tape& tape, Context& context) const {
     detail::LayerChecks<T>("RoutingAttention::commitment_loss", state_).tape(tape);
@@ -166,7 +166,7 @@ class RoutingAttention {
   }
 
   /// Moves the centroids by what was observed, on this machine or, with block() summed, on several; all of
-  /// them or, where something throws, none.
+  /// them or, where something throws, none. Allocates a serial context.
   void update_router(const RouterStatistics<T>& statistics) {
     detail::LayerChecks<T>("RoutingAttention::update_router", state_).statistics(statistics);
     if (state_.routers.empty()) return;

@@ -53,8 +53,8 @@ class HeadsPlans {
   }
 };
 
-/// The matrices of a block of heads in a forward pass; d head width, c = heads * d, e = key/value heads * d. Some are the
-/// same rows under several names.
+/// The matrices of a block of heads in a forward pass; d head width, c = heads * d, e = key/value heads * d. Some names
+/// can be the same rows.
 template <class T>
 struct HeadsMatrices {
   View<T> projected_q;   ///< tokens x c; normalised in place where nobody needs the projected ones afterwards
@@ -90,7 +90,7 @@ struct HeadsMatrices {
   void lay_out(const HeadBlock& block, Index n, Index source_rows, const Take& take) {
     const Index cols = block.cols(), kv_cols = block.kv_cols();
     projected_q = take(n, cols);
-    // Projected queries are needed beside normalised ones by the convolution's gradient, and by attention that reads them.
+    // Who needs projected queries beside normalised ones: the convolution's gradient, and attention that reads them.
     const bool both = block.taps > 0 || (block.shared && block.logits != Logits::normalised);
     normalised_q = both ? take(n, cols) : projected_q;
     routed_q = block.sums_queries() ? take(n, kv_cols) : normalised_q;
@@ -153,9 +153,9 @@ class RoutingAttentionTape {
   /// Tokens of the forward pass; -1 before the first.
   Index tokens() const { return tokens_; }
 
-  /// Clusters of the queries of a routed head, one per token (-1: none); empty for dense heads. Heads are counted among
-  /// the routed ones, or the dense ones of a layer without these, here and below; query heads that share a key/value head
-  /// count as one.
+  /// Clusters of the queries of a routed head, one per token (-1: none); empty for dense heads. Here and below, heads are
+  /// counted among the routed ones, or in a layer without these among the dense ones; query heads that share a key/value
+  /// head count as one.
   std::span<const std::int32_t> labels(Index routed_head) const {
     return slice("Tape::labels", content().plans.query_labels, routed_head, tokens_);
   }
