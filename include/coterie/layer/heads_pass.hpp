@@ -28,7 +28,7 @@ struct PassGradients {
 
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
-/// One pass of a block of heads over one input. Start reading at run() and backward(), which have the order of the steps.
+/// One pass of a block of heads over one input. Start reading at run() and backward(), which order the steps.
 /// Each step of backward stands after the step of forward that it undoes, and names its line.
 ///
 /// A decoder takes the same steps, with a convolution and an attention of its own.

@@ -153,9 +153,9 @@ class RoutingAttentionTape {
   /// Tokens of the forward pass; -1 before the first.
   Index tokens() const { return tokens_; }
 
-  /// Clusters of the queries of a routed head, one per token (-1: none); empty for dense heads. Here and below, heads are
-  /// counted among the routed ones, or in a layer without these among the dense ones; query heads that share a key/value
-  /// head count as one.
+  /// Clusters of the queries of a routed head, one per token (-1: none); empty for dense heads.
+  /// Here and below heads are counted among the routed ones, or among the dense ones of a layer without these; query
+  /// heads that share a key/value head count as one.
   std::span<const std::int32_t> labels(Index routed_head) const {
     return slice("Tape::labels", content().plans.query_labels, routed_head, tokens_);
   }
