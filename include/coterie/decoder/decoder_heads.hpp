@@ -387,7 +387,6 @@ class DecoderHeads {
     for (ClusterMembers& members : labels_now_.members) {
       members.begin.reserve(static_cast<std::size_t>(block.clusters) + 1);
       members.rows.reserve(static_cast<std::size_t>(entries));
-      members.scratch.reserve(static_cast<std::size_t>(entries));
     }
     for (AttentionPlan& plan : plans_) {
       for (auto* v : {&plan.entries, &plan.row_entries, &plan.row_begin, &plan.query_positions, &plan.task_begin})

@@ -28,10 +28,10 @@ struct PassGradients {
 
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
-/// One pass of a block of heads over one input. Start reading at forward() and backward(); below, each step of backward
-/// stands after the step of forward that it undoes.
+/// One pass of a block of heads over one input. Start reading at run() and backward(), which order the steps.
+/// Each step of backward stands after the step of forward that it undoes, and names its line.
 ///
-/// A decoder takes the same steps with a convolution and an attention of its own.
+/// A decoder takes the same steps, with a convolution and an attention of its own.
 /// Allocates: nothing once the workspace, the plans and the tape have grown to the sizes in use.
 template <class T>
 class HeadsPass {
@@ -39,7 +39,7 @@ class HeadsPass {
   HeadsPass(const LayerState<T>& layer, const HeadBlock& block, const CheckedInput<T>& in, Context& context)
       : layer_(layer), block_(block), in_(in), context_(context), scratch_(context.workspace().shared()) {}
 
-  /// y (+)= the block's share of the output, for evaluation. Blocks after the first add to what those before have written.
+  /// y (+)= the block's share of the output, for evaluation. The first block of heads overwrites y, later ones add.
   void forward(View<T> y, HeadsPlans& plans);
   /// The same for training: with dropout, and a tape for backward.
   void forward(View<T> y, HeadsTape<T>& tape);
@@ -130,6 +130,7 @@ void HeadsPass<T>::prefill(View<T> y, HeadsTape<T>& tape) {
   run(y, tape.plans, nullptr);
 }
 
+// Forward, line by line.
 template <class T>
 void HeadsPass<T>::run(View<T> y, HeadsPlans& plans, AttentionTape<T>* tape) {
   project();
@@ -141,6 +142,7 @@ void HeadsPass<T>::run(View<T> y, HeadsPlans& plans, AttentionTape<T>* tape) {
   output(y);
 }
 
+// The same lines from the last to the first.
 template <class T>
 void HeadsPass<T>::backward(ConstView<T> d_y, const HeadsTape<T>& tape, const PassGradients<T>& gradients) {
   Arena::Scope scope(scratch_);

@@ -52,8 +52,8 @@ struct RowPositions {
   std::vector<std::int32_t> queries, keys;  ///< keys: of a source, if given
 };
 
-/// Calls of_query(row, position) and, with a source, of_key(row, position) for all rows: where each is in its sequence, keys
-/// by their number, queries among the keys as the plans align them.
+/// Calls of_query(row, position) and, with a source, of_key(row, position) for all rows, with their positions in their
+/// sequences: keys are numbered, queries stand among the keys as the plans align them.
 template <class T, class Query, class Key>
 void each_position(const Input<T>& input, bool causal, const Query& of_query, const Key& of_key) {
   Pattern pattern;

@@ -217,6 +217,9 @@ void HeadsRouting<T>::build_plans(HeadsPlans& plans) const {
 // The plans without what comes on top of them.
 template <class T>
 void HeadsRouting<T>::build_token_plans(HeadsPlans& plans) const {
+  if (block_.has_members()) return build_member_plans(plans);
+  if (block_.clustered()) return build_clustered_plans(plans);
+  AttentionPlan& plan = plans.use(1)[0];
   if (block_.kind == BlockKind::local)
     plan_local({.tokens = tokens(),
                 .keys = key_rows(),
@@ -226,19 +229,15 @@ void HeadsRouting<T>::build_token_plans(HeadsPlans& plans) const {
                 .self = block_.self,
                 .offsets = in_.offsets,
                 .key_offsets = in_.key_offsets},
-               plans.use(1)[0]);
-  else if (block_.kind == BlockKind::dense)
+               plan, &plans.scratch[0]);
+  else
     plan_dense({.tokens = tokens(),
                 .keys = key_rows(),
                 .causal = layer_.config.causal,
                 .self = block_.self,
                 .offsets = in_.offsets,
                 .key_offsets = in_.key_offsets},
-               plans.use(1)[0]);
-  else if (block_.has_members())
-    build_member_plans(plans);
-  else
-    build_clustered_plans(plans);
+               plan, &plans.scratch[0]);
 }
 
 // Plans of one label a token.
@@ -255,7 +254,7 @@ void HeadsRouting<T>::build_clustered_plans(HeadsPlans& plans) const {
                     .self = block_.self,
                     .offsets = in_.offsets,
                     .key_offsets = in_.key_offsets},
-                   built[static_cast<std::size_t>(h)]);
+                   built[static_cast<std::size_t>(h)], &plans.scratch[static_cast<std::size_t>(h)]);
   });
 }
 
@@ -310,7 +309,7 @@ void HeadsRouting<T>::build_member_plans(HeadsPlans& plans) const {
                   .combine = block_.balanced ? block_.combine : Combine::lse,
                   .offsets = in_.offsets,
                   .key_offsets = in_.key_offsets},
-                 built[static_cast<std::size_t>(h)]);
+                 built[static_cast<std::size_t>(h)], &plans.scratch[static_cast<std::size_t>(h)]);
   });
 }
 
@@ -324,17 +323,18 @@ void HeadsRouting<T>::add_to_plans(HeadsPlans& plans) const {
   context_.for_each(static_cast<Index>(plans.count), [&](Index i, Index) {
     const auto number = static_cast<std::size_t>(i);
     AttentionPlan& plan = plans.plans[number];
+    PlanScratch* const scratch = &plans.scratch[number];
     if (dense_up_to > 0)
       plan_dense_up_to({.length = dense_up_to,
                         .causal = c.causal,
                         .self = block_.self,
                         .offsets = in_.offsets,
                         .key_offsets = in_.key_offsets},
-                       plan, plans.made[number]);
+                       plan, scratch);
     if (globals > 0)
       plan_add_globals({.globals = globals, .causal = c.causal, .self = block_.self, .offsets = in_.offsets}, plan,
-                       plans.made[number]);
-    if (c.memory > 0) plan_add_memory(c.memory, plan);
+                       scratch);
+    if (c.memory > 0) plan_add_memory(c.memory, plan, scratch);
   });
 }
 

@@ -1,4 +1,4 @@
-// Multi-head attention whose heads see a window, their clusters or everything.
+// The layer: multi-head attention whose heads see a window, the tokens of like content, or everything.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 
 #include "coterie/layer/checks.hpp"
 #include "coterie/layer/heads_pass.hpp"
+#include "coterie/router/update_routers.hpp"
 
 namespace coterie {
 
@@ -24,21 +25,20 @@ class Decoder;
 ///     layer.backward(x, tape, d_y, d_x, gradients, context);
 ///     layer.update_router(tape, context);
 ///
-/// Formula: y = sum over heads h of attention_h w_o[h] + b_o. Local heads see their window, routed ones the members of
-/// their query's cluster, dense ones everything. Each block makes its queries and keys as its Matching has it, and knows
-/// positions as its PositionKind has it:
-///   shared (default of causal routed heads): q = k = normalise(x w_q), logits gain/sqrt(d) q.k;
-///   otherwise q = x w_q, k = x w_k, logits q.k/sqrt(d), routed by their normalised rows;
-///   all of them with other Logits, gains and Normalisation where the config says so;
-///   induction: q = k = normalise(convolve(x w_q)), and key j carries the value of position j + 1 (zero keys: zero).
-/// With a source, keys and values are those of its rows: cross-attention, of heads that do not share. The last causal
+/// Formula: y = sum over heads h of attention_h w_o[h] + b_o. Local heads see a window around the query, routed heads
+/// the members of its clusters, dense heads everything; a causal layer nothing after the query.
+///   shared:     q = k = normalise(x w_q), logits gain/sqrt(d) q.k;
+///   otherwise:  q = x w_q, k = x w_k, logits q.k/sqrt(d); routers see normalised rows;
+///   both with other logits, gains and normalisation where the config says so;
+///   induction:  q = k = normalise(convolve(x w_q)), and key j carries the value of position j + 1 (zero keys: zero).
+/// With a source, keys and values are made from its rows: cross-attention, of heads that do not share. The last causal
 /// query then meets the last row of its sequence of the source, two-sided ones meet in proportion (Alignment).
 /// Routing passes no gradient.
-/// Allocates: nothing in forward, backward and update_router, once tape and workspace have grown to the sizes in use; the
-///   first update_router allocates for its k-means++.
-/// Threads and determinism: const calls with different tapes and contexts may run at the same time. A row's bits depend
-///   on what that row sees and not on other sequences, later tokens (causal) or the number of workers.
-/// Errors: what is wrong with an argument is thrown before anything is written.
+/// Requires: arguments that fit (ShapeError, ValueError); nothing is written before all of them have been checked.
+/// Allocates: nothing in forward, backward and update_router(tape, context), once tape and workspace have grown to the
+///   sizes in use; the first update_router allocates for its k-means++.
+/// Threads and determinism: const calls with different tapes and contexts may run at the same time. The bits of a row
+///   depend on what that row sees, not on other sequences, later tokens (causal) or the number of workers.
 /// Source: Roy et al. 2021, sections 4 and 5; routing by nearest centroid, shared heads' gain and induction are ours.
 template <class T>
 class RoutingAttention {
@@ -59,11 +59,12 @@ class RoutingAttention {
   /// Zeros of the parameters' shapes, for backward to add into.
   Parameters<T> zero_gradients() const { return detail::zero_parameters<T>(state_.config); }
 
-  /// The routers of the routed heads, one per key/value head; empty unless routing is learned. Their centroids are state, not parameters.
+  /// The routers of the routed heads, one per key/value head; empty unless routing is learned. Centroids are state, not
+  /// parameters.
   std::span<const OnlineKMeans<T>> routers() const { return state_.routers; }
   std::span<OnlineKMeans<T>> routers() { return state_.routers; }
 
-  /// y = layer(x), for evaluation: the bits of the other forward (but for dropout, which it leaves out), and nothing kept.
+  /// y = layer(x), for evaluation: bit-identical to the other forward, but without dropout, and nothing is kept.
   /// Shapes: x, y tokens x model_dim.
   /// Requires: matching shapes, y apart from x (ShapeError); offsets ascending from 0 to tokens, routes in
   ///   [-1, clusters) and only without a source, a source only where no head shares, with
@@ -110,9 +111,9 @@ class RoutingAttention {
                [&](detail::HeadsPass<T> pass, std::size_t block) { pass.backward(d_y, tape.blocks_[block], into); });
   }
 
-  /// The commitment loss of a forward pass, whose gradient backward adds: commitment times the sum over routed key/value heads of the
-  /// mean squares of their normalised rows' distances to their nearest centroids; queries, and keys unless shared. Call it
-  /// before update_router.
+  /// The commitment loss of a forward pass, whose gradient backward adds. Call it before update_router.
+  /// Formula: commitment times the sum over routed key/value heads of the mean square distance of their normalised rows
+  ///   from their nearest centroids; of queries, and of keys unless shared.
   /// Requires: a tape of a layer with this config (ValueError).
   double commitment_loss(const Tape& tape, Context& context) const {
     detail::LayerChecks<T>("RoutingAttention::commitment_loss", state_).tape(tape);
@@ -129,14 +130,14 @@ class RoutingAttention {
 
   /// Moves the centroids by the rows and labels of a forward pass; the only kind of call that does. Without learned
   /// routing it does nothing.
+  /// After an error, of a task or of memory as well, all centroids are where they were.
   void update_router(const Tape& tape, Context& context) {
     detail::LayerChecks<T>("RoutingAttention::update_router", state_).tape(tape);
     if (state_.routers.empty()) return;
     if (statistics_.heads() == 0) statistics_ = zero_statistics();
     statistics_.clear();
     observe(tape, statistics_, context);
-    update_all(statistics_,
-               [&](Index heads, const auto& task) { context.for_each(heads, [&](Index h, Index) { task(h); }); });
+    detail::update_routers<T>(state_.routers, statistics_, context);
   }
 
   /// Empty statistics of the routers' shapes (no heads unless routing is learned).
@@ -166,12 +167,13 @@ class RoutingAttention {
     });
   }
 
-  /// Moves the centroids by what was observed, on this machine or, with block() summed, on several.
+  /// Moves the centroids by what was observed, on this machine or, with block() summed, on several; all of
+  /// them or, where something throws, none. Allocates a serial context.
   void update_router(const RouterStatistics<T>& statistics) {
     detail::LayerChecks<T>("RoutingAttention::update_router", state_).statistics(statistics);
-    update_all(statistics, [](Index heads, const auto& task) {
-      for (Index h = 0; h < heads; ++h) task(h);
-    });
+    if (state_.routers.empty()) return;
+    Context serial;
+    detail::update_routers<T>(state_.routers, statistics, serial);
   }
 
   /// While frozen, update_router does nothing.
@@ -203,22 +205,6 @@ class RoutingAttention {
     each_block(detail::CheckedInput<T>(input, positions), context, forward);
     // y += b_o
     if (config().bias) detail::add_bias(y, state_.parameters.b_o.data(), context);
-  }
-
-  // Moves all routers or, where something throws, none. First updates allocate: they go to copies. Later ones cannot fail.
-  template <class ForEach>
-  void update_all(const RouterStatistics<T>& statistics, const ForEach& for_each) {
-    std::vector<OnlineKMeans<T>>& routers = state_.routers;
-    const auto heads = static_cast<Index>(routers.size());
-    const auto number = [](Index h) { return static_cast<std::size_t>(h); };
-    for_each(heads, [&](Index h) { routers[number(h)].check_update(statistics, h); });
-    if (std::any_of(routers.begin(), routers.end(), [](const auto& router) { return router.updates() == 0; })) {
-      std::vector<OnlineKMeans<T>> moved = routers;
-      for_each(heads, [&](Index h) { moved[number(h)].update_checked(statistics, h); });
-      std::swap_ranges(moved.begin(), moved.end(), routers.begin());
-    } else {
-      for (Index h = 0; h < heads; ++h) routers[number(h)].update_checked(statistics, h);
-    }
   }
 
   detail::LayerState<T> state_;

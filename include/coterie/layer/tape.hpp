@@ -13,6 +13,7 @@
 #include "coterie/core/workspace.hpp"
 #include "coterie/layer/head_block.hpp"
 #include "coterie/layer/input.hpp"
+#include "coterie/plan/complete.hpp"
 
 namespace coterie {
 
@@ -31,8 +32,8 @@ class HeadsPlans {
   std::vector<std::int32_t> own_key_labels;  ///< key/value heads x key rows; empty where keys have those of the queries
   std::vector<ClusterMembers> members;       ///< per head lists of the queries, and of the keys; empty where labels do
   std::vector<AttentionPlan> plans;
-  std::vector<AttentionPlan> made;  ///< memory for what is put on top of each plan
-  std::size_t count = 0;            ///< plans in use: 1 for all heads, or one per key/value head
+  std::vector<PlanScratch> scratch;  ///< per plan, for builders run side by side
+  std::size_t count = 0;             ///< plans in use: 1 for all heads, or one per key/value head
 
   /// Labels of the keys: their own, or those of the queries.
   std::span<const std::int32_t> key_labels() const { return own_key_labels.empty() ? query_labels : own_key_labels; }
@@ -42,7 +43,7 @@ class HeadsPlans {
   std::span<AttentionPlan> use(std::size_t number) {
     count = 0;
     if (plans.size() < number) plans.resize(number);
-    if (made.size() < number) made.resize(number);
+    if (scratch.size() < number) scratch.resize(number);
     count = number;
     return {plans.data(), number};
   }
@@ -52,8 +53,8 @@ class HeadsPlans {
   }
 };
 
-/// The matrices of a block of heads in a forward pass; d head width, c = heads * d, e = key/value heads * d. Some are the
-/// same rows under several names.
+/// The matrices of a block of heads in a forward pass; d head width, c = heads * d, e = key/value heads * d. Some names
+/// can be the same rows.
 template <class T>
 struct HeadsMatrices {
   View<T> projected_q;   ///< tokens x c; normalised in place where nobody needs the projected ones afterwards
@@ -89,7 +90,7 @@ struct HeadsMatrices {
   void lay_out(const HeadBlock& block, Index n, Index source_rows, const Take& take) {
     const Index cols = block.cols(), kv_cols = block.kv_cols();
     projected_q = take(n, cols);
-    // Projected queries are needed beside normalised ones by the convolution's gradient, and by attention that reads them.
+    // Who needs projected queries beside normalised ones: the convolution's gradient, and attention that reads them.
     const bool both = block.taps > 0 || (block.shared && block.logits != Logits::normalised);
     normalised_q = both ? take(n, cols) : projected_q;
     routed_q = block.sums_queries() ? take(n, kv_cols) : normalised_q;
@@ -152,9 +153,9 @@ class RoutingAttentionTape {
   /// Tokens of the forward pass; -1 before the first.
   Index tokens() const { return tokens_; }
 
-  /// Clusters of the queries of a routed head, one per token (-1: none); empty for dense heads. Heads are counted among
-  /// the routed ones, or the dense ones of a layer without these, here and below; query heads that share a key/value head
-  /// count as one.
+  /// Clusters of the queries of a routed head, one per token (-1: none); empty for dense heads.
+  /// Here and below heads are counted among the routed ones, or among the dense ones of a layer without these; query
+  /// heads that share a key/value head count as one.
   std::span<const std::int32_t> labels(Index routed_head) const {
     return slice("Tape::labels", content().plans.query_labels, routed_head, tokens_);
   }
