@@ -18,11 +18,11 @@
 
 namespace coterie {
 
-/// The format of saved layers: of the files that this library writes, and the newest that it reads. A field, tensor or enumerator
-/// more is a new format.
-inline constexpr int format_version = 1;
-
 namespace detail {
+
+/// The format of saved layers: of the files that this library writes, and the newest that it reads. A field, tensor or
+/// enumerator more is a new format.
+inline constexpr int format_version = 1;
 
 /// Calls f(name, field, since) for every field of a config, in the order of its declaration; `since` is the first format that has
 /// it. C: RoutingAttentionConfig, const or not. A new field belongs in here (a test counts them).
