@@ -63,7 +63,7 @@ TEST_CASE("an index whose build fails is as it was, whether it knew keys or not"
                   require_same(index, old, k);
                   index.build(k, context);
                   require_same(index, expected, k);
-                }) > 5);
+                }) > 3);
     std::unique_ptr<Context> fresh;
     REQUIRE(fail_each_allocation(
                 [&] {
@@ -110,6 +110,6 @@ TEST_CASE("an index to which keys are appended takes all of them, or on error no
                   require_same(index, threw ? old : expected, k);
                   index.append(k.topRows(length), *fresh);
                   require_same(index, expected, k);
-                }) > 5);
+                }) > 3);
   }
 }
