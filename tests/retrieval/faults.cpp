@@ -63,7 +63,7 @@ TEST_CASE("an index whose build fails is as it was, whether it knew keys or not"
                   require_same(index, old, k);
                   index.build(k, context);
                   require_same(index, expected, k);
-                }) > 3);
+                }) > 5);
     std::unique_ptr<Context> fresh;
     REQUIRE(fail_each_allocation(
                 [&] {

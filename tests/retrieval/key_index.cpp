@@ -169,7 +169,8 @@ TEST_CASE("key index: a query sees first, recent and its best clusters, once, as
         AttentionPlan quick = plans[static_cast<std::size_t>(h)];
         for (AttentionPlan::Part& part : quick.parts) part.alone = false;
         const AttentionPlan slow = quick;
-        detail::derive(quick);
+        std::vector<std::int32_t> scratch;
+        detail::derive(quick, scratch);
         REQUIRE(quick.row_begin == slow.row_begin);
         REQUIRE(quick.row_entries == slow.row_entries);
         REQUIRE(quick.task_begin == slow.task_begin);

@@ -159,7 +159,6 @@ class DecoderHeads {
     for (ClusterMembers& members : labels_now_.members) {
       members.begin.reserve(static_cast<std::size_t>(clusters_) + 1);
       members.rows.reserve(static_cast<std::size_t>(entries));
-      members.scratch.reserve(static_cast<std::size_t>(entries));
     }
   }
 

@@ -167,6 +167,7 @@ void build_token_plans(const LayerState<T>& layer, const HeadBlock& group, const
   const Index n = in.x.rows(), keys = in.keys.rows();
   const std::span<const Index> offsets = in.input.offsets, key_offsets = in.input.source_offsets;
   if (!group.routed) {
+    AttentionPlan& plan = plans.use(1)[0];
     plan_local({.tokens = n,
                 .keys = keys,
                 .window = c.local_window,
@@ -175,15 +176,16 @@ void build_token_plans(const LayerState<T>& layer, const HeadBlock& group, const
                 .self = group.induction ? Self::never : Self::visible,
                 .offsets = offsets,
                 .key_offsets = key_offsets},
-               plans.use(1)[0]);
+               plan, &plans.scratch[0]);
   } else if (c.routing == Routing::dense) {
+    AttentionPlan& plan = plans.use(1)[0];
     plan_dense({.tokens = n,
                 .keys = keys,
                 .causal = c.causal,
                 .self = *c.self,
                 .offsets = offsets,
                 .key_offsets = key_offsets},
-               plans.use(1)[0]);
+               plan, &plans.scratch[0]);
   } else if (has_members(c)) {
     const ScoredRows<T> queries{router_queries(group, m), offsets},
         key_rows{router_keys(group, m), in.crosses ? key_offsets : offsets};
@@ -201,7 +203,7 @@ void build_token_plans(const LayerState<T>& layer, const HeadBlock& group, const
                       .self = *c.self,
                       .offsets = offsets,
                       .key_offsets = key_offsets},
-                     built[static_cast<std::size_t>(h)]);
+                     built[static_cast<std::size_t>(h)], &plans.scratch[static_cast<std::size_t>(h)]);
     });
   }
 }
@@ -220,17 +222,17 @@ void build_plans(const LayerState<T>& layer, const HeadBlock& group, const Check
   context.for_each(static_cast<Index>(plans.count), [&](Index i, Index) {
     const auto number = static_cast<std::size_t>(i);
     AttentionPlan& plan = plans.plans[number];
+    PlanScratch* const scratch = &plans.scratch[number];
     if (dense_up_to > 0)
       plan_dense_up_to({.length = dense_up_to,
                         .causal = c.causal,
                         .self = self,
                         .offsets = offsets,
                         .key_offsets = in.input.source_offsets},
-                       plan, plans.made[number]);
+                       plan, scratch);
     if (globals > 0)
-      plan_add_globals({.globals = globals, .causal = c.causal, .self = self, .offsets = offsets}, plan,
-                       plans.made[number]);
-    if (c.memory > 0) plan_add_memory(c.memory, plan);
+      plan_add_globals({.globals = globals, .causal = c.causal, .self = self, .offsets = offsets}, plan, scratch);
+    if (c.memory > 0) plan_add_memory(c.memory, plan, scratch);
   });
 }
 

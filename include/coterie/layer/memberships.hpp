@@ -71,7 +71,7 @@ void build_member_plans(const RoutingAttentionConfig& c, std::span<const OnlineK
                   .combine = balanced ? c.combine : Combine::lse,
                   .offsets = queries.offsets,
                   .key_offsets = keys.offsets},
-                 built[static_cast<std::size_t>(h)]);
+                 built[static_cast<std::size_t>(h)], &plans.scratch[static_cast<std::size_t>(h)]);
   });
 }
 

@@ -13,6 +13,7 @@
 #include "coterie/core/cluster_members.hpp"
 #include "coterie/core/workspace.hpp"
 #include "coterie/layer/initialise.hpp"
+#include "coterie/plan/complete.hpp"
 
 namespace coterie {
 
@@ -52,13 +53,14 @@ struct HeadsPlans {
   std::vector<std::int32_t> query_labels, key_labels;  ///< heads x rows; key_labels empty: as query_labels
   std::vector<ClusterMembers> members;  ///< per head lists of the queries, and of the keys; empty where labels do
   std::vector<AttentionPlan> plans;
-  std::vector<AttentionPlan> made;  ///< memory for what is put on top of each plan
-  std::size_t count = 0;            ///< plans in use: 1 for all heads, or one per key/value head
+  std::vector<PlanScratch> scratch;  ///< per plan, for builders run side by side
+  std::size_t count = 0;             ///< plans in use: 1 for all heads, or one per key/value head
 
   std::span<const AttentionPlan> used() const { return {plans.data(), count}; }
   /// The first `number` plans, to be built.
   std::span<AttentionPlan> use(std::size_t number) {
-    if (plans.size() < number) plans.resize(number), made.resize(number);
+    if (scratch.size() < number) scratch.resize(number);
+    if (plans.size() < number) plans.resize(number);
     count = number;
     return {plans.data(), number};
   }

@@ -19,6 +19,7 @@
 
 #include "coterie/attention/attention.hpp"
 #include "coterie/kernel/product.hpp"
+#include "coterie/plan/complete.hpp"
 #include "coterie/retrieval/key_clusters.hpp"
 #include "coterie/router/members.hpp"
 
@@ -53,6 +54,7 @@ struct ProbeScratch {
     explicit Worker(InstructionSet instructions) : context(instructions) {}
     Context context;  // serial, with a workspace of its own: heads run side by side
     AttentionPlan plan;
+    PlanScratch plan_scratch;
     ClusterMembers members;
   };
   std::deque<Worker> workers;
@@ -69,10 +71,9 @@ struct ProbeScratch {
                probed = static_cast<std::size_t>(queries * probes);
     const auto groups = static_cast<std::size_t>(std::min(queries * probes, clusters) + 1);
     for (Worker& w : workers) {
-      w.members.scratch.reserve(probed);
       w.members.rows.reserve(probed);
       w.members.begin.reserve(static_cast<std::size_t>(clusters) + 1);
-      for (auto* list : {&w.plan.entries, &w.plan.row_entries, &w.plan.scratch}) list->reserve(entries);
+      for (auto* list : {&w.plan.entries, &w.plan.row_entries, &w.plan_scratch.numbers}) list->reserve(entries);
       w.plan.row_begin.reserve(static_cast<std::size_t>(queries) + 1);
       w.plan.visible.reserve(entries);
       w.plan.keys.reserve(std::bit_ceil(static_cast<std::size_t>(keys)));  // it grows with every key
@@ -208,7 +209,7 @@ class KeyIndex {
       const ConstView<T> rows = q.rows(first, count).columns(head * d, d);
       write_plan(rows, kv, config.probes, own.members, own.plan, own.context);
       // Not complete(): its time for all key rows is more than a query of a long cache may cost.
-      detail::derive(own.plan);
+      detail::derive(own.plan, own.plan_scratch.numbers);
       attention_forward(own.plan, rows, k.columns(kv * d, d), v.columns(kv * dv, dv),
                         out.rows(first, count).columns(head * dv, dv), {.scale = config.scale}, own.context);
     });
@@ -235,7 +236,7 @@ class KeyIndex {
       plan.visible_too.clear();
       write_plan(q.columns(head * sizes.d, sizes.d), head / (sizes.heads / this->config().kv_heads), config.probes,
                  own.members, plan, own.context);
-      complete(plan);
+      complete(plan, &own.plan_scratch);
     });
     scratch.level();
   }
