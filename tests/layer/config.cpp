@@ -184,7 +184,6 @@ TEST_CASE("what makes no sense is refused, naming the setting") {
       {"routed_distances", [](C& c) { c.routed_positions = PositionKind::alibi, c.routed_distances = 8; }},
       {"routed_distances", [](C& c) { c.routed_distances = 8; }},
       {"decay", [](C& c) { c.decay = 1; }},
-      {"decay", [](C& c) { c.decay = 0; }},
       {"decay", [](C& c) { c.decay = std::numeric_limits<double>::quiet_NaN(); }},
   };
   REQUIRE(config_fault([](C&) {}).empty());

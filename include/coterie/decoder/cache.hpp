@@ -39,7 +39,7 @@ struct CacheEntry {
 /// Keys that a list of which the last `window` are seen keeps, so that `rollback` of them may be taken back; 0: all.
 /// Sequences end at 2^31 - 1 tokens.
 constexpr Index cache_capacity(Index window, Index rollback) {
-  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
   return window > 0 && rollback < most && window <= most - rollback ? window + rollback : 0;
 }
 
@@ -174,10 +174,10 @@ class HeadCache {
 
   /// Memory for `tokens` tokens of every sequence, of which `rollback` may be taken back at a time.
   void reserve(Index tokens, Index rollback) {
-    const Index list_pages = pages_for(shape_.capacity > 0 ? std::min(tokens, shape_.capacity) : tokens);
+    const Index list_pages = pages_for(shape_.capacity > 0 ? (std::min)(tokens, shape_.capacity) : tokens);
     // Lists keep the pages of tokens that were taken back.
     const Index taken_back = shape_.lists * pages_for(std::min(tokens, rollback));
-    const Index lists = std::min(shape_.lists * list_pages, shape_.lists + pages_for(tokens) + taken_back);
+    const Index lists = (std::min)(shape_.lists * list_pages, shape_.lists + pages_for(tokens) + taken_back);
     const Index beginning = pages_for(std::min(tokens, shape_.beginning));
     const Index all = shape_.sequences * (lists + beginning);
     for (Unit& unit : units_) {
@@ -223,7 +223,7 @@ class HeadCache {
   }
   // Pages that the keys of a list are in.
   Index pages_of(const CacheList& list) const {
-    return std::min(static_cast<Index>(list.pages.size()), pages_for(list.end));
+    return (std::min)(static_cast<Index>(list.pages.size()), pages_for(list.end));
   }
 
   template <class F>
@@ -265,7 +265,7 @@ class HeadCache {
   // fails, those that have succeeded are only larger than rows_ says.
   void need_rows(Index rows) {
     if (rows <= rows_) return;
-    rows = std::max(rows, std::min({2 * rows_, rows_ + (Index(1) << 20), most_rows_}));
+    rows = (std::max)(rows, (std::min)({2 * rows_, rows_ + (Index(1) << 20), most_rows_}));
     for (RowMatrix<T>* matrix : {&keys_, &values_})
       if (matrix->rows() < rows) matrix->conservativeResize(rows, matrix->cols());
     for (Unit& unit : units_) unit.positions.resize(static_cast<std::size_t>(rows));
@@ -296,7 +296,7 @@ class HeadCache {
 
   CacheShape shape_;
   Index rows_ = 0;
-  Index most_rows_ = std::numeric_limits<Index>::max();  // rows that lists can take
+  Index most_rows_ = (std::numeric_limits<Index>::max)();  // rows that lists can take
   std::vector<Unit> units_;
   RowMatrix<T> keys_, values_;            // rows x units * unit_cols
   RowMatrix<T> lost_keys_, lost_values_;  // per sequence: what the last append has displaced

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <limits>
 #include <span>
@@ -57,15 +56,15 @@ class Decoder {
     faults.expect(c.causal, "layer", "a causal one (a later token changes earlier rows of others)", "a two-sided one");
     faults.expect(c.membership == Membership::nearest, "layer",
                   "nearest membership (with balanced a later token changes the clusters of earlier ones)", "balanced");
-    constexpr Index most = std::numeric_limits<std::int32_t>::max();
+    constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
     faults.expect(config.sequences >= 1 && config.sequences <= most, "sequences", "at least 1", config.sequences);
     faults.expect(config.max_rollback >= 0 && config.max_rollback <= most, "max_rollback", "at least 0",
                   config.max_rollback);
     faults.expect(config.reserve >= 0 && config.reserve <= most, "reserve", "at least 0", config.reserve);
     faults.raise();
-    for (const detail::HeadBlock* block : head_blocks())
-      if (block->count > 0) {
-        heads_.emplace_back(layer.parts_, *block, config.sequences, config.max_rollback);
+    for (const detail::HeadBlock& block : layer.state_.heads.blocks)
+      if (block.count > 0) {
+        heads_.emplace_back(layer.state_, block, config.sequences, config.max_rollback);
         if (config.reserve > 0) heads_.back().reserve(config.reserve);
       }
     lengths_.assign(static_cast<std::size_t>(config.sequences), 0);
@@ -141,20 +140,18 @@ class Decoder {
       for (Index i = 0; i < x.rows(); ++i) advance(function, x.rows(i, 1), y.rows(i, 1), {&number, 1}, context);
       return;
     }
-    const detail::LayerState<T>& parts = layer_->parts_;
-    detail::Places positions;
+    const detail::LayerState<T>& state = layer_->state_;
+    detail::RowPositions positions;
     for (std::int32_t i = 0; i < static_cast<std::int32_t>(x.rows()); ++i) positions.queries.push_back(i);
     const Input<T> input(x);
     const detail::CheckedInput<T> in(input, positions);
     try {
-      bool add = false;
-      each_block([&](const detail::HeadBlock& block, detail::DecoderHeads<T>& heads) {
+      for (detail::DecoderHeads<T>& heads : heads_) {
         detail::HeadsTape<T> tape;
-        detail::heads_forward(parts, block, in, y, add, &tape, false, tape.plans, context);
-        heads.fill(block, sequence, tape, x.rows());
-        add = true;
-      });
-      if (parts.config.bias) detail::add_bias(y, parts.parameters.b_o.data(), context);
+        detail::HeadsPass<T>(state, heads.block(), in, context).prefill(y, tape);
+        heads.fill(sequence, tape, x.rows());
+      }
+      if (state.config.bias) detail::add_bias(y, state.parameters.b_o.data(), context);
     } catch (...) {
       for (detail::DecoderHeads<T>& heads : heads_) heads.clear(sequence);
       throw;
@@ -171,16 +168,14 @@ class Decoder {
     const char* const function = "Decoder::rollback";
     check_sequence(function, sequence);
     const auto s = static_cast<std::size_t>(sequence);
-    const Index most = std::min(lengths_[s], max_rollback_ - taken_back_[s]);
+    const Index most = (std::min)(lengths_[s], max_rollback_ - taken_back_[s]);
     if (tokens < 0 || tokens > most)
       detail::fail<ValueError>(function, "tokens",
                                detail::join("0 to ", most, " (", lengths_[s], " tokens, max_rollback ", max_rollback_,
                                             ", ", taken_back_[s], " of them used)"),
                                tokens);
     for (Index i = 0; i < tokens; ++i, --lengths_[s])
-      each_block([&](const detail::HeadBlock& block, detail::DecoderHeads<T>& heads) {
-        heads.take_back(block, sequence, lengths_[s]);
-      });
+      for (detail::DecoderHeads<T>& heads : heads_) heads.take_back(sequence, lengths_[s]);
     taken_back_[s] += tokens;
   }
 
@@ -209,26 +204,13 @@ class Decoder {
   }
 
  private:
-  /// The blocks of the layer, in the order of their heads; some may have none.
-  std::array<const detail::HeadBlock*, 2> head_blocks() const {
-    return {&layer_->parts_.heads.local, &layer_->parts_.heads.routed};
-  }
-
-  /// Calls f(block, heads) for all blocks that have heads.
-  template <class F>
-  void each_block(const F& f) {
-    std::size_t number = 0;
-    for (const detail::HeadBlock* block : head_blocks())
-      if (block->count > 0) f(*block, heads_[number++]);
-  }
-
   void check_sequence(const char* function, Index sequence) const {
     if (sequence < 0 || sequence >= sequences())
       detail::fail<ValueError>(function, "sequence", detail::join("0 to ", sequences() - 1), sequence);
   }
 
   void check_length(const char* function, Index length) const {
-    constexpr Index most = std::numeric_limits<std::int32_t>::max();
+    constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
     if (length > most) detail::fail<ValueError>(function, "x", detail::join("at most ", most, " tokens"), length);
   }
 
@@ -241,7 +223,7 @@ class Decoder {
   }
 
   void check_layer(const char* function, const Context& context) const {
-    layer_->check_ready(function, context);
+    detail::LayerChecks<T>(function, layer_->state_).ready(context);
     const std::span<const OnlineKMeans<T>> routers = layer_->routers();
     bool same = routers.size() == revisions_.size();
     for (std::size_t h = 0; h < revisions_.size() && same; ++h) same = routers[h].revision() == revisions_[h];
@@ -260,27 +242,25 @@ class Decoder {
       positions_.push_back(static_cast<std::int32_t>(lengths_[static_cast<std::size_t>(s)]));
     }
     if (sequences.empty()) return;
-    const detail::LayerState<T>& parts = layer_->parts_;
+    const detail::LayerState<T>& state = layer_->state_;
     const Input<T> input(x);
     const detail::CheckedInput<T> in(input, positions_);
     const detail::StepTokens tokens{sequences, positions_};
     std::size_t entered = 0;  // blocks whose caches have the tokens
     try {
-      each_block([&](const detail::HeadBlock& block, detail::DecoderHeads<T>& heads) {
-        heads.step(parts, block, in, tokens, y, entered > 0, context);
+      for (detail::DecoderHeads<T>& heads : heads_) {
+        heads.step(in, tokens, y, context);
         ++entered;
-      });
-      if (parts.config.bias) detail::add_bias(y, parts.parameters.b_o.data(), context);
+      }
+      if (state.config.bias) detail::add_bias(y, state.parameters.b_o.data(), context);
     } catch (...) {
-      each_block([&](const detail::HeadBlock& block, detail::DecoderHeads<T>& heads) {
-        if (entered > 0) heads.undo_step(block, tokens), --entered;
-      });
+      for (std::size_t b = 0; b < entered; ++b) heads_[b].undo_step(tokens);
       throw;
     }
     for (const std::int32_t s : sequences) {
       ++lengths_[static_cast<std::size_t>(s)];
       Index& taken_back = taken_back_[static_cast<std::size_t>(s)];
-      taken_back = std::max<Index>(0, taken_back - 1);
+      taken_back = (std::max<Index>)(0, taken_back - 1);
     }
   }
 

@@ -190,20 +190,15 @@ inline void resolve_positions(RoutingAttentionConfig& c, Faults& faults) {
 inline KMeansConfig router_config(const RoutingAttentionConfig& c, std::uint64_t seed) {
   return {.clusters = c.clusters,
           .dim = c.head_dim,
-          .decay = c.decay,
-          .average = c.average,
-          .renormalise = c.renormalise,
-          .dead_share = c.dead_share,
-          .split_share = c.split_share,
           .seed = seed,
-          .normalisation = c.normalisation};
+          .normalisation = c.normalisation,
+          .router = {c.decay, c.average, c.renormalise, c.dead_share, c.split_share}};
 }
 
 /// The part of resolve that is about routers.
 inline void check_routers(const RoutingAttentionConfig& c, Faults& faults) {
-  const KMeansConfig usual;
-  faults.expect(c.decay > 0 && c.decay < 1, "decay", "above 0 and below 1", c.decay);
-  check_movement(faults, router_config(c, 0));
+  const RouterConfig usual;
+  check_router(faults, router_config(c, 0).router, "");
   faults.expect(c.commitment >= 0 && std::isfinite(c.commitment), "commitment", "0, or a positive number",
                 c.commitment);
   if (c.routed_heads > 0 && c.routing == Routing::learned) return;

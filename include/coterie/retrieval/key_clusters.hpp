@@ -36,7 +36,7 @@ class KeyClusters {
     faults.expect(config.recent >= 0, "recent", "at least 0", config.recent);
     faults.expect(config.sample >= 0, "sample", "at least 0", config.sample);
     faults.expect(config.steps >= 0, "steps", "at least 0", config.steps);
-    constexpr Index most = std::numeric_limits<std::int32_t>::max() / 64;  // so that no product of settings overflows
+    constexpr Index most = (std::numeric_limits<std::int32_t>::max)() / 64;  // so that no product of settings overflows
     for (const auto& [name, value] : {std::pair{"clusters", config.clusters}, std::pair{"sinks", config.sinks}})
       faults.expect(value <= most, name, join("at most ", most), value);
     faults.raise();
@@ -58,16 +58,16 @@ class KeyClusters {
   /// Keys that a plan can list at most which looks into `probed` clusters.
   Index most_listed(Index probed) const {
     const Index inside = clustered_.count();
-    return tokens_ - inside + (probed < config_.clusters ? std::min(inside, probed * longest_) : inside);
+    return tokens_ - inside + (probed < config_.clusters ? (std::min)(inside, probed * longest_) : inside);
   }
 
   /// New clusters of the keys between the first and the recent ones; the old ones stay until the new ones are there.
   void build(ConstView<T> k, Context& context) {
-    check_keys("KeyIndex::build", k, 0, std::max<Index>(1, k.cols() / config_.kv_heads));
+    check_keys("KeyIndex::build", k, 0, (std::max<Index>)(1, k.cols() / config_.kv_heads));
     KeyClusters made(config_);
     made.dim_ = k.cols() / config_.kv_heads;
     made.tokens_ = k.rows();
-    const Index begin = std::min(config_.sinks, made.tokens_), end = std::max(begin, made.tokens_ - config_.recent);
+    const Index begin = (std::min)(config_.sinks, made.tokens_), end = (std::max)(begin, made.tokens_ - config_.recent);
     made.clustered_ = {begin, begin};
     if (begin < end) {
       std::vector<RowMatrix<T>> samples(made.heads_.size());
@@ -82,7 +82,7 @@ class KeyClusters {
 
   /// Puts the keys that are not among the recent ones any more into the clusters that there are.
   void append(ConstView<T> k, Context& context) {
-    check_keys("KeyIndex::append", k, tokens_, dim_ > 0 ? dim_ : std::max<Index>(1, k.cols() / config_.kv_heads));
+    check_keys("KeyIndex::append", k, tokens_, dim_ > 0 ? dim_ : (std::max<Index>)(1, k.cols() / config_.kv_heads));
     if (heads_.front().count > 0) take(k, k.rows() - config_.recent, context);
     dim_ = k.cols() / config_.kv_heads;
     tokens_ = k.rows();
@@ -91,7 +91,7 @@ class KeyClusters {
  private:
   void check_keys(const char* function, ConstView<T> k, Index rows, Index d) const {
     if (k.rows() < rows) fail<ShapeError>(function, "k", join("at least ", rows, " rows"), join(k.rows(), " rows"));
-    constexpr Index most = std::numeric_limits<std::int32_t>::max();
+    constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
     if (k.rows() > most) fail<ShapeError>(function, "k", join("at most ", most, " rows"), join(k.rows(), " rows"));
     check_shape<T>(function, "k", k, k.rows(), config_.kv_heads * d);
   }
@@ -118,8 +118,8 @@ class KeyClusters {
     RowMatrix<T> centroids = RowMatrix<T>::Zero(config_.clusters, dim_);
     SeedingScratch<T> scratch;
     // Where no key of the sample is finite, one centroid takes them all.
-    head.count = std::max<Index>(
-        1, seed_centroids<T>(view(std::as_const(sample)).columns(0, dim_), view(centroids), seed, scratch));
+    head.count = (std::max<Index>)(1, seed_centroids<T>(view(std::as_const(sample)).columns(0, dim_), view(centroids),
+                                                        seed, scratch));
     head.nearest.resize(head.count, dim_ + 1);
     for (Index c = 0; c < head.count; ++c) set_centroid(head, c, centroids.data() + c * dim_);
     return sample;
@@ -182,7 +182,7 @@ class KeyClusters {
   void take_some(ConstView<T> k, Index end, Context& context) {
     constexpr Index most = 8192;  // keys at a time
     while (clustered_.end < end) {
-      const Index begin = clustered_.end, count = std::min(end - begin, most), chunk = 256;
+      const Index begin = clustered_.end, count = (std::min)(end - begin, most), chunk = 256;
       Arena& arena = context.workspace().shared();
       Arena::Scope scope(arena);
       const View<T> rows = arena.matrix<T>(count, dim_ + 1);
@@ -196,7 +196,7 @@ class KeyClusters {
         for (Index i = 0; i < count; ++i) {
           std::vector<std::int32_t>& members = head.members[static_cast<std::size_t>(labels[i])];
           members.push_back(static_cast<std::int32_t>(begin + i));
-          longest_ = std::max(longest_, static_cast<Index>(members.size()));
+          longest_ = (std::max)(longest_, static_cast<Index>(members.size()));
         }
       }
       clustered_.end = begin + count;

@@ -88,8 +88,8 @@ struct ProbeScratch {
     std::size_t shared = 0, own = 0;
     for (Worker& w : workers) {
       w.context.workspace().prepare(1);
-      shared = std::max(shared, w.context.workspace().shared().bytes());
-      own = std::max(own, w.context.workspace().worker(0).bytes());
+      shared = (std::max)(shared, w.context.workspace().shared().bytes());
+      own = (std::max)(own, w.context.workspace().worker(0).bytes());
     }
     for (Worker& w : workers) {
       w.context.workspace().shared().reserve(shared);
@@ -198,14 +198,14 @@ class KeyIndex {
 
     auto& scratch = context.workspace().template object<detail::ProbeScratch>();
     scratch.prepare(context);
-    const Index most = std::min(q.rows(), detail::probe_chunk);
+    const Index most = (std::min)(q.rows(), detail::probe_chunk);
     scratch.reserve(most, config.probes, this->config().clusters, clusters_.most_listed(most * config.probes));
     const Index chunks = (q.rows() + detail::probe_chunk - 1) / detail::probe_chunk;
     context.for_each(sizes.heads * chunks, [&](Index task, Index worker) {
       detail::ProbeScratch::Worker& own = scratch.workers[static_cast<std::size_t>(worker)];
       const Index head = task / chunks, kv = head / (sizes.heads / kv_heads),
                   first = task % chunks * detail::probe_chunk;
-      const Index count = std::min(q.rows() - first, detail::probe_chunk);
+      const Index count = (std::min)(q.rows() - first, detail::probe_chunk);
       const ConstView<T> rows = q.rows(first, count).columns(head * d, d);
       write_plan(rows, kv, config.probes, own.members, own.plan, own.context);
       // Not complete(): its time for all key rows is more than a query of a long cache may cost.
@@ -257,7 +257,7 @@ class KeyIndex {
     faults.raise();
     // Before the first keys are known any width will do.
     const Index d = clusters_.dim() > 0 ? clusters_.dim() : q.cols() / heads;
-    detail::check_shape<T>(function, "q", q, q.rows(), heads * std::max<Index>(d, 1));
+    detail::check_shape<T>(function, "q", q, q.rows(), heads * (std::max<Index>)(d, 1));
     return {heads, d};
   }
 
@@ -284,7 +284,7 @@ class KeyIndex {
     for (Index i = 0; i < clusters_.clustered().begin; ++i) plan.keys.push_back(static_cast<std::int32_t>(i));
     for (Index i = clusters_.clustered().end; i < tokens(); ++i) plan.keys.push_back(static_cast<std::int32_t>(i));
     add_group(0, 0);
-    probes = std::min(probes, head.count);
+    probes = (std::min)(probes, head.count);
     if (probes == 0) return;
 
     // scores = q centroids^T

@@ -69,7 +69,7 @@ inline void check_pytorch_config(const char* function, const RoutingAttentionCon
                 "interleaved");
   faults.expect(queries_ahead == 0 || turns, "queries_ahead", "0 without rotary positions of local heads",
                 queries_ahead);
-  faults.expect(queries_ahead >= 0 && queries_ahead <= std::numeric_limits<std::int32_t>::max(), "queries_ahead",
+  faults.expect(queries_ahead >= 0 && queries_ahead <= (std::numeric_limits<std::int32_t>::max)(), "queries_ahead",
                 "at least 0", queries_ahead);
   faults.raise();
 }
@@ -120,12 +120,12 @@ void take_pytorch_centroids(PytorchTensors<T>& tensors, std::span<OnlineKMeans<T
   const std::vector<T> means = tensors.take("global_attn.kmeans.means", {c.routed_heads, c.clusters, c.head_dim});
   if (tensors.template take<std::int64_t>("global_attn.kmeans.initted", {})[0] == 0) return;
   // The module's decay is constant: so is ours once the schedule (1 + t) / (10 + t) has reached it.
-  const double updates = std::min(std::ceil((10 * c.decay - 1) / (1 - c.decay)), 0x1p53);
+  const double updates = (std::min)(std::ceil((10 * c.decay - 1) / (1 - c.decay)), 0x1p53);
   for (Index h = 0; h < c.routed_heads; ++h) {
     const ConstView<T> centroids(means.data() + h * c.clusters * c.head_dim, c.clusters, c.head_dim);
     try {
       routers[static_cast<std::size_t>(h)].set_centroids(centroids, {},
-                                                         std::max(Index(1), static_cast<Index>(updates)));
+                                                         (std::max)(Index(1), static_cast<Index>(updates)));
     } catch (const ValueError& error) {
       tensors.fail(join("damaged: global_attn.kmeans.means: ", error.what()));
     }

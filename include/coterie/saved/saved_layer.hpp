@@ -34,7 +34,7 @@ inline std::string router_name(std::string_view prefix, Index head, std::string_
 
 /// Whether products of two sizes of a resolved config can be counted; what a file says may be anything.
 inline bool countable_sizes(const RoutingAttentionConfig& c) {
-  const auto countable = [](Index size) { return size <= std::numeric_limits<std::int32_t>::max(); };
+  const auto countable = [](Index size) { return size <= (std::numeric_limits<std::int32_t>::max)(); };
   return countable(c.model_dim) && countable(c.heads) && countable(c.head_dim) && countable(c.key_taps) &&
          countable(c.position_buckets) && countable(c.lookahead) &&
          (countable(c.local_window) ||

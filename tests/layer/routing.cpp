@@ -1,4 +1,4 @@
-#include "coterie/layer/memberships.hpp"
+#include "coterie/layer/routing.hpp"
 
 #include <cmath>
 
@@ -284,11 +284,11 @@ TEST_CASE("the routers of a layer have its settings") {
                                        .dead_share = 0.2,
                                        .split_share = 3});
   const KMeansConfig& k = layer.routers()[0].config();
-  REQUIRE(k.decay == 0.9);
-  REQUIRE(k.average == Average::batch_mean);
-  REQUIRE(k.renormalise);
-  REQUIRE(k.dead_share == 0.2);
-  REQUIRE(k.split_share == 3);
+  REQUIRE(k.router.decay == 0.9);
+  REQUIRE(k.router.average == Average::batch_mean);
+  REQUIRE(k.router.renormalise);
+  REQUIRE(k.router.dead_share == 0.2);
+  REQUIRE(k.router.split_share == 3);
 }
 
 TEST_CASE("dropout: in training only, by seed and step, with its gradients; soft cap: in both") {
