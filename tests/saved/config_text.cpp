@@ -97,7 +97,7 @@ TEST_CASE("every field of a config is in the list, once, by a name of its own") 
     names.emplace(name);
     places.insert(&field);
     REQUIRE(since >= 1);
-    REQUIRE(since <= format_version);
+    REQUIRE(since <= detail::format_version);
   });
   REQUIRE(count == field_count<RoutingAttentionConfig>());
   REQUIRE(names.size() == static_cast<std::size_t>(count));

@@ -322,6 +322,8 @@ TEST_CASE("configs that the module's tensors do not fit are refused by what is w
        [](State&, RoutingAttentionConfig& c) { c.heads = 6, c.routed_heads = 4, c.kv_heads = 3; }},
       {"import_pytorch: config: expected no parameters that the module has not, got gain",
        [](State&, RoutingAttentionConfig& c) { c.learned_gain = true; }},
+      {"import_pytorch: rotary_layout: expected halves (the module's), got interleaved",
+       [](State&, RoutingAttentionConfig& c) { c.rotary_layout = RotaryLayout::interleaved; }},
       {"got distance_bias", [](State&, RoutingAttentionConfig& c) { c.local_positions = PositionKind::bias; }},
       {"RoutingAttentionConfig: window", [](State&, RoutingAttentionConfig& c) { c.window = 0; }},
   };
@@ -331,4 +333,45 @@ TEST_CASE("configs that the module's tensors do not fit are refused by what is w
     INFO(text);
     REQUIRE(contains(text, lie.names));
   }
+}
+
+TEST_CASE("queries of two-sided local heads turn as far as the module turns them") {
+  State state = state_of(mixed);
+  const std::vector<std::byte> bytes = state.bytes();
+  const auto import = [&](const RoutingAttentionConfig& c, Index ahead) {
+    return import_pytorch<double>(parse_safetensors(bytes), "m.", c, ahead);
+  };
+  const RoutingAttention<double> usual = import(mixed, 0), turned = import(mixed, 6);
+  const Index n = 20, heads = 2, d = torch_d, cols = heads * d;
+  const RowMatrix<double> x = Random(3).matrix<double>(n, torch_dim);
+  const auto projected = [&](const RoutingAttention<double>& layer) {
+    const Parameters<double>& p = layer.parameters();
+    RowMatrix<double> q = x * p.w_q.leftCols(cols);
+    q.rowwise() += p.b_q.leftCols(cols).row(0);
+    return q;
+  };
+  // A query at position i of the module, with the angles of position i + 6.
+  const Rotary rotary(d);
+  Context context;
+  std::vector<std::int32_t> positions(static_cast<std::size_t>(n)), ahead = positions;
+  for (std::int32_t i = 0; i < static_cast<std::int32_t>(n); ++i) {
+    positions[static_cast<std::size_t>(i)] = i;
+    ahead[static_cast<std::size_t>(i)] = i + 6;
+  }
+  RowMatrix<double> expected = projected(usual), got = projected(turned);
+  rotary.forward(view(expected), heads, ahead, context);
+  rotary.forward(view(got), heads, positions, context);
+  REQUIRE((expected - got).cwiseAbs().maxCoeff() < 1e-12);
+  REQUIRE((projected(usual) - projected(turned)).cwiseAbs().maxCoeff() > 0.1);
+  // All else is the same.
+  REQUIRE(usual.parameters().w_q.rightCols(3 * d) == turned.parameters().w_q.rightCols(3 * d));
+  REQUIRE(usual.parameters().w_k == turned.parameters().w_k);
+
+  const auto refused = [&](const RoutingAttentionConfig& c, Index positions_ahead) {
+    return message_of<ValueError>([&] { import(c, positions_ahead); });
+  };
+  CHECK(contains(refused(mixed, -1), "import_pytorch: queries_ahead: expected at least 0, got -1"));
+  RoutingAttentionConfig none = mixed;
+  none.local_positions = PositionKind::none;
+  CHECK(contains(refused(none, 6), "import_pytorch: queries_ahead: expected 0 without rotary"));
 }

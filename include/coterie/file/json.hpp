@@ -122,6 +122,14 @@ class JsonReader {
     }
   }
 
+  /// Reads a null where there is one; whether there was.
+  bool null() {
+    skip_space();
+    if (text_.substr(at_, 4) != "null") return false;
+    at_ += 4;
+    return true;
+  }
+
   /// A whole number of at least 0 that fits in Index. Fractions and exponents are not numbers here.
   Index whole_number() {
     skip_space();

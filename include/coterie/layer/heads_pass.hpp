@@ -61,8 +61,8 @@ class HeadsPass {
   /// The matrices so far.
   const HeadsMatrices<T>& matrices() const { return m_; }
   const CheckedInput<T>& input() const { return in_; }
-  /// The part of route() that gives labels, of heads with one label a token.
-  void assign_labels(HeadsPlans& plans);
+  /// The part of route() before plans: labels, and members of clusters where a token can be in several.
+  void assign(HeadsPlans& plans);
   /// What attention is asked to do; training: with dropout. In scratch.
   AttentionConfig attention_config(bool training);
   /// What attention adds: terms by distance, in scratch, and memory; or memory alone.
@@ -270,8 +270,8 @@ void HeadsPass<T>::route(HeadsPlans& plans) {
 }
 
 template <class T>
-void HeadsPass<T>::assign_labels(HeadsPlans& plans) {
-  HeadsRouting<T>(layer_, block_, in_, m_, context_).assign_labels(plans);
+void HeadsPass<T>::assign(HeadsPlans& plans) {
+  HeadsRouting<T>(layer_, block_, in_, m_, context_).assign(plans);
 }
 
 // Routing itself passes no gradient: that of the commitment loss.

@@ -149,14 +149,16 @@ class HeadsRouting {
         keys_{router_keys(block, m)},
         context_(context) {}
 
-  /// Labels of queries and keys of routed heads: given, drawn, or by their routers.
-  void assign_labels(HeadsPlans& plans) const;
+  /// Labels of queries and keys of routed heads: given, drawn, or by their routers. Of heads that can have several
+  /// clusters a token, also the members of these.
+  void assign(HeadsPlans& plans) const { block_.has_members() ? score_members(plans) : assign_labels(plans); }
 
   /// The plans, with memory, global tokens and a dense beginning on top.
   void build_plans(HeadsPlans& plans) const;
 
  private:
   void build_token_plans(HeadsPlans& plans) const;
+  void assign_labels(HeadsPlans& plans) const;
   void build_clustered_plans(HeadsPlans& plans) const;
   void score_members(HeadsPlans& plans) const;
   void build_member_plans(HeadsPlans& plans) const;

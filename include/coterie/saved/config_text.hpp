@@ -18,14 +18,14 @@
 
 namespace coterie {
 
-/// The format of saved layers: of the files that this library writes, and the newest that it reads. A field, tensor or enumerator
-/// more is a new format.
-inline constexpr int format_version = 1;
-
 namespace detail {
 
-/// Calls f(name, field, since) for every field of a config, in the order of its declaration; `since` is the first format that has
-/// it. C: RoutingAttentionConfig, const or not. A new field belongs in here (a test counts them).
+/// The format of saved layers: of the files that this library writes, and the newest that it reads. A field, tensor or
+/// enumerator more is a new format.
+inline constexpr int format_version = 1;
+
+/// Calls f(name, field, since) for every field of a config, in the order of its declaration; `since` is the first
+/// format that has it. C: RoutingAttentionConfig, const or not. A new field belongs in here (a test counts them).
 template <class C, class F>
 requires std::same_as<std::remove_const_t<C>, RoutingAttentionConfig>
 void visit_fields(C& c, F&& f) {
@@ -173,8 +173,9 @@ std::string read_field(std::string_view text, V& value) {
   }
 }
 
-/// Reads the fields of a config from a file of a format: text_of(name) gives the text of a field, null where the file has none. A
-/// field that came with a later format keeps its default. Returns what is wrong with the first field that is, or nothing.
+/// Reads the fields of a config from a file of a format: text_of(name) gives the text of a field, null where the file
+/// has none. A field that came with a later format keeps its default. Returns what is wrong with the first field that
+/// is, or nothing.
 template <class C, class TextOf>
 std::string read_fields(C& config, int format, TextOf&& text_of) {
   std::string fault;

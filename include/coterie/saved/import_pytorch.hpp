@@ -1,11 +1,13 @@
-// The weights of a layer of the routing transformer for PyTorch, by the names of its state_dict.
+// Layers of the routing transformer for PyTorch, by the names of its state_dict.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <set>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -51,7 +53,7 @@ class PytorchTensors {
 };
 
 /// Requires a config that has room for what the module's tensors hold, and no parameters that it has not.
-inline void check_pytorch_config(const char* function, const RoutingAttentionConfig& c) {
+inline void check_pytorch_config(const char* function, const RoutingAttentionConfig& c, Index queries_ahead) {
   Faults faults(function);
   const bool any_local = c.routed_heads<c.heads, any_routed = c.routed_heads> 0;
   faults.expect(c.kv_heads == c.heads, "kv_heads", "as many as heads (the module has no others)", c.kv_heads);
@@ -62,6 +64,13 @@ inline void check_pytorch_config(const char* function, const RoutingAttentionCon
     faults.expect(c.normalisation == Normalisation::unit_length, "normalisation",
                   "unit_length (the module's centroids are means of such rows)", "layer_norm");
   }
+  const bool turns = any_local && *c.local_positions == PositionKind::rotary;
+  faults.expect(!turns || c.rotary_layout == RotaryLayout::halves, "rotary_layout", "halves (the module's)",
+                "interleaved");
+  faults.expect(queries_ahead == 0 || turns, "queries_ahead", "0 without rotary positions of local heads",
+                queries_ahead);
+  faults.expect(queries_ahead >= 0 && queries_ahead <= (std::numeric_limits<std::int32_t>::max)(), "queries_ahead",
+                "at least 0", queries_ahead);
   faults.raise();
 }
 
@@ -72,8 +81,8 @@ void transpose_rows(const std::vector<T>& weight, Index first, View<T> to) {
     for (Index j = 0; j < to.cols(); ++j) to(i, j) = weight[static_cast<std::size_t>((first + j) * to.rows() + i)];
 }
 
-/// Requires the frequencies of the rotary positions of local heads, where a file has them, to be those of the config. A hundredth
-/// covers the rounding of short floats; another base differs by more.
+/// Requires the frequencies of the rotary positions of local heads, where a file has them, to be those of the config. A
+///   hundredth covers the rounding of short floats; another base differs by more.
 template <class T>
 void check_pytorch_rotary(PytorchTensors<T>& tensors, const RoutingAttentionConfig& c) {
   constexpr char name[] = "local_attn.rel_pos.inv_freq";
@@ -91,6 +100,19 @@ void check_pytorch_rotary(PytorchTensors<T>& tensors, const RoutingAttentionConf
   }
 }
 
+/// Turns the columns of the first `heads` heads of w_q and b_q by `ahead` positions: rotation is linear, so that
+/// attention sees queries that stand so much further.
+template <class T>
+void turn_queries(Parameters<T>& p, Index heads, const RoutingAttentionConfig& c, Index ahead) {
+  const Rotary rotary(c.head_dim, c.rotary_base, c.rotary_layout);
+  const std::vector<std::int32_t> positions(static_cast<std::size_t>(c.model_dim), static_cast<std::int32_t>(ahead));
+  Context context;
+  for (RowMatrix<T>* columns : {&p.w_q, &p.b_q}) {
+    const View<T> turned = view(*columns).columns(0, heads * c.head_dim);
+    rotary.forward(turned, heads, std::span(positions).first(static_cast<std::size_t>(turned.rows())), context);
+  }
+}
+
 /// Sets the centroids of the routers, unless the module has none yet.
 template <class T>
 void take_pytorch_centroids(PytorchTensors<T>& tensors, std::span<OnlineKMeans<T>> routers,
@@ -98,12 +120,12 @@ void take_pytorch_centroids(PytorchTensors<T>& tensors, std::span<OnlineKMeans<T
   const std::vector<T> means = tensors.take("global_attn.kmeans.means", {c.routed_heads, c.clusters, c.head_dim});
   if (tensors.template take<std::int64_t>("global_attn.kmeans.initted", {})[0] == 0) return;
   // The module's decay is constant: so is ours once the schedule (1 + t) / (10 + t) has reached it.
-  const double updates = std::min(std::ceil((10 * c.decay - 1) / (1 - c.decay)), 0x1p53);
+  const double updates = (std::min)(std::ceil((10 * c.decay - 1) / (1 - c.decay)), 0x1p53);
   for (Index h = 0; h < c.routed_heads; ++h) {
     const ConstView<T> centroids(means.data() + h * c.clusters * c.head_dim, c.clusters, c.head_dim);
     try {
       routers[static_cast<std::size_t>(h)].set_centroids(centroids, {},
-                                                         std::max(Index(1), static_cast<Index>(updates)));
+                                                         (std::max)(Index(1), static_cast<Index>(updates)));
     } catch (const ValueError& error) {
       tensors.fail(join("damaged: global_attn.kmeans.means: ", error.what()));
     }
@@ -134,34 +156,56 @@ void take_pytorch_memory(PytorchTensors<T>& tensors, std::string_view name, cons
 /// Makes a layer with the weights and centroids of a SelfAttention module of the routing transformer for PyTorch, whose
 /// state_dict was saved as a safetensors file; `prefix` is what stands before "to_q.weight" there, dot included.
 ///
-///     RoutingAttention<float> layer = import_pytorch<float>(read_safetensors("lm.safetensors"),
-///         "routing_transformer.layers.blocks.0.f.net.fn.", presets::pytorch(config));
+///     RoutingAttention<float> layer = import_pytorch<float>(read_safetensors("encoder.safetensors"),
+///         "layers.blocks.0.f.net.fn.", presets::pytorch(config));                 // of a RoutingTransformer
 ///
-/// The config says what the layer computes with them: presets::pytorch what the module does, but for the faults that it names. Sizes have to be those of the file: head_dim, heads and routed_heads as
-/// dim_head, heads and heads - n_local_attn_heads, clusters = max_seq_len / window_size, memory = num_mem_kv.
+/// The config says what the layer computes with the weights: presets::pytorch what the module does, but for the faults
+/// that it names. Sizes have to be those of the file: head_dim, heads and routed_heads as dim_head, heads and
+/// heads - n_local_attn_heads, clusters = max_seq_len / window_size, memory = num_mem_kv.
 ///
-///     local_to_qkv.weight [3*L*d, D], .bias [3*L*d]            local columns of w_q, w_k, w_v, b_q, b_k, b_v; the other biases are 0
+/// With D = model_dim, H = heads, d = head_dim, L local and R routed heads:
+///
+///     local_to_qkv.weight [3*L*d, D], .bias [3*L*d]   local columns of w_q, w_k, w_v, b_q, b_k, b_v; other biases are
+///     0
 ///     to_q.weight, to_k.weight (unless shared_qk), to_v.weight [R*d, D]      routed columns of w_q, w_k, w_v
 ///     to_out.weight [D, H*d]                                   w_o
-///     global_attn.kmeans.means [R, clusters, d], .initted []   centroids, as they stand; not initted: those of the seed
-///     global_attn.mem_key, .mem_value [R, clusters, memory, d] memory_keys, memory_values, if all clusters of a head have the same
-///     local_attn.rel_pos.inv_freq [d/2]                        may be missing; local_positions = rotary, and rotary_base
+///     global_attn.kmeans.means [R, clusters, d], .initted []   centroids as they are; not initted: those of the seed
+///     global_attn.mem_key, .mem_value [R, clusters, memory, d] memory_keys, memory_values
+///     local_attn.rel_pos.inv_freq [d/2]                        may be missing; local_positions = rotary, and
+///     rotary_base
 ///
-/// With D = model_dim, H = heads, d = head_dim, L local and R routed heads; without routed heads to_q, to_k and to_v are empty or
-/// missing. F16, BF16 and F32 are read, and F64 for double. Averages go on from the centroids with decay itself, its schedule behind
-/// them; their counts are unknown.
-/// Requires: a config that makes sense, with bias where there are local heads, learned routing, Normalisation::unit_length, as
-///   many kv_heads as heads, and no parameter that the module has not: no gain (learned_gain = false), taps, biases by distance,
-///   nor memory beside local heads (ValueError); in the file, under the prefix, these tensors in these shapes and no others;
-///   memory that does not differ between clusters; finite centroids (FileError).
+/// Without routed heads to_q, to_k and to_v are empty or missing. F16, BF16 and F32 are read, and F64 for double.
+/// Averages go on from the centroids with decay itself, its schedule behind them; their counts are unknown.
+///
+/// What a layer cannot reproduce, although its weights are read:
+/// * The local heads of the module look back by blocks: a causal query sees its own block of local_window keys and
+///   `radius` blocks before it. A window agrees with that where a sequence has at most radius + 1 blocks, with
+///   local_window = (radius + 1) blocks. On longer sequences outputs differ.
+/// * A RoutingTransformerLM turns queries, keys and values of its routed heads by their positions before it routes
+///   them. No layer does that, so layers of a language model are read, but compute something else. Modules of a bare
+///   RoutingTransformer do not turn them.
+/// * Memory of routed heads is per cluster there, and per head here. It is read only where all clusters of a head have
+///   the same, which training does not leave so; causal modules with separate queries and keys always have memory.
+///
+/// Two-sided local heads of the module (package local-attention 1.11) turn queries too far: by the window times the
+/// radius ahead of their keys, which trained weights have adapted to. `queries_ahead` is that product: local columns of
+/// w_q and b_q are turned by it, which gives the module's outputs. 0: positions are the real ones, as in causal
+/// modules.
+///
+/// Requires: a config that makes sense, with bias where there are local heads, RotaryLayout::halves where those are
+///   rotary, learned routing, Normalisation::unit_length, as many kv_heads as heads, and no parameter that the module
+///   has not: no gain (learned_gain = false), taps, biases by distance, nor memory beside local heads; queries_ahead at
+///   least 0, and 0 without rotary local heads (ValueError). In the file, under the prefix, these tensors in these
+///   shapes and no others; memory that does not differ between clusters; finite centroids (FileError).
+/// Allocates: the layer.
 /// Source: the package routing-transformer, class SelfAttention.
 template <class T>
 RoutingAttention<T> import_pytorch(const SafetensorsView& file, std::string_view prefix,
-                                   const RoutingAttentionConfig& config) {
+                                   const RoutingAttentionConfig& config, Index queries_ahead = 0) {
   const char* const function = "import_pytorch";
   RoutingAttention<T> layer(config);
   const RoutingAttentionConfig& c = layer.config();
-  detail::check_pytorch_config(function, c);
+  detail::check_pytorch_config(function, c, queries_ahead);
   Parameters<T>& p = layer.parameters();
   constexpr std::array<std::string_view, 10> fillable{"w_q", "w_k", "w_v", "w_o",         "b_q",
                                                       "b_k", "b_v", "b_o", "memory_keys", "memory_values"};
@@ -184,6 +228,7 @@ RoutingAttention<T> import_pytorch(const SafetensorsView& file, std::string_view
       first += local_cols;
     }
     detail::check_pytorch_rotary(tensors, c);
+    if (queries_ahead > 0) detail::turn_queries(p, local_cols / c.head_dim, c, queries_ahead);
   }
   const auto take_routed = [&](std::string_view name, RowMatrix<T>& w) {
     if (routed_cols == 0 && !tensors.has(name)) return;

@@ -1,4 +1,4 @@
-// Layers as files: weights, centroids and the state of routers by name, the config and the format in the metadata.
+// Layers as files: weights and routers by name, their config and the format in the metadata.
 #pragma once
 
 #include <algorithm>
@@ -34,10 +34,10 @@ inline std::string router_name(std::string_view prefix, Index head, std::string_
 
 /// Whether products of two sizes of a resolved config can be counted; what a file says may be anything.
 inline bool countable_sizes(const RoutingAttentionConfig& c) {
-  const auto small = [](Index size) { return size <= std::numeric_limits<std::int32_t>::max(); };
-  return small(c.model_dim) && small(c.heads) && small(c.head_dim) && small(c.key_taps) && small(c.position_buckets) &&
-         small(c.lookahead) &&
-         (small(c.local_window) ||
+  const auto countable = [](Index size) { return size <= (std::numeric_limits<std::int32_t>::max)(); };
+  return countable(c.model_dim) && countable(c.heads) && countable(c.head_dim) && countable(c.key_taps) &&
+         countable(c.position_buckets) && countable(c.lookahead) &&
+         (countable(c.local_window) ||
           (*c.local_positions != PositionKind::bias && *c.local_positions != PositionKind::shaw));
 }
 
@@ -134,25 +134,31 @@ void fill_layer(const char* function, const SafetensorsView& file, std::string_v
     }
     routers[h].freeze(frozen);
   }
-  layer.parameters().visit([&](std::string_view name, View<T> m) { file.read(join(prefix, name), m); });
+  // Names first: from here on nothing throws, for check_tensors has passed and what is copied has its size.
+  std::vector<std::string> names;
+  layer.parameters().visit([&](std::string_view name, View<T>) { names.push_back(join(prefix, name)); });
+  std::size_t next = 0;
+  layer.parameters().visit([&](std::string_view, View<T> m) { file.read(names[next++], m); });
   std::copy(routers.begin(), routers.end(), layer.routers().begin());
 }
 
 }  // namespace detail
 
-/// Adds a layer to what will be written: its parameters as "<prefix>w_q" and so on, the state of the router of routed (key/value) head h
-/// (centroids, counts, sums, updates, frozen) as "<prefix>routers.<h>.centroids" and so on, its config as metadata
-/// "<prefix>config.<field>", and the format. Nothing else of a layer changes when it is trained.
+/// Adds a layer to what will be written: its parameters as "<prefix>w_q" and so on, the state of the router of routed
+/// (key/value) head h (centroids, counts, sums, updates, frozen) as "<prefix>routers.<h>.centroids" and so on, its
+/// config as metadata "<prefix>config.<field>", and the format. Nothing else of a layer changes when it is trained.
 ///
 ///     SafetensorsWriter writer;
-///     for (std::size_t i = 0; i < layers.size(); ++i) add_layer(writer, "blocks." + std::to_string(i) + ".attention.", layers[i]);
+///     for (std::size_t i = 0; i < layers.size(); ++i)
+///       add_layer(writer, "blocks." + std::to_string(i) + ".attention.", layers[i]);
 ///     writer.add("embedding", embedding);
 ///     writer.write("model.safetensors");
 ///
-/// Requires: names that are new (ValueError). Refers to the layer: it must outlive the writing, and not change before it.
+/// Requires: names that are new (ValueError); the writer may have taken some of the layer by then. The writer refers to
+///   the layer, which must outlive the writing, and not change before it.
 template <class T>
 void add_layer(SafetensorsWriter& writer, std::string_view prefix, const RoutingAttention<T>& layer) {
-  writer.set_metadata(detail::format_key, std::to_string(format_version));
+  writer.set_metadata(detail::format_key, std::to_string(detail::format_version));
   writer.set_metadata("coterie.version", version);
   detail::visit_fields(layer.config(), [&](std::string_view name, const auto& field, int) {
     writer.set_metadata(detail::config_key(prefix, name), detail::field_text(field));
@@ -170,10 +176,12 @@ void add_layer(SafetensorsWriter& writer, std::string_view prefix, const Routing
   }
 }
 
-/// Makes the layer that add_layer wrote under this prefix: it goes on with the bits of not having been stopped.
-/// Requires, otherwise FileError: a format of this library, or an older one (whose missing fields take their defaults); a config
-///   with all of its fields, no others, and values that make sense; under the prefix all tensors of the layer and no others, in
-///   the shapes of its config. Files of float make layers of float only, those of double of double: nothing is rounded.
+/// Makes the layer that add_layer wrote under this prefix; it goes on bit-identically to one that was never stopped.
+///
+/// Requires: a format of this library, or an older one (whose missing fields take their defaults); a config with all of
+///   its fields, no others, and values that make sense; under the prefix all tensors of the layer and no others, in the
+///   shapes of its config (FileError). Files of float make layers of float only, those of double of double: nothing is
+///   rounded.
 /// Allocates: the layer, and only after its config has been found to fit the tensors in the file.
 template <class T>
 RoutingAttention<T> read_layer(const SafetensorsView& file, std::string_view prefix = {}) {
@@ -184,9 +192,9 @@ RoutingAttention<T> read_layer(const SafetensorsView& file, std::string_view pre
   return layer;
 }
 
-/// The same into a layer that is there; its memory stays where it is.
+/// The same into a layer that exists; its memory stays where it is.
 /// Requires: also the config of the layer, field by field (FileError, which names those that differ).
-/// Overwrites parameters and routers; all of them, or on error none.
+/// Overwrites parameters and routers: all of them, or on error none.
 template <class T>
 void read_layer(const SafetensorsView& file, std::string_view prefix, RoutingAttention<T>& layer) {
   const RoutingAttentionConfig config = detail::read_config("read_layer", file, prefix);
@@ -206,7 +214,8 @@ void read_layer(const SafetensorsView& file, std::string_view prefix, RoutingAtt
   detail::fill_layer("read_layer", file, prefix, layer);
 }
 
-/// Writes a layer to a file of its own; see add_layer and SafetensorsWriter::write.
+/// Writes a layer to a file of its own; see add_layer and SafetensorsWriter::write. On error what was there before
+/// stays.
 ///
 ///     save("layer.safetensors", layer);
 ///     RoutingAttention<float> same = load<float>("layer.safetensors");
