@@ -36,14 +36,13 @@ AttentionTerms<T> position_terms(const RoutingAttentionConfig& c, const Paramete
   const Index longest = group.positions == PositionKind::alibi ? longest_sequence(key_places) : 1;
   const DistanceRange range = table_distances(c, group, longest);
   if (group.positions == PositionKind::shaw) {
-    terms.relative_keys = group.routed ? parameters.routed_relative_keys : parameters.relative_keys;
-    terms.relative_values = group.routed ? parameters.routed_relative_values : parameters.relative_values;
-    terms.relative_first = range.first;
+    terms.relative_keys = {group.routed ? parameters.routed_relative_keys : parameters.relative_keys, range.first};
+    terms.relative_values = {group.routed ? parameters.routed_relative_values : parameters.relative_values,
+                             range.first};
     return terms;
   }
-  terms.bias_first = range.first;
   if (group.positions == PositionKind::bias) {
-    terms.bias = position_table(parameters, group);
+    terms.bias = {position_table(parameters, group), range.first};
     return terms;
   }
   const View<T> table = arena.matrix<T>(group.count, range.count);
@@ -51,7 +50,7 @@ AttentionTerms<T> position_terms(const RoutingAttentionConfig& c, const Paramete
     alibi_bias<T>(table, range.first);
   else
     bucket_bias<T>(position_table(parameters, group), table, position_buckets(c), range.first);
-  terms.bias = table;
+  terms.bias = {table, range.first};
   return terms;
 }
 
@@ -63,7 +62,7 @@ AttentionTermGradients<T> position_term_gradients(const AttentionTerms<T>& terms
   if (group.positions == PositionKind::bias) {
     d_terms.d_bias = position_table(gradients, group);
   } else if (group.positions == PositionKind::t5_buckets) {
-    d_terms.d_bias = arena.matrix<T>(terms.bias.rows(), terms.bias.cols());
+    d_terms.d_bias = arena.matrix<T>(terms.bias.rows.rows(), terms.bias.rows.cols());
     d_terms.d_bias.fill(0);
   } else if (group.positions == PositionKind::shaw) {
     d_terms.d_relative_keys = group.routed ? gradients.routed_relative_keys : gradients.relative_keys;
@@ -77,7 +76,7 @@ template <class T>
 void position_terms_backward(const RoutingAttentionConfig& c, const AttentionTerms<T>& terms, View<T> d_table,
                              Parameters<T>& gradients, const HeadBlock& group) {
   if (group.positions == PositionKind::t5_buckets)
-    bucket_bias_backward<T>(position_table(gradients, group), d_table, position_buckets(c), terms.bias_first);
+    bucket_bias_backward<T>(position_table(gradients, group), d_table, position_buckets(c), terms.bias.first);
 }
 
 }  // namespace coterie::detail
