@@ -51,7 +51,7 @@ struct Failing {
 TEST_CASE("a forward pass after one that ran out of memory gives the usual bits") {
   RoutingAttentionConfig members = everything();
   members.globals = 0;
-  members.membership = MembershipKind::balanced;
+  members.routed.membership.kind = MembershipKind::balanced;
   for (const RoutingAttentionConfig& config : {everything(), members}) {
     const RoutingAttention<float> layer(config);
     const RowMatrix<float> x = Random(1).matrix<float>(20, 8);
