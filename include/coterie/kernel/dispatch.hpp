@@ -105,35 +105,35 @@ COTERIE_MICRO(Avx512Micro, COTERIE_AVX512, 64, 4, 6)
 
 // One entry point per kernel and instruction set; targets are additive, so that they also inline into files built with
 // flags of their own.
-#define COTERIE_ENTRY_POINTS(name, target, micro)                                                                \
-  template <class T>                                                                                             \
-  target void forward_##name(const AttentionArguments<T>& part, T* scratch) {                                    \
-    Forward<T, micro<T>>::run(part, scratch);                                                                    \
-  }                                                                                                              \
-  template <class T>                                                                                             \
-  target void backward_##name(const AttentionArguments<T>& part, const AttentionGradientArguments<T>& gradients, \
-                              T* scratch) {                                                                      \
-    Backward<T, micro<T>>::run(part, gradients, scratch);                                                        \
-  }                                                                                                              \
-  template <class T>                                                                                             \
-  target void add_rows_##name(const RowSums<T>& sums) {                                                          \
-    Tile<T, micro<T>>::add_rows(sums);                                                                           \
-  }                                                                                                              \
-  template <class T>                                                                                             \
-  target void pack_##name(const PanelSource<T>& source, T* panels) {                                             \
-    Panel<T, micro<T>>::pack(source, panels);                                                                    \
-  }                                                                                                              \
-  template <class T>                                                                                             \
-  target void product_##name(const ProductArguments<T>& part) {                                                  \
-    Panel<T, micro<T>>::product(part);                                                                           \
-  }                                                                                                              \
-  template <class T>                                                                                             \
-  target void weight_gradient_##name(const WeightGradientArguments<T>& part) {                                   \
-    Panel<T, micro<T>>::weight_gradient(part);                                                                   \
-  }                                                                                                              \
-  template <class T>                                                                                             \
-  target void nearest_##name(const NearestArguments<T>& part, T* scratch) {                                      \
-    Panel<T, micro<T>>::nearest(part, scratch);                                                                  \
+#define COTERIE_ENTRY_POINTS(name, target, micro)                                                                     \
+  template <class T>                                                                                                  \
+  target void forward_##name(const AttentionArguments<T>& arguments, T* scratch) {                                    \
+    Forward<T, micro<T>>::run(arguments, scratch);                                                                    \
+  }                                                                                                                   \
+  template <class T>                                                                                                  \
+  target void backward_##name(const AttentionArguments<T>& arguments, const AttentionGradientArguments<T>& gradients, \
+                              T* scratch) {                                                                           \
+    Backward<T, micro<T>>::run(arguments, gradients, scratch);                                                        \
+  }                                                                                                                   \
+  template <class T>                                                                                                  \
+  target void add_rows_##name(const RowSums<T>& sums) {                                                               \
+    Tile<T, micro<T>>::add_rows(sums);                                                                                \
+  }                                                                                                                   \
+  template <class T>                                                                                                  \
+  target void pack_##name(const PanelSource<T>& source, T* panels) {                                                  \
+    Panel<T, micro<T>>::pack(source, panels);                                                                         \
+  }                                                                                                                   \
+  template <class T>                                                                                                  \
+  target void product_##name(const ProductArguments<T>& arguments) {                                                  \
+    Panel<T, micro<T>>::product(arguments);                                                                           \
+  }                                                                                                                   \
+  template <class T>                                                                                                  \
+  target void weight_gradient_##name(const WeightGradientArguments<T>& arguments) {                                   \
+    Panel<T, micro<T>>::weight_gradient(arguments);                                                                   \
+  }                                                                                                                   \
+  template <class T>                                                                                                  \
+  target void nearest_##name(const NearestArguments<T>& arguments, T* scratch) {                                      \
+    Panel<T, micro<T>>::nearest(arguments, scratch);                                                                  \
   }
 
 COTERIE_ENTRY_POINTS(baseline, , BaselineMicro)

@@ -128,7 +128,7 @@ struct Micro {
           alignas(64) T padded_rows[lanes * lanes];
           COTERIE_UNROLL for (int l = 0; l < lanes; ++l) L::store(padded_rows + l * lanes, square[l]);
           for (int l = 0; l < lanes && first + l < count; ++l)
-            for (Index i = c; i < std::min(columns, c + lanes); ++i)
+            for (Index i = c; i < (std::min)(columns, c + lanes); ++i)
               rows[first + l][i] = padded_rows[l * lanes + i - c];
         }
       }

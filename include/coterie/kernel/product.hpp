@@ -40,16 +40,16 @@ void packed_product(ConstView<T> x, ConstView<T> w, bool transposed, View<T> y, 
     });
   }
   context.for_chunks(x.rows(), product_rows, [&](Index first, Index last, Index) {
-    ProductArguments<T> part{x.row(first), x.stride(), packed,  y.row(first), y.stride(),
-                             last - first, depth,      columns, add};
-    if (in_place) part.w = w.data(), part.w_stride = w.stride();
-    kernel.product(part);
+    ProductArguments<T> arguments{x.row(first), x.stride(), packed,  y.row(first), y.stride(),
+                                  last - first, depth,      columns, add};
+    if (in_place) arguments.w = w.data(), arguments.w_stride = w.stride();
+    kernel.product(arguments);
   });
 }
 
 /// Chunks of the tokens of a weight gradient of `tiles` blocks: where these are few, partial sums make about eight tasks.
 inline Index gradient_chunks(Index tokens, Index tiles) {
-  return std::clamp(tokens / 1024, Index(1), std::max(Index(1), 8 / std::max(Index(1), tiles)));
+  return std::clamp(tokens / 1024, Index(1), (std::max)(Index(1), 8 / (std::max)(Index(1), tiles)));
 }
 
 }  // namespace COTERIE_FLAGS_NAMESPACE
@@ -109,24 +109,24 @@ void product_weight_gradient(ConstView<T> x, ConstView<T> d_y, View<T> d_w, Cont
     const Index row = task % tiles / column_blocks * rows, column = task % column_blocks * columns;
     // The first chunk adds into d_w itself.
     const View<T> sum = chunk > 0 ? View<T>(partials + (chunk - 1) * in * out, in, out) : d_w;
-    detail::WeightGradientArguments<T> part;
-    part.x_stride = x.stride();
-    part.d_y_stride = d_y.stride();
-    part.d_w = sum.row(row) + column;
-    part.d_w_stride = sum.stride();
-    part.rows = std::min(rows, in - row);
-    part.columns = std::min(columns, out - column);
+    detail::WeightGradientArguments<T> arguments;
+    arguments.x_stride = x.stride();
+    arguments.d_y_stride = d_y.stride();
+    arguments.d_w = sum.row(row) + column;
+    arguments.d_w_stride = sum.stride();
+    arguments.rows = (std::min)(rows, in - row);
+    arguments.columns = (std::min)(columns, out - column);
     if (chunk > 0)
-      for (Index r = row; r < row + part.rows; ++r) std::fill_n(sum.row(r) + column, part.columns, T(0));
+      for (Index r = row; r < row + arguments.rows; ++r) std::fill_n(sum.row(r) + column, arguments.columns, T(0));
     Arena& arena = context.workspace().worker(worker);
     Arena::Scope task_scope(arena);
-    part.scratch = arena.template take<T>(detail::gradient_scratch(part.columns, width));
-    const Index last = std::min(n, (chunk + 1) * chunk_tokens);
+    arguments.scratch = arena.template take<T>(detail::gradient_scratch(arguments.columns, width));
+    const Index last = (std::min)(n, (chunk + 1) * chunk_tokens);
     for (Index i = chunk * chunk_tokens; i < last; i += detail::gradient_tokens) {
-      part.tokens = std::min(detail::gradient_tokens, last - i);
-      part.x = x.row(i) + row;
-      part.d_y = d_y.row(i) + column;
-      kernel.weight_gradient(part);
+      arguments.tokens = (std::min)(detail::gradient_tokens, last - i);
+      arguments.x = x.row(i) + row;
+      arguments.d_y = d_y.row(i) + column;
+      kernel.weight_gradient(arguments);
     }
   });
   if (chunks > 1)
