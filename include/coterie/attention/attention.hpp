@@ -10,7 +10,8 @@
 #include "coterie/attention/partial_sums.hpp"
 #include "coterie/attention/tape.hpp"
 #include "coterie/core/context.hpp"
-#include "coterie/kernel/dispatch.hpp"
+#include "coterie/kernel/backward.hpp"
+#include "coterie/kernel/forward.hpp"
 #include "coterie/plan/plan.hpp"
 
 namespace coterie {
@@ -19,7 +20,7 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
 
 /// The forward pass: heads' parts in any order, then rows that have none or several entries.
 template <class T>
-void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, const KernelTable<T>& kernel,
+void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, const ForwardFunctions<T>& kernel,
              Context& context) {
   const bool single = call.combine() == Combine::single;
   SoftmaxStates<T> states;
@@ -80,7 +81,7 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
 template <class T>
 void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTape<T>& tape, ConstView<T> d_out,
               View<T> d_q, View<T> d_k, View<T> d_v, const AttentionTermGradients<T>& gradients,
-              const KernelTable<T>& kernel, Context& context) {
+              const BackwardFunctions<T>& kernel, Context& context) {
   const bool single = call.combine() == Combine::single, mean = call.combine() == Combine::mean;
   Arena& shared = context.workspace().shared();
   const Index workers = context.workers();
@@ -160,7 +161,7 @@ void checked_forward(const Plans& plans, ConstView<T> q, ConstView<T> k, ConstVi
   const char* const function = "attention_forward";
   const AttentionCall<T> call(function, plans, q, k, v, config, terms);
   call.check_output(function, "out", out, call.tokens(), call.heads() * call.dv());
-  forward(call, out, tape, kernels<T>(context.instructions()), context);
+  forward(call, out, tape, forward_functions<T>(context.instructions()), context);
 }
 
 template <class T>
@@ -171,7 +172,7 @@ void checked_backward(const Plans& plans, ConstView<T> q, ConstView<T> k, ConstV
   const char* const function = "attention_backward";
   const AttentionCall<T> call(function, plans, q, k, v, config, terms);
   check_backward(function, call, out, tape, d_out, d_q, d_k, d_v, gradients);
-  backward(call, out, tape, d_out, d_q, d_k, d_v, gradients, kernels<T>(context.instructions()), context);
+  backward(call, out, tape, d_out, d_q, d_k, d_v, gradients, backward_functions<T>(context.instructions()), context);
 }
 
 }  // namespace COTERIE_FLAGS_NAMESPACE

@@ -9,7 +9,7 @@
 #include <span>
 
 #include "coterie/attention/call.hpp"
-#include "coterie/kernel/dispatch.hpp"
+#include "coterie/kernel/backward.hpp"
 
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
@@ -53,7 +53,8 @@ struct PartialSums {
 
   /// Rows of `to` += the sums in `from` (d_k or d_v) for the keys in [begin, end) that the part sees: all tokens, or all
   /// memory, which comes from key `tokens` on.
-  void add_keys(const KernelTable<T>& kernel, const T* from, Index begin, Index end, Index tokens, View<T> to) const {
+  void add_keys(const BackwardFunctions<T>& kernel, const T* from, Index begin, Index end, Index tokens,
+                View<T> to) const {
     const Index columns = to.cols();
     const bool memory = begin >= tokens;
     for (const PartialRange& range : ranges) {
@@ -137,7 +138,7 @@ class Wave {
 
   /// d_k, d_v and the terms' gradients += the wave's partial sums, part after part.
   void add(const AttentionCall<T>& call, View<T> d_k, View<T> d_v, const AttentionTermGradients<T>& gradients,
-           const KernelTable<T>& kernel, Context& context) const {
+           const BackwardFunctions<T>& kernel, Context& context) const {
     bool shared = false;
     for (const PartialSums<T>* sums = parts_; sums != parts_ + task_begin_[tasks_]; ++sums) shared |= !sums->alone;
     // A task adds all parts to its own rows: ranges of a size that depends on the problem alone.
@@ -168,7 +169,7 @@ class Wave {
 
   /// Adds a part's sums to keys [begin, end), which are all tokens or all memory.
   static void add_rows(const AttentionCall<T>& call, const PartialSums<T>& sums, Index begin, Index end, View<T> d_k,
-                       View<T> d_v, const AttentionTermGradients<T>& gradients, const KernelTable<T>& kernel) {
+                       View<T> d_v, const AttentionTermGradients<T>& gradients, const BackwardFunctions<T>& kernel) {
     const bool memory = begin >= call.key_tokens();
     const Index head = call.kv_head(sums.head), d = call.d(), dv = call.dv();
     const View<T> keys = memory ? gradients.d_memory_keys : d_k, values = memory ? gradients.d_memory_values : d_v;

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "coterie/kernel/dispatch.hpp"
 #include "coterie/kernel/tile.hpp"
 
 namespace coterie::detail {
@@ -302,6 +303,26 @@ struct Backward {
       }
   }
 };
+
+COTERIE_KERNEL(BackwardKernel, Backward, run,
+               (const AttentionArguments<T>& arguments, const AttentionGradientArguments<T>& gradients, T* scratch),
+               (arguments, gradients, scratch))
+COTERIE_KERNEL(AddRowsKernel, Tile, add_rows, (const RowSums<T>& sums), (sums))
+
+/// What a backward pass calls.
+template <class T>
+struct BackwardFunctions {
+  void (*backward)(const AttentionArguments<T>&, const AttentionGradientArguments<T>&, T* scratch) = nullptr;
+  Index (*backward_scratch)(const PartSizes&) = nullptr;  // numbers of scratch memory
+  void (*add_rows)(const RowSums<T>&) = nullptr;
+};
+
+template <class T>
+BackwardFunctions<T> backward_functions(InstructionSet instructions) {
+  const auto scratch = []<class M>(M) { return Backward<T, M>::scratch_size; };
+  return {BackwardKernel<T>::on(instructions), with_micro<T>(instructions, scratch),
+          AddRowsKernel<T>::on(instructions)};
+}
 
 }  // namespace COTERIE_FLAGS_NAMESPACE
 }  // namespace coterie::detail

@@ -9,6 +9,7 @@
 
 #include <limits>
 
+#include "coterie/kernel/dispatch.hpp"
 #include "coterie/kernel/few_queries.hpp"
 
 namespace coterie::detail {
@@ -274,6 +275,21 @@ struct Forward {
     M::scatter_columns(f.out, inverse, visibility.count, arguments.dv, rows);
   }
 };
+
+COTERIE_KERNEL(ForwardKernel, Forward, run, (const AttentionArguments<T>& arguments, T* scratch), (arguments, scratch))
+
+/// What a forward pass calls.
+template <class T>
+struct ForwardFunctions {
+  void (*forward)(const AttentionArguments<T>&, T* scratch) = nullptr;
+  Index (*forward_scratch)(const PartSizes&) = nullptr;  // numbers of scratch memory
+};
+
+template <class T>
+ForwardFunctions<T> forward_functions(InstructionSet instructions) {
+  const auto scratch = []<class M>(M) { return Forward<T, M>::scratch_size; };
+  return {ForwardKernel<T>::on(instructions), with_micro<T>(instructions, scratch)};
+}
 
 }  // namespace COTERIE_FLAGS_NAMESPACE
 }  // namespace coterie::detail

@@ -299,5 +299,63 @@ struct Micro {
   }
 };
 
+/// The micro-kernel of weight gradients: up to R rows by V vectors of sums in registers, both factors packed.
+template <class T, int Bytes, int V, int R>
+struct Strips {
+  using L = Lanes<T, Bytes>;
+  using F = typename L::F;
+  static constexpr int lanes = L::count, width = lanes * V;
+
+  // d_w[r][c] += sum_i x[i][r] d_y[i][c] for Rows rows and N vectors; x has rows of Rows numbers, d_y of `width`.
+  template <int Rows, int N>
+  static COTERIE_INLINE void strip(const T* x, const T* d_y, Index tokens, T* d_w, Index stride) {
+    COTERIE_UNROLL for (int r = 0; r < Rows; ++r) __builtin_prefetch(d_w + r * stride, 1);
+    F sum[Rows][N];
+    COTERIE_UNROLL for (int r = 0; r < Rows; ++r) COTERIE_UNROLL for (int v = 0; v < N; ++v) sum[r][v] = F{};
+    for (Index i = 0; i < tokens; ++i) {
+      F y[N];
+      COTERIE_UNROLL for (int v = 0; v < N; ++v) L::load(d_y + i * width + v * lanes, y[v]);
+      COTERIE_UNROLL for (int r = 0; r < Rows; ++r) {
+        const T factor = x[i * Rows + r];
+        COTERIE_UNROLL for (int v = 0; v < N; ++v) L::add_product(factor, y[v], sum[r][v]);
+      }
+    }
+    COTERIE_UNROLL for (int r = 0; r < Rows; ++r) COTERIE_UNROLL for (int v = 0; v < N; ++v) {
+      F old;
+      L::load(d_w + r * stride + v * lanes, old);
+      old += sum[r][v];
+      L::store(d_w + r * stride + v * lanes, old);
+    }
+  }
+
+  // strip() of `rows` <= Rows rows.
+  template <int Rows, int N>
+  static COTERIE_INLINE void strip_rows(Index rows, const T* x, const T* d_y, Index tokens, T* d_w, Index stride) {
+    if (rows == Rows) return strip<Rows, N>(x, d_y, tokens, d_w, stride);
+    if constexpr (Rows > 1) strip_rows<Rows - 1, N>(rows, x, d_y, tokens, d_w, stride);
+  }
+
+  // All strips against N vectors of a panel.
+  template <int N>
+  static COTERIE_INLINE void all_strips(const T* strips, Index rows, const T* panel, Index tokens, T* d_w,
+                                        Index stride) {
+    Index r = 0;
+    for (; r + R <= rows; r += R) strip<R, N>(strips + r * tokens, panel, tokens, d_w + r * stride, stride);
+    if (r < rows) strip_rows<R - 1, N>(rows - r, strips + r * tokens, panel, tokens, d_w + r * stride, stride);
+  }
+
+  /// d_w[r][c] += sum_i x[i][r] d_y[i][c] for `rows` rows and `vectors` <= V vectors. x lies in strips of [token][R], the
+  /// last one of as many rows as are left, d_y in rows of `width`. A sum runs over its tokens in order and is then added.
+  static COTERIE_INLINE void run(const T* strips, Index rows, const T* panel, Index tokens, T* d_w, Index stride,
+                                 int vectors) {
+    if constexpr (V == 4) {
+      if (vectors == 4) return all_strips<4>(strips, rows, panel, tokens, d_w, stride);
+      if (vectors == 3) return all_strips<3>(strips, rows, panel, tokens, d_w, stride);
+    }
+    if (vectors == 2) return all_strips<2>(strips, rows, panel, tokens, d_w, stride);
+    all_strips<1>(strips, rows, panel, tokens, d_w, stride);
+  }
+};
+
 }  // namespace COTERIE_FLAGS_NAMESPACE
 }  // namespace coterie::detail
