@@ -1,3 +1,6 @@
 // The one file in which the kernels are instantiated.
 #define COTERIE_INSTANTIATE_KERNELS
-#include <coterie/kernel/dispatch.hpp>
+#include <coterie/kernel/backward.hpp>
+#include <coterie/kernel/forward.hpp>
+#include <coterie/kernel/nearest.hpp>
+#include <coterie/kernel/product.hpp>

@@ -46,7 +46,7 @@ inline AttentionPlan regrouped(const AttentionPlan& whole, Index size, Index fir
 /// What is drawn anew for every case of check_row_bits.
 struct RowBitsCase {
   Index d, keys;
-  int sight;  // 0: everything, 1: causal, 2: some interval, 3: two of them
+  int visibility;  // 0: everything, 1: causal, 2: some interval, 3: two of them
   bool bias, poison, gradients, relative, growing;
 };
 
@@ -69,15 +69,15 @@ Inputs<T> row_bits_inputs(const RowBitsCase& c, Random& random) {
   plan.groups = {{0, static_cast<std::int32_t>(queries), 0, static_cast<std::int32_t>(c.keys)}};
   for (Index e = 0; e < queries; ++e) {
     Index bounds[4] = {0, c.keys, c.keys, c.keys};
-    if (c.sight == 1) bounds[1] = std::max<Index>(1, c.keys * e / queries);
-    if (c.sight >= 2) {
+    if (c.visibility == 1) bounds[1] = std::max<Index>(1, c.keys * e / queries);
+    if (c.visibility >= 2) {
       for (Index& bound : bounds) bound = random.below(c.keys + 1);
       std::sort(bounds, bounds + 4);
     }
     if (random.below(12) == 0) bounds[1] = bounds[0];
     if (random.below(12) == 0) bounds[3] = bounds[2];
     plan.visible.push_back({static_cast<std::int32_t>(bounds[0]), static_cast<std::int32_t>(bounds[1])});
-    if (c.sight == 3)
+    if (c.visibility == 3)
       plan.visible_too.push_back({static_cast<std::int32_t>(bounds[2]), static_cast<std::int32_t>(bounds[3])});
   }
   complete(plan);
@@ -146,7 +146,7 @@ void check_row_bits(const Run& run, std::uint64_t seed) {
             same &= same_bits_or_nan(got.d_q.row(row).data(), expected.d_q.row(row).data(), got.d_q.cols());
           differing += !same;
         }
-        INFO("d " << d << ", " << keys << " keys, sight " << c.sight << ", bias " << c.bias << ", relative "
+        INFO("d " << d << ", " << keys << " keys, visibility " << c.visibility << ", bias " << c.bias << ", relative "
                   << c.relative << ", NaN " << c.poison << ", groups of " << size << " in [" << first << ", " << last
                   << ")");
         CHECK(differing == 0);

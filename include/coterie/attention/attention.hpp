@@ -12,7 +12,8 @@
 #include "coterie/attention/tape.hpp"
 #include "coterie/attention/tasks.hpp"
 #include "coterie/core/context.hpp"
-#include "coterie/kernel/dispatch.hpp"
+#include "coterie/kernel/backward.hpp"
+#include "coterie/kernel/forward.hpp"
 #include "coterie/plan/plan.hpp"
 
 namespace coterie {
@@ -21,7 +22,7 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
 
 /// The forward pass: heads' parts in any order, then rows that have none or several entries.
 template <class T>
-void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, const KernelTable<T>& kernel,
+void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, const ForwardFunctions<T>& kernel,
              Context& context) {
   const bool single = call.combine() == Combine::single;
   SoftmaxStates<T> states;
@@ -81,7 +82,7 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
 /// The backward pass: wave after wave of tasks fills partial sums of d_k and d_v, which are then added part by part.
 template <class T>
 void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTape<T>& tape, ConstView<T> d_out,
-              const AttentionGradients<T>& gradients, const KernelTable<T>& kernel, Context& context) {
+              const AttentionGradients<T>& gradients, const BackwardFunctions<T>& kernel, Context& context) {
   const bool single = call.combine() == Combine::single, mean = call.combine() == Combine::mean;
   Arena& shared = context.workspace().shared();
   const Index workers = context.workers();
@@ -160,7 +161,7 @@ void checked_forward(const Plans& plans, ConstView<T> q, ConstView<T> k, ConstVi
   const char* const function = "attention_forward";
   const AttentionCall<T> call(function, plans, q, k, v, config, terms);
   call.check_output(function, "out", out, call.tokens(), call.heads() * call.dv());
-  forward(call, out, tape, kernels<T>(context.instructions()), context);
+  forward(call, out, tape, forward_functions<T>(context.instructions()), context);
 }
 
 template <class T>
@@ -173,7 +174,7 @@ void checked_backward(const Plans& plans, ConstView<T> q, ConstView<T> k, ConstV
   const AttentionGradients<T> gradients{d_q, d_k, d_v, d_terms};
   check_tape(function, call, out, tape);
   check_gradients(function, call, out, d_out, gradients);
-  backward(call, out, tape, d_out, gradients, kernels<T>(context.instructions()), context);
+  backward(call, out, tape, d_out, gradients, backward_functions<T>(context.instructions()), context);
 }
 
 }  // namespace COTERIE_FLAGS_NAMESPACE

@@ -10,7 +10,7 @@
 
 #include "coterie/attention/call.hpp"
 #include "coterie/attention/tasks.hpp"
-#include "coterie/kernel/dispatch.hpp"
+#include "coterie/kernel/backward.hpp"
 
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
@@ -75,7 +75,8 @@ struct PartialSums {
 
   /// Rows of `to` += the sums in `from` (d_k or d_v) for the keys in [begin, end) that the part sees: all tokens, or all
   /// memory, which comes from key `tokens` on.
-  void add_keys(const KernelTable<T>& kernel, const T* from, Index begin, Index end, Index tokens, View<T> to) const {
+  void add_keys(const BackwardFunctions<T>& kernel, const T* from, Index begin, Index end, Index tokens,
+                View<T> to) const {
     const Index columns = to.cols();
     const bool memory = begin >= tokens;
     for (const PartialRange& range : ranges) {
@@ -100,7 +101,7 @@ class Wave {
  public:
   /// Takes tasks from `begin` on until memory for their sums reaches a limit; at least one for every worker. Refers to the
   /// call, the gradients and the kernel.
-  Wave(const AttentionCall<T>& call, const AttentionGradients<T>& gradients, const KernelTable<T>& kernel,
+  Wave(const AttentionCall<T>& call, const AttentionGradients<T>& gradients, const BackwardFunctions<T>& kernel,
        const HeadTasks& tasks, Index begin, Index workers, Arena& arena)
       : call_(call), gradients_(gradients), kernel_(kernel) {
     constexpr Index limit = Index(4) << 20;  // numbers
@@ -271,7 +272,7 @@ class Wave {
 
   const AttentionCall<T>& call_;
   const AttentionGradients<T>& gradients_;
-  const KernelTable<T>& kernel_;
+  const BackwardFunctions<T>& kernel_;
   Index tasks_ = 0;
   Tables* tables_ = nullptr;  // per task
   Index* task_begin_ = nullptr;

@@ -37,7 +37,7 @@ void convolve(ConstView<T> x, ConstView<T> taps, Index count, std::span<const st
     Arena::Scope scope(arena);
     const T** const rows = arena.take<const T*>(count);
     for (Index i = first; i < last; ++i) {
-      const Index reach = std::min(count, Index(positions[static_cast<std::size_t>(i)]) + 1);
+      const Index reach = (std::min)(count, Index(positions[static_cast<std::size_t>(i)]) + 1);
       for (Index h = 0; h < heads; ++h) {
         for (Index t = 0; t < reach; ++t) rows[t] = x.row(i - t) + h * d;
         convolve_row<T>(rows, reach, taps.rows(h * count, count), y.row(i) + h * d);
@@ -66,7 +66,7 @@ void convolve_backward(ConstView<T> x, ConstView<T> taps, Index count, std::span
   // y_i += taps_t x_(i-t):  d_taps_t = sum_i d_y_i x_(i-t)
   sum_over_rows(n, d_taps.rows() * d, d_taps.data(), context, [&](T* partial, Index first, Index last) {
     for (Index i = first; i < last; ++i) {
-      const Index reach = std::min(count, Index(positions[static_cast<std::size_t>(i)]) + 1);
+      const Index reach = (std::min)(count, Index(positions[static_cast<std::size_t>(i)]) + 1);
       for (Index h = 0; h < heads; ++h)
         for (Index t = 0; t < reach; ++t) {
           T* const to = partial + (h * count + t) * d;

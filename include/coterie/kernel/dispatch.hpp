@@ -1,15 +1,20 @@
-// Picks the instruction set once, at run time, and holds the entry points of every kernel.
+// Picks the instruction set of a kernel at run time.
+//
+// A kernel is written once, as a template over micro-kernels M. At the end of its header COTERIE_KERNEL makes one function of it for
+// every instruction set; a file compiles those of the kernels that it calls, and no others.
 #pragma once
 
 #include "coterie/core/context.hpp"
-#include "coterie/kernel/backward.hpp"
-#include "coterie/kernel/forward.hpp"
-#include "coterie/kernel/panel.hpp"
+#include "coterie/kernel/micro.hpp"
 
 #if defined(__x86_64__) || defined(__i386__)
 #define COTERIE_X86 1
+#define COTERIE_ON_X86(...) __VA_ARGS__
+#define COTERIE_AVX2 __attribute__((target("avx2,fma")))
+#define COTERIE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #else
 #define COTERIE_X86 0
+#define COTERIE_ON_X86(...)
 #endif
 
 namespace coterie::detail {
@@ -96,128 +101,69 @@ COTERIE_MICRO(BaselineMicro, , 16, 4, 6)  // 32 registers
 COTERIE_MICRO(BaselineMicro, , 16, 2, 4)
 #endif
 #if COTERIE_X86
-#define COTERIE_AVX2 __attribute__((target("avx2,fma")))
-#define COTERIE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 COTERIE_MICRO(Avx2Micro, COTERIE_AVX2, 32, 2, 6)
 COTERIE_MICRO(Avx512Micro, COTERIE_AVX512, 64, 4, 6)
 #endif
 #undef COTERIE_MICRO
 
-// One entry point per kernel and instruction set; targets are additive, so that they also inline into files built with
-// flags of their own.
-#define COTERIE_ENTRY_POINTS(name, target, micro)                                                                \
-  template <class T>                                                                                             \
-  target void forward_##name(const AttentionArguments<T>& part, T* scratch) {                                    \
-    Forward<T, micro<T>>::run(part, scratch);                                                                    \
-  }                                                                                                              \
-  template <class T>                                                                                             \
-  target void backward_##name(const AttentionArguments<T>& part, const AttentionGradientArguments<T>& gradients, \
-                              T* scratch) {                                                                      \
-    Backward<T, micro<T>>::run(part, gradients, scratch);                                                        \
-  }                                                                                                              \
-  template <class T>                                                                                             \
-  target void add_rows_##name(const RowSums<T>& sums) {                                                          \
-    Tile<T, micro<T>>::add_rows(sums);                                                                           \
-  }                                                                                                              \
-  template <class T>                                                                                             \
-  target void pack_##name(const PanelSource<T>& source, T* panels) {                                             \
-    Panel<T, micro<T>>::pack(source, panels);                                                                    \
-  }                                                                                                              \
-  template <class T>                                                                                             \
-  target void product_##name(const ProductArguments<T>& part) {                                                  \
-    Panel<T, micro<T>>::product(part);                                                                           \
-  }                                                                                                              \
-  template <class T>                                                                                             \
-  target void weight_gradient_##name(const WeightGradientArguments<T>& part) {                                   \
-    Panel<T, micro<T>>::weight_gradient(part);                                                                   \
-  }                                                                                                              \
-  template <class T>                                                                                             \
-  target void nearest_##name(const NearestArguments<T>& part, T* scratch) {                                      \
-    Panel<T, micro<T>>::nearest(part, scratch);                                                                  \
-  }
-
-COTERIE_ENTRY_POINTS(baseline, , BaselineMicro)
+/// choose(M()) for the micro-kernels M of a context's instruction set. Throws ValueError where the machine lacks it.
+template <class T, class Choose>
+auto with_micro(InstructionSet instructions, const Choose& choose) {
+  switch (resolve(instructions)) {
 #if COTERIE_X86
-COTERIE_ENTRY_POINTS(avx2, COTERIE_AVX2, Avx2Micro)
-COTERIE_ENTRY_POINTS(avx512, COTERIE_AVX512, Avx512Micro)
-#undef COTERIE_AVX2
-#undef COTERIE_AVX512
+    case InstructionSet::avx512:
+      return choose(Avx512Micro<T>());
+    case InstructionSet::avx2:
+      return choose(Avx2Micro<T>());
 #endif
-#undef COTERIE_ENTRY_POINTS
+    default:
+      return choose(BaselineMicro<T>());
+  }
+}
 
 // With COTERIE_EXTERN_KERNELS a file leaves the kernels to another one, which defines COTERIE_INSTANTIATE_KERNELS.
 // Both must be compiled with the same instruction set flags.
-#define COTERIE_KERNEL_LIST(prefix, name, T)                                                                       \
-  prefix template void forward_##name<T>(const AttentionArguments<T>&, T*);                                        \
-  prefix template void backward_##name<T>(const AttentionArguments<T>&, const AttentionGradientArguments<T>&, T*); \
-  prefix template void add_rows_##name<T>(const RowSums<T>&);                                                      \
-  prefix template void pack_##name<T>(const PanelSource<T>&, T*);                                                  \
-  prefix template void product_##name<T>(const ProductArguments<T>&);                                              \
-  prefix template void weight_gradient_##name<T>(const WeightGradientArguments<T>&);                               \
-  prefix template void nearest_##name<T>(const NearestArguments<T>&, T*);
-#if COTERIE_X86
-#define COTERIE_ALL_KERNELS(prefix, T)     \
-  COTERIE_KERNEL_LIST(prefix, baseline, T) \
-  COTERIE_KERNEL_LIST(prefix, avx2, T)     \
-  COTERIE_KERNEL_LIST(prefix, avx512, T)
-#else
-#define COTERIE_ALL_KERNELS(prefix, T) COTERIE_KERNEL_LIST(prefix, baseline, T)
-#endif
 #if defined(COTERIE_INSTANTIATE_KERNELS)
-COTERIE_ALL_KERNELS(, float)
-COTERIE_ALL_KERNELS(, double)
+#define COTERIE_INSTANTIATE(name) \
+  template struct name<float>;    \
+  template struct name<double>;
 #elif defined(COTERIE_EXTERN_KERNELS)
-COTERIE_ALL_KERNELS(extern, float)
-COTERIE_ALL_KERNELS(extern, double)
-#endif
-
-/// The entry points of one instruction set.
-template <class T>
-struct KernelTable {
-  void (*forward)(const AttentionArguments<T>&, T*);
-  void (*backward)(const AttentionArguments<T>&, const AttentionGradientArguments<T>&, T*);
-  void (*add_rows)(const RowSums<T>&);
-  void (*pack)(const PanelSource<T>&, T*);
-  void (*product)(const ProductArguments<T>&);
-  void (*weight_gradient)(const WeightGradientArguments<T>&);
-  void (*nearest)(const NearestArguments<T>&, T*);
-  Index (*forward_scratch)(const PartSizes&);  // numbers of scratch memory
-  Index (*backward_scratch)(const PartSizes&);
-  Index panel_width;  // columns of a packed panel
-  Index (*nearest_scratch)(Index d);
-};
-
-#define COTERIE_TABLE(name, micro)                                                                          \
-  KernelTable<T> {                                                                                          \
-    forward_##name<T>, backward_##name<T>, add_rows_##name<T>, pack_##name<T>, product_##name<T>,           \
-        weight_gradient_##name<T>, nearest_##name<T>, Forward<T, micro<T>>::scratch_size,                   \
-        Backward<T, micro<T>>::scratch_size, Panel<T, micro<T>>::width, Panel<T, micro<T>>::nearest_scratch \
-  }
-
-/// The kernels for a context's instruction set; throws ValueError where the machine lacks it.
-template <class T>
-const KernelTable<T>& kernels(InstructionSet instructions) {
-  static const KernelTable<T> baseline = COTERIE_TABLE(baseline, BaselineMicro);
-#if COTERIE_X86
-  static const KernelTable<T> avx2 = COTERIE_TABLE(avx2, Avx2Micro);
-  static const KernelTable<T> avx512 = COTERIE_TABLE(avx512, Avx512Micro);
-  switch (resolve(instructions)) {
-    case InstructionSet::avx512:
-      return avx512;
-    case InstructionSet::avx2:
-      return avx2;
-    default:
-      return baseline;
-  }
+#define COTERIE_INSTANTIATE(name)     \
+  extern template struct name<float>; \
+  extern template struct name<double>;
 #else
-  resolve(instructions);
-  return baseline;
+#define COTERIE_INSTANTIATE(name)
 #endif
-}
 
-#undef COTERIE_TABLE
-#undef COTERIE_ALL_KERNELS
-#undef COTERIE_KERNEL_LIST
+// COTERIE_KERNEL(name, implementation, member, parameters, arguments): the struct name<T> with a function of these parameters for
+// every instruction set, which calls implementation<T, M>::member with these arguments; name<T>::on(set) is a pointer to one.
+// Functions are defined outside of the struct, or `extern template` would not keep them from being compiled. Targets are
+// additive, so that everything inlines into them in files built with flags of their own.
+#define COTERIE_KERNEL(name, implementation, member, parameters, arguments)                                    \
+  template <class T>                                                                                           \
+  struct name {                                                                                                \
+    using Function = void parameters;                                                                          \
+    static void baseline parameters;                                                                           \
+    COTERIE_ON_X86(static void avx2 parameters; static void avx512 parameters;)                                \
+                                                                                                               \
+    static Function* on(InstructionSet instructions) {                                                         \
+      switch (resolve(instructions)) {                                                                         \
+        COTERIE_ON_X86(case InstructionSet::avx512 : return avx512; case InstructionSet::avx2 : return avx2;)  \
+        default:                                                                                               \
+          return baseline;                                                                                     \
+      }                                                                                                        \
+    }                                                                                                          \
+  };                                                                                                           \
+  template <class T>                                                                                           \
+  void name<T>::baseline parameters {                                                                          \
+    implementation<T, BaselineMicro<T>>::member arguments;                                                     \
+  }                                                                                                            \
+  COTERIE_ON_X86(                                                                                              \
+      template <class T> COTERIE_AVX2 void name<T>::avx2 parameters {                                          \
+        implementation<T, Avx2Micro<T>>::member arguments;                                                     \
+      } template <class T>                                                                                     \
+      COTERIE_AVX512 void name<T>::avx512 parameters { implementation<T, Avx512Micro<T>>::member arguments; }) \
+  COTERIE_INSTANTIATE(name)
 
 }  // namespace COTERIE_FLAGS_NAMESPACE
 }  // namespace coterie::detail

@@ -15,11 +15,9 @@ namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
 template <class T, class M>
-struct Row {
-  using Common = Tile<T, M>;
+struct FewQueries {
   using L = typename M::L;
   using F = typename L::F;
-  using Lookout = Sight<T, M>;
   static constexpr int lanes = L::count;
   static constexpr T lowest = std::numeric_limits<T>::lowest();
 
@@ -35,144 +33,150 @@ struct Row {
     return (padded(d) + 1) * key_block + most * (padded(d) + padded(dv));
   }
 
-  static COTERIE_INLINE void run(const AttentionArguments<T>& part, Index first, int count, T* scratch) {
+  static COTERIE_INLINE void run(const AttentionArguments<T>& arguments, Index first, int count, T* scratch) {
     T* keys = scratch;  // [d][key_block]
-    T* scores = keys + padded(part.d) * key_block;
+    T* scores = keys + padded(arguments.d) * key_block;
     State states[most];
     T* rows = scores + key_block;
-    for (int r = 0; r < count; ++r, rows += padded(part.d) + padded(part.dv)) {
-      states[r] = {lowest, 0, rows, rows + padded(part.d)};
-      Common::scale_row(part.q.row(part.rows[first + r]), part.scale * log2_e<T>, part.d, states[r].q);
-      std::memset(states[r].out, 0, static_cast<std::size_t>(padded(part.dv)) * sizeof(T));
+    for (int r = 0; r < count; ++r, rows += padded(arguments.d) + padded(arguments.dv)) {
+      states[r] = {lowest, 0, rows, rows + padded(arguments.d)};
+      Tile<T, M>::scale_row(arguments.q.row(arguments.rows[first + r]), arguments.scale * log2_e<T>, arguments.d,
+                            states[r].q);
+      std::memset(states[r].out, 0, static_cast<std::size_t>(padded(arguments.dv)) * sizeof(T));
     }
-    Lookout sight;
-    sight.look(part, first, count);
-    typename Common::Following following(part, first, sight.blocks());
-    const bool scattered = sight.newest - sight.oldest > lanes && !part.side_by_side(sight.oldest, sight.newest);
-    int block_begin = sight.first_block();
-    if (scattered) fetch_block(part, sight, block_begin, true, false);
-    while (block_begin != Lookout::none) {
-      const int next = sight.next_block(block_begin);
+    Visibility<T, M> visibility;
+    visibility.take(arguments, first, count);
+    typename Tile<T, M>::Following following(arguments, first, visibility.blocks());
+    const bool scattered =
+        visibility.newest - visibility.oldest > lanes && !arguments.side_by_side(visibility.oldest, visibility.newest);
+    int block_begin = visibility.first_block();
+    if (scattered) fetch_block(arguments, visibility, block_begin, true, false);
+    while (block_begin != Visibility<T, M>::none) {
+      const int next = visibility.next_block(block_begin);
       following.fetch();
       if (scattered) {
-        fetch_block(part, sight, block_begin, false, true);
-        if (next != Lookout::none) fetch_block(part, sight, next, true, false);
+        fetch_block(arguments, visibility, block_begin, false, true);
+        if (next != Visibility<T, M>::none) fetch_block(arguments, visibility, next, true, false);
       }
-      block(part, first, count, block_begin, states, keys, scores);
+      block(arguments, first, count, block_begin, states, keys, scores);
       block_begin = next;
     }
     for (int r = 0; r < count; ++r) {
-      const bool sees = sight.sees_any(r);
+      const bool sees = visibility.sees_any(r);
       const T inverse = sees ? T(1) / states[r].sum : T(0);
-      const Index target = part.target(first + r);
+      const Index target = arguments.target(first + r);
       F log_sum;
       L::log(F{} + states[r].sum, log_sum);
-      Common::write_state(part, target, states[r].reference, log_sum[0], inverse, sees);
-      Common::scale_row(states[r].out, inverse, part.dv, part.out + target * part.out_stride);
+      Tile<T, M>::write_state(arguments, target, states[r].reference, log_sum[0], inverse, sees);
+      Tile<T, M>::scale_row(states[r].out, inverse, arguments.dv, arguments.out + target * arguments.out_stride);
     }
   }
 
   /// The keys and the values of ranks [begin, end), of which rows that follow each other cost little.
-  static COTERIE_INLINE void locate(const AttentionArguments<T>& part, Index begin, Index end, const T** k_rows,
+  static COTERIE_INLINE void locate(const AttentionArguments<T>& arguments, Index begin, Index end, const T** k_rows,
                                     const T** v_rows) {
-    const std::int32_t *const keys = part.keys + begin, first = keys[0], count = static_cast<std::int32_t>(end - begin);
+    const std::int32_t *const keys = arguments.keys + begin, first = keys[0],
+                              count = static_cast<std::int32_t>(end - begin);
     std::uint32_t elsewhere = 0;
     for (std::int32_t i = 0; i < count; ++i)
       elsewhere |= std::uint32_t(keys[i]) - std::uint32_t(first) - std::uint32_t(i);
-    if (elsewhere == 0 && first + (end - begin) <= part.k.rows && !part.gathered_k)
+    if (elsewhere == 0 && first + (end - begin) <= arguments.k.rows && !arguments.gathered_k)
       for (Index i = 0; i < count; ++i) {
-        k_rows[i] = part.k.data + (first + i) * part.k.stride;
-        v_rows[i] = part.v.data + (first + i) * part.v.stride;
+        k_rows[i] = arguments.k.data + (first + i) * arguments.k.stride;
+        v_rows[i] = arguments.v.data + (first + i) * arguments.v.stride;
       }
     else
-      for (Index i = 0; i < count; ++i) part.locate(begin + i, k_rows[i], v_rows[i]);
+      for (Index i = 0; i < count; ++i) arguments.locate(begin + i, k_rows[i], v_rows[i]);
   }
 
   /// Asks for the keys, or the values, of a block: caches of many heads are too large to be at hand.
-  static COTERIE_INLINE void fetch_block(const AttentionArguments<T>& part, const Lookout& sight, int block_begin,
-                                         bool keys, bool values) {
-    const int begin = std::max(block_begin, sight.oldest), end = std::min(block_begin + key_block, sight.newest);
+  static COTERIE_INLINE void fetch_block(const AttentionArguments<T>& arguments, const Visibility<T, M>& visibility,
+                                         int block_begin, bool keys, bool values) {
+    const int begin = (std::max)(block_begin, visibility.oldest),
+              end = (std::min)(block_begin + key_block, visibility.newest);
     const T* k_rows[key_block];
     const T* v_rows[key_block];
-    locate(part, begin, end, k_rows, v_rows);
+    locate(arguments, begin, end, k_rows, v_rows);
     for (int j = 0; j < end - begin; ++j) {
-      if (keys) L::fetch(k_rows[j], part.d);
-      if (values) L::fetch(v_rows[j], part.dv);
+      if (keys) L::fetch(k_rows[j], arguments.d);
+      if (values) L::fetch(v_rows[j], arguments.dv);
     }
   }
 
   /// The ranks of a block that an entry sees, as an interval inside the block; interval 0 or 1.
-  static COTERIE_INLINE Interval seen(const AttentionArguments<T>& part, Index entry, int interval, int block_begin) {
-    const Interval* visible = interval ? part.visible_too : part.visible;
+  static COTERIE_INLINE Interval seen(const AttentionArguments<T>& arguments, Index entry, int interval,
+                                      int block_begin) {
+    const Interval* visible = interval ? arguments.visible_too : arguments.visible;
     if (!visible) return {0, 0};
-    const std::int32_t begin = std::max(visible[entry].begin - block_begin, 0);
-    const std::int32_t end = std::min(visible[entry].end - block_begin, key_block);
-    return {begin, std::max(begin, end)};
+    const std::int32_t begin = (std::max)(visible[entry].begin - block_begin, 0);
+    const std::int32_t end = (std::min)(visible[entry].end - block_begin, key_block);
+    return {begin, (std::max)(begin, end)};
   }
 
-  static COTERIE_INLINE void block(const AttentionArguments<T>& part, Index first, int count, int block_begin,
+  static COTERIE_INLINE void block(const AttentionArguments<T>& arguments, Index first, int count, int block_begin,
                                    State* states, T* keys, T* scores) {
     int low = key_block, high = 0;
     for (int r = 0; r < count; ++r)
       for (int i = 0; i < 2; ++i) {
-        const Interval s = seen(part, first + r, i, block_begin);
+        const Interval s = seen(arguments, first + r, i, block_begin);
         if (s.begin == s.end) continue;
-        low = std::min(low, int(s.begin));
-        high = std::max(high, int(s.end));
+        low = (std::min)(low, int(s.begin));
+        high = (std::max)(high, int(s.end));
       }
     const T* k_rows[key_block];
     const T* v_rows[key_block];
     const int seen_low = low;  // a part's copies hold no key below it
     low = low / lanes * lanes;
     const int vectors = (high - low + lanes - 1) / lanes;
-    locate(part, block_begin + seen_low, block_begin + high, k_rows + seen_low, v_rows + seen_low);
+    locate(arguments, block_begin + seen_low, block_begin + high, k_rows + seen_low, v_rows + seen_low);
     for (int j = low; j < seen_low; ++j) k_rows[j] = k_rows[seen_low];
     for (int j = high; j < low + vectors * lanes; ++j) k_rows[j] = k_rows[high - 1];
-    if (count > 1) M::gather_columns(k_rows + low, vectors, part.d, T(1), keys + low, key_block);
+    if (count > 1) M::gather_columns(k_rows + low, vectors, arguments.d, T(1), keys + low, key_block);
     for (int r = 0; r < count; ++r) {
-      const Interval one = seen(part, first + r, 0, block_begin), two = seen(part, first + r, 1, block_begin);
+      const Interval one = seen(arguments, first + r, 0, block_begin), two = seen(arguments, first + r, 1, block_begin);
       if (one.begin == one.end && two.begin == two.end) continue;
       State& state = states[r];
       if (count > 1)
-        M::row_product(state.q, part.d, keys + low, key_block, scores + low, vectors, false);
+        M::row_product(state.q, arguments.d, keys + low, key_block, scores + low, vectors, false);
       else
-        M::row_dots(k_rows + low, part.d, state.q, scores + low, vectors);
-      for (int v = 0; v < vectors && part.soft_cap != 0; ++v) {
+        M::row_dots(k_rows + low, arguments.d, state.q, scores + low, vectors);
+      for (int v = 0; v < vectors && arguments.soft_cap != 0; ++v) {
         F tanh;
-        Common::cap(part, scores + low + v * lanes, tanh);
+        Tile<T, M>::cap(arguments, scores + low + v * lanes, tanh);
       }
-      mask(part, first + r, block_begin, low, low + vectors * lanes, one, two, scores);
-      softmax(scores, low, low + vectors * lanes, part.dv, state);
+      mask(arguments, first + r, block_begin, low, low + vectors * lanes, one, two, scores);
+      softmax(scores, low, low + vectors * lanes, arguments.dv, state);
       for (const Interval& s : {one, two})
         if (s.begin < s.end) {
-          const bool drops = part.dropout_bound != 0;
+          const bool drops = arguments.dropout_bound != 0;
           T kept_sum = 0;  // goes nowhere: drop() has added all of P
-          if (drops) drop(part, first + r, block_begin, s, scores, state.sum);
-          M::row_values(scores, v_rows, s.begin, s.end, part.dv, state.out, drops ? kept_sum : state.sum);
+          if (drops) drop(arguments, first + r, block_begin, s, scores, state.sum);
+          M::row_values(scores, v_rows, s.begin, s.end, arguments.dv, state.out, drops ? kept_sum : state.sum);
         }
     }
   }
 
   /// Adds the probabilities of an interval to the sum, then drops pairs.
-  static COTERIE_INLINE void drop(const AttentionArguments<T>& part, Index entry, int block_begin, const Interval& s,
-                                  T* scores, T& sum) {
-    const std::uint32_t query_bits = part.query_bits(entry);
+  static COTERIE_INLINE void drop(const AttentionArguments<T>& arguments, Index entry, int block_begin,
+                                  const Interval& s, T* scores, T& sum) {
+    const std::uint32_t query_bits = arguments.query_bits(entry);
     for (int j = s.begin; j < s.end; ++j) {
       sum += scores[j];
-      const bool kept = pair_bits(query_bits ^ part.key_bits(block_begin + j)) >= part.dropout_bound;
-      scores[j] = kept ? scores[j] * part.dropout_scale : T(0);
+      const bool kept = pair_bits(query_bits ^ arguments.key_bits(block_begin + j)) >= arguments.dropout_bound;
+      scores[j] = kept ? scores[j] * arguments.dropout_scale : T(0);
     }
   }
 
   /// Adds the bias, and hides what the entry does not see.
-  static COTERIE_INLINE void mask(const AttentionArguments<T>& part, Index entry, int block_begin, int begin, int end,
-                                  const Interval& one, const Interval& two, T* scores) {
-    if (part.bias)
+  static COTERIE_INLINE void mask(const AttentionArguments<T>& arguments, Index entry, int block_begin, int begin,
+                                  int end, const Interval& one, const Interval& two, T* scores) {
+    if (arguments.bias)
       for (const Interval& s : {one, two})
         for (int j = s.begin; j < s.end; ++j) {
-          if (!part.has_position(block_begin + j)) continue;
-          const Index distance = part.query_position(entry) - part.key_position(block_begin + j) - part.bias_first;
-          T added = part.bias[std::clamp<Index>(distance, 0, part.bias_count - 1)] * log2_e<T>;
+          if (!arguments.has_position(block_begin + j)) continue;
+          const Index distance =
+              arguments.query_position(entry) - arguments.key_position(block_begin + j) - arguments.bias_first;
+          T added = arguments.bias[std::clamp<Index>(distance, 0, arguments.bias_count - 1)] * log2_e<T>;
           COTERIE_OPAQUE(added);  // rounded, as in the tile's table
           scores[j] += added;
         }

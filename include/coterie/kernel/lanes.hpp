@@ -76,7 +76,7 @@ struct Lanes {
   static constexpr Unsigned exponent_bits = sizeof(T) == 4 ? Unsigned(0x7f800000u) : Unsigned(0x7ff0000000000000ull);
   typedef T F __attribute__((vector_size(Bytes)));
   typedef T Loose __attribute__((vector_size(Bytes), aligned(sizeof(T)), may_alias));
-  typedef Integer I __attribute__((vector_size(Bytes)));
+  typedef Integer Ints __attribute__((vector_size(Bytes)));
   typedef Unsigned U __attribute__((vector_size(Bytes)));
   typedef std::int32_t Half __attribute__((vector_size(4 * (Bytes / static_cast<int>(sizeof(T))))));
 
@@ -112,23 +112,23 @@ struct Lanes {
   static COTERIE_INLINE bool finite(const F& x) {
     // The exponent's bits carry into the sign's where all of them are set.
     const U bad = (((U)x & (U{} + exponent_bits)) + (Unsigned(1) << mantissa_bits)) >> (8 * sizeof(T) - 1);
-    return !any((I)bad);
+    return !any((Ints)bad);
   }
 
   /// Whether any number of x is not 0.
-  static COTERIE_INLINE bool any(const I& x) {
+  static COTERIE_INLINE bool any(const Ints& x) {
     std::int64_t pairs[Bytes / 8], bits = 0;
     __builtin_memcpy(pairs, &x, Bytes);
     COTERIE_UNROLL for (int i = 0; i < Bytes / 8; ++i) bits |= pairs[i];
     return bits != 0;
   }
 
-  static COTERIE_INLINE bool any_negative(const I& x) { return any(x >> (8 * sizeof(T) - 1)); }
+  static COTERIE_INLINE bool any_negative(const Ints& x) { return any(x >> (8 * sizeof(T) - 1)); }
 
   // x = n + f, n whole, |f| < 1 with the sign of x, and 2^f = 1 + p f.
-  static COTERIE_INLINE void exp2_parts(const F& x, I& n, F& f, F& p) {
+  static COTERIE_INLINE void exp2_parts(const F& x, Ints& n, F& f, F& p) {
     if constexpr (sizeof(T) == 4) {
-      n = __builtin_convertvector(x, I);
+      n = __builtin_convertvector(x, Ints);
       f = x - __builtin_convertvector(n, F);
       p = f * T(1.340493249176083975e-5) + T(1.563511993171422818e-4);
       p = p * f + T(1.336768214191319501e-3);
@@ -138,7 +138,7 @@ struct Lanes {
       p = p * f + T(6.931473884956809650e-1);
     } else {
       const Half narrow = __builtin_convertvector(x, Half);
-      n = __builtin_convertvector(narrow, I);
+      n = __builtin_convertvector(narrow, Ints);
       f = x - __builtin_convertvector(narrow, F);
       p = f * T(1.274896876739093499e-12) + T(2.589897098532496130e-11);
       p = p * f + T(4.448780068716191481e-10);
@@ -156,14 +156,16 @@ struct Lanes {
   }
 
   // y = x 2^n for normal x and result.
-  static COTERIE_INLINE void scale_by_power(const F& x, const I& n, F& y) { y = (F)((U)x + ((U)n << mantissa_bits)); }
+  static COTERIE_INLINE void scale_by_power(const F& x, const Ints& n, F& y) {
+    y = (F)((U)x + ((U)n << mantissa_bits));
+  }
 
   /// y = 2^x for x up to 126; 0 below the smallest normal number; exactly 1 at 0; NaN stays NaN.
   /// Method: x = n + f, n whole, |f| < 1, a polynomial in f, and n added to the exponent bits.
   /// Error: float at most 1.9 units in the last place (2.3 without fused multiply-adds), all floats tried; double 1.7 (2.1).
   static COTERIE_INLINE void exp2(const F& x, F& y) {
     constexpr T low = std::numeric_limits<T>::min_exponent - 1;  // -126 or -1022
-    I n;
+    Ints n;
     F f, p;
     exp2_parts(x, n, f, p);
     scale_by_power(p * f + T(1), n, y);
@@ -179,7 +181,7 @@ struct Lanes {
     F size = (F)(bits & (U{} + Unsigned(sign - 1)));
     size *= T(2) * log2_e<T>;
     size = size > T(100) ? F{} + T(100) : size;
-    I n;
+    Ints n;
     F f, p, t;
     exp2_parts(-size, n, f, p);
     const F little = p * f;  // 2^f - 1
@@ -194,7 +196,7 @@ struct Lanes {
   static COTERIE_INLINE void log(const F& x, F& y) {
     constexpr Unsigned root = sizeof(T) == 4 ? Unsigned(0x3f3504f3u) : Unsigned(0x3fe6a09e667f3bcdull);  // sqrt(1/2)
     const U above = (U)x - (U{} + root);
-    const I e = (I)above >> mantissa_bits;
+    const Ints e = (Ints)above >> mantissa_bits;
     const F m = (F)((U)x - ((U)e << mantissa_bits));
     F exponent;
     if constexpr (sizeof(T) == 4)
@@ -208,9 +210,10 @@ struct Lanes {
     F whole = exponent * ln_2<T>;
     COTERIE_OPAQUE(whole);  // or either product might be the one in a multiply-add
     y = whole + (s + s) * sum;
-    const F special = x > std::numeric_limits<T>::max() ? x : x - std::numeric_limits<T>::infinity();
+    const F special = x > (std::numeric_limits<T>::max)() ? x : x - std::numeric_limits<T>::infinity();
     constexpr Unsigned least = Unsigned(1) << mantissa_bits;
-    const I normal = ~(I)((U)x - least) & (I)((U)x - exponent_bits);  // the sign; exponent_bits alone are infinity
+    const Ints normal =
+        ~(Ints)((U)x - least) & (Ints)((U)x - exponent_bits);  // the sign; exponent_bits alone are infinity
     y = normal < 0 ? y : special;
   }
 

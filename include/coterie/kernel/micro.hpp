@@ -128,7 +128,7 @@ struct Micro {
           alignas(64) T padded_rows[lanes * lanes];
           COTERIE_UNROLL for (int l = 0; l < lanes; ++l) L::store(padded_rows + l * lanes, square[l]);
           for (int l = 0; l < lanes && first + l < count; ++l)
-            for (Index i = c; i < std::min(columns, c + lanes); ++i)
+            for (Index i = c; i < (std::min)(columns, c + lanes); ++i)
               rows[first + l][i] = padded_rows[l * lanes + i - c];
         }
       }
@@ -296,6 +296,64 @@ struct Micro {
     }
     if (vectors == 2) return all_columns<columns_for<2>, 2>(rows, begin, end, 0, columns, p, out, checked);
     return all_columns<columns_for<1>, 1>(rows, begin, end, 0, columns, p, out, checked);
+  }
+};
+
+/// The micro-kernel of weight gradients: up to R rows by V vectors of sums in registers, both factors packed.
+template <class T, int Bytes, int V, int R>
+struct Strips {
+  using L = Lanes<T, Bytes>;
+  using F = typename L::F;
+  static constexpr int lanes = L::count, width = lanes * V;
+
+  // d_w[r][c] += sum_i x[i][r] d_y[i][c] for Rows rows and N vectors; x has rows of Rows numbers, d_y of `width`.
+  template <int Rows, int N>
+  static COTERIE_INLINE void strip(const T* x, const T* d_y, Index tokens, T* d_w, Index stride) {
+    COTERIE_UNROLL for (int r = 0; r < Rows; ++r) __builtin_prefetch(d_w + r * stride, 1);
+    F sum[Rows][N];
+    COTERIE_UNROLL for (int r = 0; r < Rows; ++r) COTERIE_UNROLL for (int v = 0; v < N; ++v) sum[r][v] = F{};
+    for (Index i = 0; i < tokens; ++i) {
+      F y[N];
+      COTERIE_UNROLL for (int v = 0; v < N; ++v) L::load(d_y + i * width + v * lanes, y[v]);
+      COTERIE_UNROLL for (int r = 0; r < Rows; ++r) {
+        const T factor = x[i * Rows + r];
+        COTERIE_UNROLL for (int v = 0; v < N; ++v) L::add_product(factor, y[v], sum[r][v]);
+      }
+    }
+    COTERIE_UNROLL for (int r = 0; r < Rows; ++r) COTERIE_UNROLL for (int v = 0; v < N; ++v) {
+      F old;
+      L::load(d_w + r * stride + v * lanes, old);
+      old += sum[r][v];
+      L::store(d_w + r * stride + v * lanes, old);
+    }
+  }
+
+  // strip() of `rows` <= Rows rows.
+  template <int Rows, int N>
+  static COTERIE_INLINE void strip_rows(Index rows, const T* x, const T* d_y, Index tokens, T* d_w, Index stride) {
+    if (rows == Rows) return strip<Rows, N>(x, d_y, tokens, d_w, stride);
+    if constexpr (Rows > 1) strip_rows<Rows - 1, N>(rows, x, d_y, tokens, d_w, stride);
+  }
+
+  // All strips against N vectors of a panel.
+  template <int N>
+  static COTERIE_INLINE void all_strips(const T* strips, Index rows, const T* panel, Index tokens, T* d_w,
+                                        Index stride) {
+    Index r = 0;
+    for (; r + R <= rows; r += R) strip<R, N>(strips + r * tokens, panel, tokens, d_w + r * stride, stride);
+    if (r < rows) strip_rows<R - 1, N>(rows - r, strips + r * tokens, panel, tokens, d_w + r * stride, stride);
+  }
+
+  /// d_w[r][c] += sum_i x[i][r] d_y[i][c] for `rows` rows and `vectors` <= V vectors. x lies in strips of [token][R], the
+  /// last one of as many rows as are left, d_y in rows of `width`. A sum runs over its tokens in order and is then added.
+  static COTERIE_INLINE void run(const T* strips, Index rows, const T* panel, Index tokens, T* d_w, Index stride,
+                                 int vectors) {
+    if constexpr (V == 4) {
+      if (vectors == 4) return all_strips<4>(strips, rows, panel, tokens, d_w, stride);
+      if (vectors == 3) return all_strips<3>(strips, rows, panel, tokens, d_w, stride);
+    }
+    if (vectors == 2) return all_strips<2>(strips, rows, panel, tokens, d_w, stride);
+    all_strips<1>(strips, rows, panel, tokens, d_w, stride);
   }
 };
 

@@ -30,15 +30,14 @@ template <class T, class M>
 struct Relative {
   using L = typename M::L;
   using F = typename L::F;
-  using I = typename L::I;
-  using Lookout = Sight<T, M>;
+  using Ints = typename L::Ints;
   static constexpr int lanes = L::count, width = M::width;
 
   // Rows of a buffer: the table's first row; its last row; room for what skewing moves up; from here on the rows of `rows`,
   // ends among them; room behind.
   static constexpr Index skew_rows = lanes / 2, listed = lanes + skew_rows, room = listed + lanes + skew_rows;
 
-  const AttentionArguments<T>* part = nullptr;
+  const AttentionArguments<T>* arguments = nullptr;
   const TilePositions<T, M>* positions = nullptr;
   Index count = 0;                // of the table's rows
   std::int32_t* rows = nullptr;   // table rows that the tile reaches, ascending, and the two ends always
@@ -58,7 +57,8 @@ struct Relative {
   // Of a vector whose lanes ascend by one against keys that do, without `where`: keys [run_begin, run_end), counted from the
   // block's first one, have theirs at run_from, one row further up for every key.
   int run_begin[width / lanes], run_end[width / lanes];
-  int far_end[width / lanes], near_begin[width / lanes];  // keys before and from there on: all of the last, first row
+  int last_row_until[width / lanes],
+      first_row_from[width / lanes];  // keys before and from there on: all of the last, first row
   Index run_from[width / lanes];
 
   /// Numbers of a buffer, and of the scratch memory beside the buffers.
@@ -68,7 +68,7 @@ struct Relative {
   }
 
   COTERIE_INLINE void begin(const AttentionArguments<T>& given, const TilePositions<T, M>& tile_positions, T* scratch) {
-    part = &given;
+    arguments = &given;
     positions = &tile_positions;
     count = given.relative_count;
     reached = 0;
@@ -82,47 +82,48 @@ struct Relative {
   }
 
   /// Finds the table rows that the tile's pairs use.
-  COTERIE_INLINE void look(const Lookout& sight) {
+  COTERIE_INLINE void take(const Visibility<T, M>& visibility) {
     for (Index t = 0; t < reached; ++t) place[rows[t]] = 0;
     used_known = false;
     earlier_low = block_low = count;
     earlier_high = block_high = -1;
     skewed = true;
-    for (int v = 0; v < sight.vectors; ++v) skewed &= positions->ascending[v];
+    for (int v = 0; v < visibility.vectors; ++v) skewed &= positions->ascending[v];
     Index begin_row = count, end_row = 0;
     // marks of skewed tiles: +1 where a run of rows begins, -1 behind its end; of others: 1 for every row
     const auto mark = [&](Index begin, Index end) __attribute__((always_inline)) {
       begin = std::max<Index>(begin, 1);
-      end = std::min(end, count - 1);
+      end = (std::min)(end, count - 1);
       if (begin >= end) return;
       ++marks[begin];
       --marks[end];
-      begin_row = std::min(begin_row, begin);
-      end_row = std::max(end_row, end);
+      begin_row = (std::min)(begin_row, begin);
+      end_row = (std::max)(end_row, end);
     };
-    for (int i = 0; i < sight.intervals; ++i)
-      for (int v = 0; v < sight.vectors; ++v) {
-        int begin = Lookout::none, end = 0;
+    for (int i = 0; i < visibility.intervals; ++i)
+      for (int v = 0; v < visibility.vectors; ++v) {
+        int begin = Visibility<T, M>::none, end = 0;
         for (int l = v * lanes; l < (v + 1) * lanes; ++l)
-          if (sight.from[i][l] < sight.until[i][l]) {
-            begin = std::min(begin, static_cast<int>(sight.from[i][l]));
-            end = std::max(end, static_cast<int>(sight.until[i][l]));
+          if (visibility.from[i][l] < visibility.until[i][l]) {
+            begin = (std::min)(begin, static_cast<int>(visibility.from[i][l]));
+            end = (std::max)(end, static_cast<int>(visibility.until[i][l]));
           }
         // Memory comes before all tokens or after.
-        while (begin < end && !part->has_position(begin)) ++begin;
-        while (begin < end && !part->has_position(end - 1)) --end;
+        while (begin < end && !arguments->has_position(begin)) ++begin;
+        while (begin < end && !arguments->has_position(end - 1)) --end;
         if (begin >= end) continue;
-        const Index lowest = positions->lowest[v] - part->relative_first;
-        const Index highest = positions->highest[v] - part->relative_first;
-        if (skewed && !part->key_positions && part->keys[end - 1] - part->keys[begin] == end - 1 - begin) {
-          mark(lowest - part->key_position(end - 1), highest - part->key_position(begin) + 1);
+        const Index lowest = positions->lowest[v] - arguments->relative_first;
+        const Index highest = positions->highest[v] - arguments->relative_first;
+        if (skewed && !arguments->key_positions &&
+            arguments->keys[end - 1] - arguments->keys[begin] == end - 1 - begin) {
+          mark(lowest - arguments->key_position(end - 1), highest - arguments->key_position(begin) + 1);
           continue;
         }
         // Mostly the first keys are beyond the last row, and the last ones before the first.
-        while (begin < end && lowest - part->key_position(begin) >= count - 1) ++begin;
-        while (begin < end && highest - part->key_position(end - 1) <= 0) --end;
+        while (begin < end && lowest - arguments->key_position(begin) >= count - 1) ++begin;
+        while (begin < end && highest - arguments->key_position(end - 1) <= 0) --end;
         for (int key = begin; key < end; ++key) {
-          const Index position = part->key_position(key);
+          const Index position = arguments->key_position(key);
           if (highest - position <= 0 || lowest - position >= count - 1) continue;
           if (skewed) {
             mark(lowest - position, highest - position + 1);
@@ -130,8 +131,8 @@ struct Relative {
           }
           for (int l = v * lanes; l < (v + 1) * lanes; ++l)
             marks[std::clamp<Index>(lowest + positions->above[l] - position, 0, count - 1)] = 1;
-          begin_row = std::min(begin_row, std::max<Index>(lowest - position, 1));
-          end_row = std::max(end_row, std::min(highest - position + 1, count - 1));
+          begin_row = (std::min)(begin_row, std::max<Index>(lowest - position, 1));
+          end_row = (std::max)(end_row, (std::min)(highest - position + 1, count - 1));
         }
       }
     reached = 0;
@@ -155,36 +156,36 @@ struct Relative {
   }
 
   /// R[r][lane] = sum_c table[r][c] packed[c][lane]
-  COTERIE_INLINE void products(const Lookout& sight, const T* table, Index stride, Index columns, const T* packed,
-                               T* buffer) const {
+  COTERIE_INLINE void products(const Visibility<T, M>& visibility, const T* table, Index stride, Index columns,
+                               const T* packed, T* buffer) const {
     T* const to = buffer + listed * width;
     const T* table_rows[key_block];
     for (Index t = 0; t < reached; t += at_once) {
       const Index n = locate(table, stride, t, table_rows);
-      M::scores(table_rows, n, columns, packed, to + t * width, sight.vectors);
+      M::scores(table_rows, n, columns, packed, to + t * width, visibility.vectors);
     }
     std::memcpy(buffer, to, row_bytes);
     std::memcpy(buffer + width, to + (reached - 1) * width, row_bytes);
-    if (skewed) skew<1>(sight, buffer, listed + 1, reached - 2);
+    if (skewed) skew<1>(visibility, buffer, listed + 1, reached - 2);
   }
 
   COTERIE_INLINE void clear(T* buffer) const {
     std::memset(buffer, 0, static_cast<std::size_t>(listed + reached) * row_bytes);
   }
 
-  /// Finds the places of the block's pairs, after Positions::look_at_keys.
-  COTERIE_INLINE void look_at_keys(const Lookout& sight, int block_begin) {
-    const Index end = count - 1, first = part->relative_first;
-    earlier_low = std::min(earlier_low, block_low);
-    earlier_high = std::max(earlier_high, block_high);
+  /// Finds the places of the block's pairs, after Positions::turn_to_block.
+  COTERIE_INLINE void turn_to_block(const Visibility<T, M>& visibility, int block_begin) {
+    const Index end = count - 1, first = arguments->relative_first;
+    earlier_low = (std::min)(earlier_low, block_low);
+    earlier_high = (std::max)(earlier_high, block_high);
     block_low = count;
     block_high = -1;
-    for (int v = 0; v < sight.vectors && positions->key_begin < positions->key_end; ++v) {
-      block_low = std::min(block_low, positions->lowest[v] - positions->key_most - first);
-      block_high = std::max(block_high, positions->highest[v] - positions->key_least - first);
+    for (int v = 0; v < visibility.vectors && positions->key_begin < positions->key_end; ++v) {
+      block_low = (std::min)(block_low, positions->lowest[v] - positions->key_most - first);
+      block_high = (std::max)(block_high, positions->highest[v] - positions->key_least - first);
     }
     const int key_begin = positions->key_begin - block_begin, key_end = positions->key_end - block_begin;
-    for (int v = 0; v < sight.vectors; ++v) {
+    for (int v = 0; v < visibility.vectors; ++v) {
       const Index lowest = positions->lowest[v] - first, span = positions->highest[v] - positions->lowest[v];
       const Index* const of_key = positions->of_key;
       std::int32_t* const at = where + v * lanes;
@@ -192,8 +193,8 @@ struct Relative {
       int j = key_begin, after = key_end;
       while (j < after && lowest - of_key[j] >= end) ++j;
       while (j < after && lowest + span - of_key[after - 1] <= 0) --after;
-      far_end[v] = j;
-      near_begin[v] = after;
+      last_row_until[v] = j;
+      first_row_from[v] = after;
       const Index diagonals = skewed ? std::max<Index>(end - 1 - span, 0) : 0;  // table rows of lowest lanes
       run_begin[v] = run_end[v] = after;
       if (diagonals > 0 && positions->keys_ascend) {
@@ -231,10 +232,10 @@ struct Relative {
   /// other pairs, and same(at, keys, place) for vectors of as many keys that find the same ones. `at` is where the block has
   /// them. Masked pairs are among them.
   template <class Whole, class Single, class Same>
-  COTERIE_INLINE void each(const typename Lookout::Segment& s, int block_begin, const Whole& whole,
-                           const Single& single, const Same& same) const {
-    const int begin = std::max(s.begin, positions->key_begin) - block_begin;
-    const int end = std::min(s.end, positions->key_end) - block_begin;
+  COTERIE_INLINE void each(const KeySegment& s, int block_begin, const Whole& whole, const Single& single,
+                           const Same& same) const {
+    const int begin = (std::max)(s.begin, positions->key_begin) - block_begin;
+    const int end = (std::min)(s.end, positions->key_end) - block_begin;
     const auto found = [&](int v, int from, int until) __attribute__((always_inline)) {
       for (int j = from; j < until; ++j) {
         const Index at = Index(j) * width + v * lanes;
@@ -248,18 +249,19 @@ struct Relative {
       }
     };
     for (int v = s.first; v < s.last && begin < end; ++v) {
-      const int middle = std::clamp(far_end[v], begin, end), near = std::clamp(near_begin[v], middle, end);
-      const int from = std::clamp(run_begin[v], middle, near), until = std::clamp(run_end[v], from, near);
+      const int middle = std::clamp(last_row_until[v], begin, end),
+                first_row = std::clamp(first_row_from[v], middle, end);
+      const int from = std::clamp(run_begin[v], middle, first_row), until = std::clamp(run_end[v], from, first_row);
       same(Index(begin) * width + v * lanes, middle - begin, place[count - 1] * Index(width) + v * lanes);
       found(v, middle, from);
       for (int j = from; j < until; ++j) whole(Index(j) * width + v * lanes, run_from[v] - Index(j) * width);
-      found(v, until, near);
-      same(Index(near) * width + v * lanes, end - near, Index(v) * lanes);
+      found(v, until, first_row);
+      same(Index(first_row) * width + v * lanes, end - first_row, Index(v) * lanes);
     }
   }
 
   /// to[key][lane] += R[c][lane]
-  COTERIE_INLINE void add(const typename Lookout::Segment& s, int block_begin, const T* buffer, T* to) const {
+  COTERIE_INLINE void add(const KeySegment& s, int block_begin, const T* buffer, T* to) const {
     const auto whole = [&](Index at, Index row) __attribute__((always_inline)) { L::add(buffer + row, to + at); };
     const auto single = [&](Index at, Index row) __attribute__((always_inline)) { to[at] += buffer[row]; };
     const auto same = [&](Index at, int keys, Index row) __attribute__((always_inline)) {
@@ -274,7 +276,7 @@ struct Relative {
   }
 
   /// A[c][lane] += from[key][lane]; masked pairs must be zero.
-  COTERIE_INLINE void collect(const typename Lookout::Segment& s, int block_begin, const T* from, T* buffer) const {
+  COTERIE_INLINE void collect(const KeySegment& s, int block_begin, const T* from, T* buffer) const {
     const auto whole = [&](Index at, Index row) __attribute__((always_inline)) { L::add(from + at, buffer + row); };
     const auto single = [&](Index at, Index row) __attribute__((always_inline)) { buffer[row] += from[at]; };
     const auto same = [&](Index at, int keys, Index row) __attribute__((always_inline)) {
@@ -290,13 +292,13 @@ struct Relative {
   }
 
   /// A[r][lane] *= factor[lane]
-  COTERIE_INLINE void rescale(const Lookout& sight, const T* factor, T* buffer) const {
+  COTERIE_INLINE void rescale(const Visibility<T, M>& visibility, const T* factor, T* buffer) const {
     // Between the ends only rows of earlier blocks' pairs hold something.
     const Index lower = std::lower_bound(rows, rows + reached, earlier_low) - rows;
     const Index upper = std::upper_bound(rows, rows + reached, earlier_high) - rows;
     T* const begin = buffer + (listed + lower - (skewed ? lanes - 1 : 0)) * width;
     T* const end = buffer + (listed + upper) * width;
-    for (int v = 0; v < sight.vectors; ++v) {
+    for (int v = 0; v < visibility.vectors; ++v) {
       F x, y;
       L::load(factor + v * lanes, y);
       const auto scale = [&](T * row) __attribute__((always_inline)) {
@@ -310,29 +312,29 @@ struct Relative {
   }
 
   /// Ends collecting: rows of A stand as `rows` lists them, from `listed` on.
-  COTERIE_INLINE void straighten(const Lookout& sight, T* buffer) const {
-    if (skewed) skew<-1>(sight, buffer, listed + reached - 2, reached - 2);
+  COTERIE_INLINE void straighten(const Visibility<T, M>& visibility, T* buffer) const {
+    if (skewed) skew<-1>(visibility, buffer, listed + reached - 2, reached - 2);
     std::memcpy(buffer + listed * width, buffer, row_bytes);
     if (count > 1) std::memcpy(buffer + (listed + reached - 1) * width, buffer + width, row_bytes);
   }
 
   /// out[c][lane] += sum_r table[r][c] A[r][lane], of straightened rows.
-  COTERIE_INLINE void add_columns(const Lookout& sight, const T* table, Index stride, Index columns, const T* buffer,
-                                  T* out) {
+  COTERIE_INLINE void add_columns(const Visibility<T, M>& visibility, const T* table, Index stride, Index columns,
+                                  const T* buffer, T* out) {
     const T* table_rows[key_block];
     for (Index t = 0; t < reached; t += at_once) {
       const Index n = locate(table, stride, t, table_rows);
       const T* const a = buffer + (listed + t) * width;
-      const Index from = M::columns(table_rows, 0, n, columns, a, out, sight.vectors, true);
+      const Index from = M::columns(table_rows, 0, n, columns, a, out, visibility.vectors, true);
       if (from == columns) continue;
       // A row that is no number met lanes that do not use it. The same operations, kept only where it is used.
-      find_used(sight);
+      find_used(visibility);
       for (Index c = from; c < columns; ++c)
-        for (int v = 0; v < sight.vectors; ++v) {
+        for (int v = 0; v < visibility.vectors; ++v) {
           F sum, x;
           L::load(out + c * width + v * lanes, sum);
           for (Index j = 0; j < n; ++j) {
-            I uses{};
+            Ints uses{};
             for (int l = 0; l < lanes; ++l) uses[l] = used[(t + j) * width + v * lanes + l] ? -1 : 0;
             L::load(a + j * width + v * lanes, x);
             F next = sum;
@@ -346,22 +348,23 @@ struct Relative {
 
   /// to[r][c] += sum_lane A[r][lane] x[lane][c], of straightened rows; `to` has all rows of the table, in rows of `columns`
   /// numbers as x, which are padded. sums: key_block such rows.
-  COTERIE_INLINE void add_rows(const Lookout& sight, const T* buffer, const T* x, Index columns, T* sums, T* to) {
-    const int depth = sight.vectors * lanes;
+  COTERIE_INLINE void add_rows(const Visibility<T, M>& visibility, const T* buffer, const T* x, Index columns, T* sums,
+                               T* to) {
+    const int depth = visibility.vectors * lanes;
     const T* a[key_block];
     for (Index t = 0; t < reached; t += at_once) {
-      const Index n = std::min(at_once, reached - t);
+      const Index n = (std::min)(at_once, reached - t);
       for (Index j = 0; j < n; ++j) a[j] = buffer + (listed + t + j) * width;
       const bool side_by_side = rows[t + n - 1] - rows[t] == n - 1;
       T* const target = side_by_side ? to + rows[t] * columns : sums;
       if (!side_by_side) std::memset(sums, 0, static_cast<std::size_t>(n * columns) * sizeof(T));
       const Index from = M::rows(a, n, depth, x, columns, target, true);
-      if (from < columns) find_used(sight);
+      if (from < columns) find_used(visibility);
       for (Index c = from; c < columns; c += lanes)
         for (Index j = 0; j < n; ++j) {
           F sum, y;
           L::load(target + j * columns + c, sum);
-          for (int l = 0; l < sight.count; ++l) {
+          for (int l = 0; l < visibility.count; ++l) {
             if (!used[(t + j) * width + l]) continue;
             L::load(x + l * columns + c, y);
             L::add_product(a[j][l], y, sum);
@@ -391,9 +394,9 @@ struct Relative {
   /// Moves lane l of every vector by l rows, up (Step 1) or down (-1), for `inner` rows from `first` on in the step's direction.
   /// The bits of l one after the other, each a choice between two rows; rows stream through registers.
   template <int Step>
-  static COTERIE_INLINE void skew(const Lookout& sight, T* buffer, Index first, Index inner) {
+  static COTERIE_INLINE void skew(const Visibility<T, M>& visibility, T* buffer, Index first, Index inner) {
     constexpr int at_a_time = skew_rows;
-    for (int v = 0; v < sight.vectors; ++v) {
+    for (int v = 0; v < visibility.vectors; ++v) {
       F earlier[2 * lanes];  // from a power of two on, as many rows: the last ones of that bit
       COTERIE_UNROLL for (int bit = 1; bit < lanes; bit *= 2) {
         COTERIE_UNROLL for (int i = 0; i < bit; ++i) earlier[bit + i] = F{};
@@ -420,22 +423,22 @@ struct Relative {
   }
 
   COTERIE_INLINE Index locate(const T* table, Index stride, Index t, const T** table_rows) const {
-    const Index n = std::min(at_once, reached - t);
+    const Index n = (std::min)(at_once, reached - t);
     for (Index j = 0; j < n; ++j) table_rows[j] = table + rows[t + j] * stride;
     return n;
   }
 
   /// Which rows each lane uses.
-  COTERIE_INLINE void find_used(const Lookout& sight) {
+  COTERIE_INLINE void find_used(const Visibility<T, M>& visibility) {
     if (used_known) return;
     used_known = true;
     std::memset(used, 0, static_cast<std::size_t>(reached * width));
-    for (int i = 0; i < sight.intervals; ++i)
-      for (int l = 0; l < sight.count; ++l)
-        for (int key = static_cast<int>(sight.from[i][l]); key < static_cast<int>(sight.until[i][l]); ++key) {
-          if (!part->has_position(key)) continue;
+    for (int i = 0; i < visibility.intervals; ++i)
+      for (int l = 0; l < visibility.count; ++l)
+        for (int key = static_cast<int>(visibility.from[i][l]); key < static_cast<int>(visibility.until[i][l]); ++key) {
+          if (!arguments->has_position(key)) continue;
           const Index query = positions->lowest[l / lanes] + positions->above[l];
-          const Index row = query - part->key_position(key) - part->relative_first;
+          const Index row = query - arguments->key_position(key) - arguments->relative_first;
           const Index t = row <= 0 ? 0 : row >= count - 1 ? reached - 1 : place[row] - listed;
           used[t * width + l] = 1;
         }

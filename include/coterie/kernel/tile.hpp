@@ -24,8 +24,7 @@ template <class T, class M>
 struct Tile {
   using L = typename M::L;
   using F = typename L::F;
-  using I = typename L::I;
-  using Lookout = Sight<T, M>;
+  using Ints = typename L::Ints;
   static constexpr int lanes = L::count, width = M::width;
 
   /// to[c] = from[c] * factor
@@ -70,74 +69,76 @@ struct Tile {
 
   /// Numbers of scratch memory that gather() may use where there are `keys` key rows.
   static constexpr Index gather_size(Index d, Index dv, Index keys) {
-    return std::min(keys, most_gathered) * (padded(d) + padded(dv));
+    return (std::min)(keys, most_gathered) * (padded(d) + padded(dv));
   }
 
   /// Copies the keys and values that a part sees into `scratch` where they lie far apart and several tiles read them: rows of
   /// many heads are a power of two apart and fall on few sets of a cache. Rows that lie side by side are copied where
   /// `bytes_in_place` do not hold all of them: rows of a cluster are on many pages then.
-  static COTERIE_INLINE void gather(AttentionArguments<T>& part, Index bytes_in_place, T* scratch) {
-    if (part.entries < 3 * width) return;
-    if (part.without_gaps() && part.k.rows * (part.d + part.dv) * Index(sizeof(T)) <= bytes_in_place) return;
-    Index begin = std::numeric_limits<std::int32_t>::max(), end = 0;
-    for (const Interval* visible : {part.visible, part.visible_too})
-      for (Index e = 0; visible && e < part.entries; ++e)
+  static COTERIE_INLINE void gather(AttentionArguments<T>& arguments, Index bytes_in_place, T* scratch) {
+    if (arguments.entries < 3 * width) return;
+    if (arguments.without_gaps() &&
+        arguments.k.rows * (arguments.d + arguments.dv) * Index(sizeof(T)) <= bytes_in_place)
+      return;
+    Index begin = (std::numeric_limits<std::int32_t>::max)(), end = 0;
+    for (const Interval* visible : {arguments.visible, arguments.visible_too})
+      for (Index e = 0; visible && e < arguments.entries; ++e)
         if (visible[e].begin < visible[e].end) {
           begin = std::min<Index>(begin, visible[e].begin);
           end = std::max<Index>(end, visible[e].end);
         }
     if (begin >= end || end - begin > most_gathered) return;
-    if (part.side_by_side(begin, end)) return;
+    if (arguments.side_by_side(begin, end)) return;
     T* const k = scratch;
-    T* const v = scratch + (end - begin) * padded(part.d);
+    T* const v = scratch + (end - begin) * padded(arguments.d);
     constexpr Index ahead = 8;
     for (Index rank = begin; rank < end; ++rank) {
-      if (rank + ahead < end) fetch_key(part, rank + ahead);
-      const Index key = part.keys[rank], to = rank - begin;
-      scale_row(part.k.row(key), T(1), part.d, k + to * padded(part.d));
-      scale_row(part.v.row(key), T(1), part.dv, v + to * padded(part.dv));
+      if (rank + ahead < end) fetch_key(arguments, rank + ahead);
+      const Index key = arguments.keys[rank], to = rank - begin;
+      scale_row(arguments.k.row(key), T(1), arguments.d, k + to * padded(arguments.d));
+      scale_row(arguments.v.row(key), T(1), arguments.dv, v + to * padded(arguments.dv));
     }
-    part.gathered_k = k;
-    part.gathered_v = v;
-    part.gathered_first = begin;
+    arguments.gathered_k = k;
+    arguments.gathered_v = v;
+    arguments.gathered_first = begin;
   }
 
-  static COTERIE_INLINE void fetch_key(const AttentionArguments<T>& part, Index rank) {
-    L::fetch(part.k.row(part.keys[rank]), part.d);
-    L::fetch(part.v.row(part.keys[rank]), part.dv);
+  static COTERIE_INLINE void fetch_key(const AttentionArguments<T>& arguments, Index rank) {
+    L::fetch(arguments.k.row(arguments.keys[rank]), arguments.d);
+    L::fetch(arguments.v.row(arguments.keys[rank]), arguments.dv);
   }
 
   /// The tile that follows the one at `first`, of the same part or of the next one. Rows sorted by cluster lie scattered,
   /// and the machine cannot guess the next one: while a tile computes, it asks for what the following one reads and writes
   /// first. A few rows at a time: many wait for each other.
   struct Following {
-    const AttentionArguments<T>* part;
+    const AttentionArguments<T>* arguments;
     Index entry, end, at_once;
 
     /// `calls`: how often fetch() will be called.
     COTERIE_INLINE Following(const AttentionArguments<T>& now, Index first, Index calls)
-        : part(&now), entry(first + width), end(0) {
+        : arguments(&now), entry(first + width), end(0) {
       if (entry >= now.entries) {
-        part = now.next;
+        arguments = now.next;
         entry = 0;
       }
-      if (part) end = std::min<Index>(entry + width, part->entries);
+      if (arguments) end = std::min<Index>(entry + width, arguments->entries);
       at_once = (end - entry + calls - 1) / calls;
     }
 
     /// Asks for query, output, state, newest key and value of the next entries, and for what also(part, entry) does.
     template <class Also>
     COTERIE_INLINE void fetch(const Also& also) {
-      for (const Index until = std::min(entry + at_once, end); entry < until; ++entry) {
-        const Index target = part->target(entry);
-        L::fetch(part->q.row(part->rows[entry]), part->d);
-        L::fetch(part->out + target * part->out_stride, part->dv);
-        if (entry == 0 || (target - part->target(entry - 1)) * part->states.stride != 1)
-          for (const T* state : {part->states.reference, part->states.inverse, part->states.lse})
-            if (state) __builtin_prefetch(state + target * part->states.stride, 0, 2);
-        const Interval seen = part->visible[entry];
-        if (!part->gathered_k && seen.begin < seen.end) fetch_key(*part, seen.end - 1);
-        also(*part, entry);
+      for (const Index until = (std::min)(entry + at_once, end); entry < until; ++entry) {
+        const Index target = arguments->target(entry);
+        L::fetch(arguments->q.row(arguments->rows[entry]), arguments->d);
+        L::fetch(arguments->out + target * arguments->out_stride, arguments->dv);
+        if (entry == 0 || (target - arguments->target(entry - 1)) * arguments->states.stride != 1)
+          for (const T* state : {arguments->states.reference, arguments->states.inverse, arguments->states.lse})
+            if (state) __builtin_prefetch(state + target * arguments->states.stride, 0, 2);
+        const Interval seen = arguments->visible[entry];
+        if (!arguments->gathered_k && seen.begin < seen.end) fetch_key(*arguments, seen.end - 1);
+        also(*arguments, entry);
       }
     }
     COTERIE_INLINE void fetch() {
@@ -146,79 +147,79 @@ struct Tile {
   };
 
   /// Writes what the tape keeps of a row.
-  static COTERIE_INLINE void write_state(const AttentionArguments<T>& part, Index target, T reference, T log_sum,
+  static COTERIE_INLINE void write_state(const AttentionArguments<T>& arguments, Index target, T reference, T log_sum,
                                          T inverse, bool sees) {
-    const Index at = target * part.states.stride;
-    if (part.states.reference) part.states.reference[at] = reference;
-    if (part.states.inverse) part.states.inverse[at] = inverse;
-    if (part.states.lse)
-      part.states.lse[at] = sees ? reference * ln_2<T> + log_sum : -std::numeric_limits<T>::infinity();
+    const Index at = target * arguments.states.stride;
+    if (arguments.states.reference) arguments.states.reference[at] = reference;
+    if (arguments.states.inverse) arguments.states.inverse[at] = inverse;
+    if (arguments.states.lse)
+      arguments.states.lse[at] = sees ? reference * ln_2<T> + log_sum : -std::numeric_limits<T>::infinity();
   }
 
   /// Copies row(lane) times factor(lane) into `rows[lane][padded(columns)]`, and transposes that into
   /// `transposed[column][lane]`. Lanes without an entry become zero.
   template <class Row, class Factor>
-  static COTERIE_INLINE void pack(const Lookout& sight, Index columns, T* rows, T* transposed, const Row& row,
-                                  const Factor& factor) {
+  static COTERIE_INLINE void pack(const Visibility<T, M>& visibility, Index columns, T* rows, T* transposed,
+                                  const Row& row, const Factor& factor) {
     const Index stride = padded(columns);
-    for (int l = 0; l < sight.vectors * lanes; ++l) {
+    for (int l = 0; l < visibility.vectors * lanes; ++l) {
       T* to = rows + l * stride;
-      if (l < sight.count) {
+      if (l < visibility.count) {
         scale_row(row(l), factor(l), columns, to);
         for (Index c = columns; c < stride; ++c) to[c] = 0;
       } else {
         std::memset(to, 0, static_cast<std::size_t>(stride) * sizeof(T));
       }
     }
-    M::transpose_in(rows, stride, sight.vectors, columns, transposed);
+    M::transpose_in(rows, stride, visibility.vectors, columns, transposed);
   }
 
   /// transposed[column][lane] = 0 for the vectors in use, and columns up to a whole vector of them.
-  static COTERIE_INLINE void clear(const Lookout& sight, Index columns, T* transposed) {
+  static COTERIE_INLINE void clear(const Visibility<T, M>& visibility, Index columns, T* transposed) {
     const T* const end = transposed + (columns + lanes - 1) / lanes * lanes * width;
-    for (int v = 0; v < sight.vectors; ++v)
+    for (int v = 0; v < visibility.vectors; ++v)
       for (T* to = transposed + v * lanes; to < end; to += width) L::store(to, F{});
   }
 
   /// score = cap tanh(score / cap) of one vector; y = tanh(score / cap). The one formula, so that rows have the same bits in
   /// tiles and alone.
-  static COTERIE_INLINE void cap(const AttentionArguments<T>& part, T* score, F& y) {
+  static COTERIE_INLINE void cap(const AttentionArguments<T>& arguments, T* score, F& y) {
     F x;
     L::load(score, x);
-    L::tanh(x * (T(1) / part.soft_cap), y);
-    L::store(score, y * part.soft_cap);
+    L::tanh(x * (T(1) / arguments.soft_cap), y);
+    L::store(score, y * arguments.soft_cap);
   }
 
   /// Caps the scores of a segment; `slope`, if wanted, the derivative, in rows of `width` as the scores.
-  static COTERIE_INLINE void cap_scores(const AttentionArguments<T>& part, const typename Lookout::Segment& s,
-                                        int block_begin, T* scores, T* slope) {
+  static COTERIE_INLINE void cap_scores(const AttentionArguments<T>& arguments, const KeySegment& s, int block_begin,
+                                        T* scores, T* slope) {
     for (int key = s.begin; key < s.end; ++key)
       for (int v = s.first; v < s.last; ++v) {
         const Index at = (key - block_begin) * width + v * lanes;
         F y;
-        cap(part, scores + at, y);
+        cap(arguments, scores + at, y);
         if (slope) L::store(slope + at, T(1) - y * y);
       }
   }
 
   /// Drops pairs of the segment: 0 for those, and dropout_scale times the value for the others.
-  static COTERIE_INLINE void drop(const AttentionArguments<T>& part, Index first, const Lookout& sight,
-                                  const typename Lookout::Segment& s, int block_begin, T* values) {
+  static COTERIE_INLINE void drop(const AttentionArguments<T>& arguments, Index first,
+                                  const Visibility<T, M>& visibility, const KeySegment& s, int block_begin, T* values) {
     using Unsigned = typename L::Unsigned;
     using U = typename L::U;
     alignas(64) Unsigned queries[width];
     for (int l = s.first * lanes; l < s.last * lanes; ++l)
-      queries[l] = part.query_bits(first + std::min(l, sight.count - 1));
+      queries[l] = arguments.query_bits(first + (std::min)(l, visibility.count - 1));
     for (int key = s.begin; key < s.end; ++key) {
-      const Unsigned key_bits = part.key_bits(key);
+      const Unsigned key_bits = arguments.key_bits(key);
       for (int v = s.first; v < s.last; ++v) {
         T* const at = values + (key - block_begin) * width + v * lanes;
         U bits = *reinterpret_cast<const U*>(queries + v * lanes) ^ key_bits;
         L::pair_bits(bits);
-        const I kept = bits >= Unsigned(part.dropout_bound);
+        const Ints kept = bits >= Unsigned(arguments.dropout_bound);
         F x;
         L::load(at, x);
-        x = kept ? x * part.dropout_scale : F{};
+        x = kept ? x * arguments.dropout_scale : F{};
         L::store(at, x);
       }
     }
@@ -226,54 +227,53 @@ struct Tile {
 
   /// The bias table, to base 2, with its end columns repeated `width` times on both sides: lanes at or beyond an end, and
   /// those that ascend by one, find theirs side by side.
-  static COTERIE_INLINE void pad_bias(const AttentionArguments<T>& part, T* table) {
-    for (Index i = 0; i < part.bias_count + 2 * width; ++i)
-      table[i] = part.bias[std::clamp<Index>(i - width, 0, part.bias_count - 1)] * log2_e<T>;
+  static COTERIE_INLINE void pad_bias(const AttentionArguments<T>& arguments, T* table) {
+    for (Index i = 0; i < arguments.bias_count + 2 * width; ++i)
+      table[i] = arguments.bias[std::clamp<Index>(i - width, 0, arguments.bias_count - 1)] * log2_e<T>;
   }
 
   /// Calls whole(at, column) for vectors of pairs whose columns of the padded table lie side by side, and single(at, column)
   /// for the other pairs.
   template <class Whole, class Single>
-  static COTERIE_INLINE void each_bias(const AttentionArguments<T>& part, const TilePositions<T, M>& positions,
-                                       const typename Lookout::Segment& s, int block_begin, const Whole& whole,
-                                       const Single& single) {
-    const Index end = part.bias_count - 1;
+  static COTERIE_INLINE void each_bias(const AttentionArguments<T>& arguments, const TilePositions<T, M>& positions,
+                                       const KeySegment& s, int block_begin, const Whole& whole, const Single& single) {
+    const Index end = arguments.bias_count - 1;
     const auto pairs = [&](Index at, int v, Index low, Index high) __attribute__((always_inline)) {
       if (high <= 0)
         whole(at, Index(0));
       else if (low >= end)
-        whole(at, part.bias_count + width);
+        whole(at, arguments.bias_count + width);
       else if (positions.ascending[v])
         whole(at, low + width);
       else
         for (int l = 0; l < lanes; ++l)
           single(at + l, std::clamp<Index>(low + positions.above[v * lanes + l], 0, end) + width);
     };
-    positions.each(part.bias_first, s, block_begin, pairs);
+    positions.each(arguments.bias_first, s, block_begin, pairs);
   }
 
-  static COTERIE_INLINE void add_bias(const AttentionArguments<T>& part, const TilePositions<T, M>& positions,
-                                      const typename Lookout::Segment& s, int block_begin, const T* table, T* scores) {
+  static COTERIE_INLINE void add_bias(const AttentionArguments<T>& arguments, const TilePositions<T, M>& positions,
+                                      const KeySegment& s, int block_begin, const T* table, T* scores) {
     const auto whole = [&](Index at, Index column) __attribute__((always_inline)) {
       L::add(table + column, scores + at);
     };
     const auto single = [&](Index at, Index column) __attribute__((always_inline)) { scores[at] += table[column]; };
-    each_bias(part, positions, s, block_begin, whole, single);
+    each_bias(arguments, positions, s, block_begin, whole, single);
   }
 
   /// Masked pairs and those of lanes without an entry must be zero.
-  static COTERIE_INLINE void add_bias_gradient(const AttentionArguments<T>& part, const TilePositions<T, M>& positions,
-                                               const typename Lookout::Segment& s, int block_begin, const T* d_scores,
-                                               T* table) {
+  static COTERIE_INLINE void add_bias_gradient(const AttentionArguments<T>& arguments,
+                                               const TilePositions<T, M>& positions, const KeySegment& s,
+                                               int block_begin, const T* d_scores, T* table) {
     const auto whole = [&](Index at, Index column) __attribute__((always_inline)) {
       L::add(d_scores + at, table + column);
     };
     const auto single = [&](Index at, Index column) __attribute__((always_inline)) { table[column] += d_scores[at]; };
-    each_bias(part, positions, s, block_begin, whole, single);
+    each_bias(arguments, positions, s, block_begin, whole, single);
   }
 
   /// Ot[c][lane] += sum over the segment's keys of rows[key][c] P[key][lane].
-  static COTERIE_INLINE void accumulate_columns(const Lookout& sight, const typename Lookout::Segment& s,
+  static COTERIE_INLINE void accumulate_columns(const Visibility<T, M>& visibility, const KeySegment& s,
                                                 int block_begin, const T* const* rows, Index columns, const T* p,
                                                 T* out) {
     const int begin = s.begin - block_begin, end = s.end - block_begin, first = s.first * lanes;
@@ -284,10 +284,10 @@ struct Tile {
       for (int v = s.first; v < s.last; ++v) {
         F sum, x;
         L::load(out + c * width + v * lanes, sum);
-        typename Lookout::Mask mask;
-        sight.visible(v, mask);
+        typename Visibility<T, M>::Mask mask;
+        visibility.visible(v, mask);
         for (int j = begin; j < end; ++j) {
-          I sees;
+          Ints sees;
           mask.of(block_begin + j, sees);
           L::load(p + j * width + v * lanes, x);
           F next = sum;

@@ -1,4 +1,4 @@
-// What the lanes of a tile see, and how a block of keys is cut by it.
+// Which lanes of a tile see which keys, block after block of the key list.
 #pragma once
 
 #include <algorithm>
@@ -10,52 +10,52 @@
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
+/// Keys [begin, end) that vectors [first, last) of a tile's lanes see; masked: some lane does not see all of them.
+struct KeySegment {
+  int begin, end, first, last;
+  bool masked;
+};
+
 /// The intervals of a tile's lanes, for tiles of `M::width` lanes.
 template <class T, class M>
-struct Sight {
+struct Visibility {
   using L = typename M::L;
-  using I = typename L::I;
+  using Ints = typename L::Ints;
   using Integer = typename L::Integer;
   static constexpr int lanes = L::count, width = M::width, V = width / lanes;
-  static constexpr int none = std::numeric_limits<int>::max();
-
-  /// Keys [begin, end) seen by some lane of vectors [first, last); masked: not by every lane.
-  struct Segment {
-    int begin, end, first, last;
-    bool masked;
-  };
+  static constexpr int none = (std::numeric_limits<int>::max)();
 
   alignas(64) Integer from[2][width];  // per interval and lane: keys [from, until)
   alignas(64) Integer until[2][width];
   int oldest, newest;                   // every key that a lane sees is in [oldest, newest)
   int all_from[2][V], all_until[2][V];  // keys that every lane of the vector sees
   int intervals, vectors, count;        // intervals in use, vectors in use, lanes with an entry
-  Segment segments[4 * V];              // of the current block, ascending for each vector
+  KeySegment segments[4 * V];           // of the current block, ascending for each vector
   int segment_count;
   int low, high;  // keys of the current block that some lane sees
 
   /// Takes the intervals of `entries` entries of the part, from `first` on.
-  COTERIE_INLINE void look(const AttentionArguments<T>& part, Index first, int entries) {
+  COTERIE_INLINE void take(const AttentionArguments<T>& arguments, Index first, int entries) {
     count = entries;
     vectors = (count + lanes - 1) / lanes;
-    intervals = part.visible_too ? 2 : 1;
+    intervals = arguments.visible_too ? 2 : 1;
     oldest = none;
     newest = 0;
     for (int i = 0; i < intervals; ++i) {
-      const Interval* visible_here = (i ? part.visible_too : part.visible) + first;
+      const Interval* visible_here = (i ? arguments.visible_too : arguments.visible) + first;
       for (int v = 0; v < vectors; ++v) {
         int latest = 0, earliest = none;
         for (int l = v * lanes; l < (v + 1) * lanes; ++l) {
           // Lanes without an entry see what the last entry sees; their queries and gradients are zero.
-          const Interval seen = visible_here[std::min(l, count - 1)];
+          const Interval seen = visible_here[(std::min)(l, count - 1)];
           from[i][l] = seen.begin;
           until[i][l] = seen.end;
           if (seen.begin < seen.end) {
-            oldest = std::min(oldest, seen.begin);
-            newest = std::max(newest, seen.end);
+            oldest = (std::min)(oldest, seen.begin);
+            newest = (std::max)(newest, seen.end);
           }
-          latest = std::max(latest, seen.begin);
-          earliest = std::min(earliest, seen.end);
+          latest = (std::max)(latest, seen.begin);
+          earliest = (std::min)(earliest, seen.end);
         }
         all_from[i][v] = latest;
         all_until[i][v] = earliest;
@@ -75,7 +75,7 @@ struct Sight {
   }
 
   /// Negative in lanes of vector v that see any key.
-  COTERIE_INLINE void sees_any(int v, I& sees) const {
+  COTERIE_INLINE void sees_any(int v, Ints& sees) const {
     sees = at(from[0], v) - at(until[0], v);
     if (intervals == 2) sees |= at(from[1], v) - at(until[1], v);
   }
@@ -91,12 +91,12 @@ struct Sight {
 
   /// Which lanes of a vector see a key: two subtractions an interval, for g++ takes comparisons joined by & apart, lane by lane.
   struct Mask {
-    I before[2], until[2];
+    Ints before[2], until[2];
     int intervals;
 
     /// Negative in lanes that see key rank `key`.
-    COTERIE_INLINE void of(int key, I& mask) const {
-      const I rank = I{} + static_cast<Integer>(key);
+    COTERIE_INLINE void of(int key, Ints& mask) const {
+      const Ints rank = Ints{} + static_cast<Integer>(key);
       mask = (before[0] - rank) & (rank - until[0]);
       if (intervals == 2) mask |= (before[1] - rank) & (rank - until[1]);
     }
@@ -115,7 +115,7 @@ struct Sight {
   COTERIE_INLINE void used(int v, Mask& mask) const {
     visible(v, mask);
     for (int i = 0; i < intervals; ++i)
-      for (int l = std::max(count - v * lanes, 0); l < lanes; ++l) mask.until[i][l] = 0;
+      for (int l = (std::max)(count - v * lanes, 0); l < lanes; ++l) mask.until[i][l] = 0;
   }
 
   /// Whether every lane of vector v sees keys [begin, end).
@@ -126,10 +126,10 @@ struct Sight {
   }
 
   /// Keys [begin, end) of a segment that every lane of vector v sees; the others are masked.
-  COTERIE_INLINE void unmasked(const Segment& s, int v, int& begin, int& end) const {
+  COTERIE_INLINE void unmasked(const KeySegment& s, int v, int& begin, int& end) const {
     begin = end = s.begin;
     for (int i = 0; i < intervals; ++i) {
-      const int first = std::max(all_from[i][v], s.begin), last = std::min(all_until[i][v], s.end);
+      const int first = (std::max)(all_from[i][v], s.begin), last = (std::min)(all_until[i][v], s.end);
       if (last - first > end - begin) begin = first, end = last;
     }
   }
@@ -146,11 +146,11 @@ struct Sight {
         insert(cuts, cut_count, ends[i][v]);
       }
     for (int c = 0; c + 1 < cut_count; ++c) {
-      Segment s{cuts[c], cuts[c + 1], V, 0, false};
+      KeySegment s{cuts[c], cuts[c + 1], V, 0, false};
       for (int v = 0; v < vectors; ++v)
         for (int i = 0; i < intervals; ++i)
           if (begins[i][v] <= s.begin && s.end <= ends[i][v]) {
-            s.first = std::min(s.first, v);
+            s.first = (std::min)(s.first, v);
             s.last = v + 1;
           }
       if (s.first >= s.last) continue;
@@ -171,7 +171,7 @@ struct Sight {
         std::swap(end, end_too);
       }
       if (begin_too < end_too && begin_too <= end) {
-        end = std::max(end, end_too);
+        end = (std::max)(end, end_too);
         end_too = begin_too;
       }
       if (begin < end) add({begin, end, v, v + 1, !all_see(v, begin, end)});
@@ -193,7 +193,7 @@ struct Sight {
     for (int i = 0; i < intervals; ++i)
       for (int l = 0; l < vectors * lanes; ++l) {
         const Integer seen = std::max<Integer>(from[i][l], key);
-        next = seen < until[i][l] ? std::min(next, seen) : next;
+        next = seen < until[i][l] ? (std::min)(next, seen) : next;
       }
     return static_cast<int>(next);
   }
@@ -217,20 +217,22 @@ struct Sight {
     for (int l = v * lanes; l < (v + 1) * lanes; ++l) {
       const Integer lane_begin = std::max<Integer>(from[i][l], block_begin);
       const Integer lane_end = std::min<Integer>(until[i][l], block_end);
-      first = lane_begin < lane_end ? std::min(first, lane_begin) : first;
-      last = lane_begin < lane_end ? std::max(last, lane_end) : last;
+      first = lane_begin < lane_end ? (std::min)(first, lane_begin) : first;
+      last = lane_begin < lane_end ? (std::max)(last, lane_end) : last;
     }
     begin = static_cast<int>(first);
     end = static_cast<int>(last);
   }
 
-  COTERIE_INLINE void add(const Segment& s) {
+  COTERIE_INLINE void add(const KeySegment& s) {
     segments[segment_count++] = s;
-    low = std::min(low, s.begin);
-    high = std::max(high, s.end);
+    low = (std::min)(low, s.begin);
+    high = (std::max)(high, s.end);
   }
 
-  static COTERIE_INLINE const I& at(const Integer* p, int v) { return *reinterpret_cast<const I*>(p + v * lanes); }
+  static COTERIE_INLINE const Ints& at(const Integer* p, int v) {
+    return *reinterpret_cast<const Ints*>(p + v * lanes);
+  }
 
   /// Keeps `cuts` ascending and without repetition.
   static COTERIE_INLINE void insert(int* cuts, int& cut_count, int bound) {

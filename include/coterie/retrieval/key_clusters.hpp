@@ -11,7 +11,7 @@
 #include "coterie/core/finite.hpp"
 #include "coterie/core/offsets.hpp"
 #include "coterie/core/random.hpp"
-#include "coterie/kernel/product.hpp"
+#include "coterie/kernel/nearest.hpp"
 #include "coterie/router/seeding.hpp"
 
 namespace coterie::detail {
