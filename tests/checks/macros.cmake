@@ -17,8 +17,7 @@ list(JOIN standard "" standard)
 file(CONFIGURE OUTPUT macros/standard.hpp CONTENT "@standard@" @ONLY)
 
 set(compile_macros ${CMAKE_CXX_COMPILER} -std=gnu++20 -fsyntax-only -Wfatal-errors -I${CMAKE_CURRENT_BINARY_DIR}/macros
-  "-I$<JOIN:$<TARGET_PROPERTY:coterie,INTERFACE_INCLUDE_DIRECTORIES>,$<SEMICOLON>-I>"
-  "-isystem$<JOIN:$<TARGET_PROPERTY:Eigen3::Eigen,INTERFACE_INCLUDE_DIRECTORIES>,$<SEMICOLON>-isystem>")
+  "-I$<JOIN:$<TARGET_PROPERTY:coterie,INTERFACE_INCLUDE_DIRECTORIES>,$<SEMICOLON>-I>")
 foreach(set IN ITEMS complex qt windows asserts planted)
   add_test(NAME checks.macros.${set}
     COMMAND ${compile_macros} -D SET_${set} ${CMAKE_CURRENT_SOURCE_DIR}/macros.cpp COMMAND_EXPAND_LISTS)
