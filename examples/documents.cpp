@@ -18,9 +18,10 @@
 // Local heads cannot reach the other half by construction: that row is a property of the task.
 #include <thread>
 
-#include "blocks.hpp"
-#include "console.hpp"
-#include "options.hpp"
+#include "model/adamw.hpp"
+#include "model/block.hpp"
+#include "support/console.hpp"
+#include "support/options.hpp"
 
 namespace {
 

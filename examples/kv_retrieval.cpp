@@ -21,13 +21,15 @@
 // Files are rows of little-endian 32-bit floats, heads side by side: tokens x heads*dim, as NumPy's tofile writes them.
 #include <array>
 #include <bit>
+#include <coterie/coterie.hpp>
 #include <numeric>
 #include <thread>
 
-#include "console.hpp"
-#include "corpus.hpp"
-#include "options.hpp"
-#include "transformer.hpp"
+#include "model/adamw.hpp"
+#include "model/model.hpp"
+#include "support/console.hpp"
+#include "support/corpus.hpp"
+#include "support/options.hpp"
 
 namespace {
 
@@ -209,13 +211,13 @@ Cache run_model(const Model& model, Model::Tape& tape, const examples::Bytes& te
   const std::vector<std::int32_t> targets(static_cast<std::size_t>(count), -1);
   std::vector<float> losses(static_cast<std::size_t>(count));
   model.forward({tokens, targets, offsets, 0}, losses, tape, context);
-  const coterie::RoutingAttentionConfig& c = model.attention().front().config();
+  const coterie::RoutingAttentionConfig& c = model.blocks().front().attention().config();
   const Index width = c.routed_heads * c.head_dim, layers = model.config().layers;
   Matrix q(count, layers * width), k = q, v = q;
   Cache cache;
   for (Index l = 0; l < layers; ++l) {
     const auto at = static_cast<std::size_t>(l);
-    take_heads(model.attention()[at], tape.blocks[at].normed, l * width, q, k, v, context);
+    take_heads(model.blocks()[at].attention(), tape.blocks[at].normed, l * width, q, k, v, context);
     for (Index h = 0; h < c.routed_heads; ++h)
       cache.names.push_back(format("layer %lld head %lld", (long long)l + 1, (long long)h + 1));
   }
@@ -247,7 +249,7 @@ Cache make_cache(const Settings& s, Context& context) {
 // ------------------------------------------------------------------------------------------------ a cache from files
 
 Matrix read_matrix(const std::string& path, Index columns) {
-  const examples::Bytes bytes = examples::detail::read_bytes(path);
+  const examples::Bytes bytes = examples::read_bytes(path);
   const std::size_t row = static_cast<std::size_t>(columns) * 4;
   if (bytes.empty() || bytes.size() % row != 0)
     throw UsageError("'" + path + "': expected rows of " + std::to_string(columns) + " 32-bit floats, got " +

@@ -24,9 +24,10 @@
 //
 // So longer context pays where heads are routed, and costs no more per byte: every query sees as few keys as before.
 // Most of the gain lies in the far bytes; a text with few long repeats gains less (the Bible: 2.38 against 2.11).
-#include "bits_per_byte.hpp"
-#include "generate.hpp"
 #include "language_model_training.hpp"
+#include "model/bits_per_byte.hpp"
+#include "model/generate.hpp"
+#include "support/printable_text.hpp"
 
 namespace {
 
@@ -44,23 +45,30 @@ void write_text(const Model& model, const Bytes& prompt, Index count, const std:
     std::fflush(stdout);
   };
   const std::vector<std::int32_t> tokens(prompt.begin(), prompt.end());
-  const transformer::GenerationTime time =
-      transformer::generate(model, tokens, count,
-                            {.temperature = settings.temperature,
-                             .top_k = settings.top_k,
-                             .top_p = settings.top_p,
-                             .seed = static_cast<std::uint64_t>(settings.seed)},
-                            context, [&](std::int32_t byte) { print(text.add(static_cast<std::uint8_t>(byte))); });
+  const transformer::SamplingConfig sampling{.temperature = settings.temperature,
+                                             .top_k = settings.top_k,
+                                             .top_p = settings.top_p,
+                                             .seed = static_cast<std::uint64_t>(settings.seed)};
+  examples::Stopwatch watch;
+  double prompt_seconds = -1;
+  transformer::generate(model, tokens, count, sampling, context, [&](std::int32_t byte) {
+    if (prompt_seconds < 0) {  // the first byte: the prompt has been read
+      prompt_seconds = watch.seconds();
+      watch.reset();
+    }
+    print(text.add(static_cast<std::uint8_t>(byte)));
+  });
+  const double seconds = watch.seconds();
   print(text.finish() + "\n");
   // Beside the text only where somebody looks on; a file or a program that takes the text gets nothing else.
   std::fprintf(examples::terminal_width(stdout) > 0 ? stdout : stderr,
                "\n%lld bytes in %.2f s: %.0f tokens/s, after a prompt of %zu bytes in %.2f s\n", (long long)count,
-               time.seconds, static_cast<double>(count) / time.seconds, prompt.size(), time.prompt_seconds);
+               seconds, static_cast<double>(count) / seconds, prompt.size(), prompt_seconds);
 }
 
 /// What --evaluate prints.
 void print_bits_per_byte(const Model& model, Model::Tape& tape, const Settings& settings, coterie::Context& context) {
-  const Bytes text = examples::detail::read_bytes(settings.evaluate);
+  const Bytes text = examples::read_bytes(settings.evaluate);
   if (text.empty()) throw UsageError("--evaluate: expected a file of at least one byte, got an empty one");
   examples::Progress progress("scoring", 4, stderr);
   const double bits = transformer::bits_per_byte(model, text, settings.context, settings.stride, tokens_per_step, tape,

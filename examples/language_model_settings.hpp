@@ -6,9 +6,9 @@
 #include <optional>
 #include <thread>
 
-#include "corpus.hpp"
-#include "options.hpp"
-#include "transformer.hpp"
+#include "model/model.hpp"
+#include "support/corpus.hpp"
+#include "support/options.hpp"
 
 namespace language_model {
 
@@ -188,10 +188,10 @@ inline void check_sizes(const coterie::SafetensorsView& file, const transformer:
   file.require_shape(function, file.required(function, "embedding"), std::array<Index, 2>{config.vocabulary, d});
   for (Index layer = 0; layer < config.layers; ++layer) {
     const std::string number = std::to_string(layer);
-    file.require_shape(function, file.required(function, "feed_forwards." + number + ".expand"),
+    file.require_shape(function, file.required(function, "blocks." + number + ".feed_forward.expand"),
                        std::array<Index, 2>{d, config.feed_forward});
     if (config.attention.routed_heads > 0 && config.attention.routing == coterie::Routing::learned)
-      file.require_shape(function, file.required(function, "attention." + number + ".routers.0.centroids"),
+      file.require_shape(function, file.required(function, "blocks." + number + ".attention.routers.0.centroids"),
                          std::array<Index, 2>{config.attention.clusters, d / config.attention.heads});
   }
 }

@@ -10,14 +10,16 @@
 //     stream                            both models, then 20 000 chunks; under half a minute on one core
 //     stream --svg latency.svg          and a picture of the latencies
 #include <atomic>
+#include <coterie/coterie.hpp>
 #include <cstdlib>
 #include <fstream>
 #include <new>
 #include <thread>
 
-#include "console.hpp"
-#include "options.hpp"
-#include "transformer.hpp"
+#include "model/adamw.hpp"
+#include "model/random.hpp"
+#include "support/console.hpp"
+#include "support/options.hpp"
 
 namespace {
 

@@ -1,48 +1,14 @@
-// Text that a byte-level transformer::Model writes, as it comes.
+// Bytes that come one by one, made fit for a terminal.
 #pragma once
 
+#include <cstdint>
+#include <span>
 #include <string>
-#include <string_view>
-
-#include "console.hpp"
-#include "model_decoder.hpp"
-#include "sampling.hpp"
-
-namespace transformer {
-
-/// How long a generation took.
-struct GenerationTime {
-  double prompt_seconds = 0, seconds = 0;  // reading the prompt; drawing and reading all tokens after it
-};
-
-/// `count` tokens after `prompt`: each is drawn from the model's probabilities, and given to write(token) at once.
-/// Requires: a prompt of at least one token of the vocabulary (ValueError).
-template <class T, class Write>
-GenerationTime generate(const Model<T>& model, std::span<const std::int32_t> prompt, Index count,
-                        const SamplingConfig& sampling, Context& context, Write&& write) {
-  Sampler sampler(sampling);
-  ModelDecoder<T> decoder(model, {.reserve = static_cast<Index>(prompt.size())});
-  RowMatrix<T> p(1, model.config().vocabulary);
-  GenerationTime time;
-  examples::Stopwatch watch;
-  decoder.prefill(prompt, p, 0, context);
-  time.prompt_seconds = watch.seconds();
-  watch.reset();
-  for (Index i = 0; i < count; ++i) {
-    const std::int32_t token = sampler.draw<T>(p, 0, static_cast<std::uint64_t>(decoder.length(0)));
-    write(token);
-    if (i + 1 < count) decoder.step({&token, 1}, p, context);
-  }
-  time.seconds = watch.seconds();
-  return time;
-}
-
-}  // namespace transformer
+#include <utility>
 
 namespace examples {
 
-/// Makes bytes that come one by one fit for a terminal: UTF-8 is passed on in whole characters; what is none, and control
-/// characters but tab and newline, become '?'.
+/// UTF-8 is passed on in whole characters; other bytes, and control characters but tab and newline, become '?'.
 class PrintableText {
  public:
   /// `indent` follows every newline.

@@ -1,4 +1,4 @@
-#include "sampling.hpp"
+#include "model/sampling.hpp"
 
 #include <limits>
 

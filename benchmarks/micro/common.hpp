@@ -4,6 +4,7 @@
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -44,10 +45,12 @@ const char* scalar_name() {
 
 template <class... Parts>
 std::string name(const Parts&... parts) {
-  return coterie::detail::join(parts...);
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
 }
 
-/// main() of every benchmark file: what the results depend on goes into their context.
+/// The main() of every file: what the results depend on goes into their context.
 inline int run(int argc, char** argv) {
   benchmark::AddCustomContext("coterie", coterie::version);
   benchmark::AddCustomContext("instruction_set", instruction_set_name());

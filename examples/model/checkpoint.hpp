@@ -1,10 +1,13 @@
-// A transformer::Model and its training as a safetensors file: training that is loaded goes on with the bits of not having
-// been stopped.
+// A Model and its training as a safetensors file: a resumed training is bit-identical to one that was never stopped.
 #pragma once
 
+#include <cmath>
 #include <coterie/saved/saved_layer.hpp>
+#include <string>
+#include <vector>
 
-#include "transformer.hpp"
+#include "adamw.hpp"
+#include "model.hpp"
 
 namespace transformer {
 
@@ -20,32 +23,28 @@ struct Training {
   explicit Training(std::uint64_t seed) : random(seed) {}
 };
 
-namespace detail {
-
-inline std::string layer_prefix(std::size_t layer) { return "attention." + std::to_string(layer) + "."; }
-
-}  // namespace detail
-
-/// Adds a model to what will be written: the attention of layer i as coterie::add_layer has it, under "attention.<i>.", all other
-/// matrices by the names of Model::visit. Refers to the model: it must outlive the writing, and not change before it.
+/// Adds a model to what will be written: the attention of block i as coterie::add_layer has it, under
+/// "blocks.<i>.attention.", all other matrices by the names of Model::visit. Refers to the model: it must outlive the
+/// writing, and not change before it.
 template <class T>
 void add_model(coterie::SafetensorsWriter& writer, Model<T>& model) {
-  for (std::size_t i = 0; i < model.attention().size(); ++i)
-    coterie::add_layer(writer, detail::layer_prefix(i), model.attention()[i]);
-  model.visit_weights([&](std::string_view name, View<T> w) { writer.add(std::string(name), ConstView<T>(w)); });
+  for (std::size_t i = 0; i < model.blocks().size(); ++i)
+    coterie::add_layer(writer, Model<T>::block_name(i) + ".attention.", model.blocks()[i].attention());
+  model.visit_rest([&](std::string_view name, View<T> w) { writer.add(std::string(name), ConstView<T>(w)); });
 }
 
 /// Reads what add_model wrote.
 /// Requires: a model of the same config (FileError, which names what differs).
-/// Overwrites the model, or nothing on error. Its layers move: decoders of it have to be made anew.
+/// Overwrites the model, or nothing on error. Its layers move: make decoders of it anew.
 template <class T>
 void read_model(const coterie::SafetensorsView& file, Model<T>& model) {
   Model<T> read = model;
-  for (std::size_t i = 0; i < read.attention().size(); ++i)
-    coterie::read_layer(file, detail::layer_prefix(i), read.attention()[i]);
-  if (file.find(detail::layer_prefix(read.attention().size()) + "w_q"))
-    file.fail("read_model", coterie::detail::join("expected ", read.attention().size(), " layers, got more"));
-  read.visit_weights([&](std::string_view name, View<T> w) { file.read(name, w); });
+  const std::size_t layers = read.blocks().size();
+  for (std::size_t i = 0; i < layers; ++i)
+    coterie::read_layer(file, Model<T>::block_name(i) + ".attention.", read.blocks()[i].attention());
+  if (file.find(Model<T>::block_name(layers) + ".attention.w_q"))
+    file.fail("read_model", "expected " + std::to_string(layers) + " layers, got more");
+  read.visit_rest([&](std::string_view name, View<T> w) { file.read(name, w); });
   model = std::move(read);
 }
 
@@ -62,7 +61,8 @@ void add_training(coterie::SafetensorsWriter& writer, const Training<T>& trainin
 }
 
 /// Reads what add_training wrote, for a model of so many parameters.
-/// Requires: the moments of such a model, or none, numbers that can be gone on from (FileError). Overwrites, or nothing on error.
+/// Requires: the moments of such a model, or none, finite numbers (FileError).
+/// Overwrites the training, or nothing on error.
 template <class T>
 void read_training(const coterie::SafetensorsView& file, Index parameters, Training<T>& training) {
   const char* const function = "read_training";
@@ -70,13 +70,13 @@ void read_training(const coterie::SafetensorsView& file, Index parameters, Train
     const std::vector<std::int64_t> numbers = file.template numbers<std::int64_t>(name);
     const std::int64_t most = std::int64_t(1) << 53;
     if (numbers.size() != 1 || numbers[0] < 0 || numbers[0] > most)
-      file.fail(function, coterie::detail::join("tensor '", name, "': damaged: expected one number from 0 to ", most));
+      file.fail(function, std::string("tensor '") + name + "': damaged: expected one number from 0 to 2^53");
     return numbers[0];
   };
   const auto real = [&](const char* name) {
     const std::vector<double> numbers = file.template numbers<double>(name);
     if (numbers.size() != 1 || !std::isfinite(numbers[0]) || numbers[0] < 0)
-      file.fail(function, coterie::detail::join("tensor '", name, "': damaged: expected one number of at least 0"));
+      file.fail(function, std::string("tensor '") + name + "': damaged: expected one number of at least 0");
     return numbers[0];
   };
   Training<T> read = training;

@@ -1,4 +1,4 @@
-#include "corpus.hpp"
+#include "support/corpus.hpp"
 
 #include <filesystem>
 #include <fstream>

@@ -1,6 +1,7 @@
-#include "transformer.hpp"
+#include "model/model.hpp"
 
 #include "catch.hpp"
+#include "model/adamw.hpp"
 
 using namespace transformer;
 
@@ -162,12 +163,4 @@ TEST_CASE("training lowers the loss") {
     optimizer.step(model, gradients, 1e-2);
   }
   REQUIRE(mean_loss(model, example, tape, context) < 0.5 * start);
-}
-
-TEST_CASE("the learning rate rises and then falls by a cosine") {
-  REQUIRE(learning_rate_factor(0, 10, 0, 0.1) == Approx(0.1));
-  REQUIRE(learning_rate_factor(9, 10, 0, 0.1) == Approx(1));
-  REQUIRE(learning_rate_factor(50, 10, 0.5, 0.1) == Approx(0.55));
-  REQUIRE(learning_rate_factor(99, 10, 1, 0.1) == Approx(0.1));
-  REQUIRE(learning_rate_factor(0, 0, 0, 0.1) == Approx(1));
 }

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "transformer.hpp"
+#include "model/model.hpp"
 
 namespace test {
 
@@ -18,6 +18,13 @@ inline transformer::ModelConfig small_model(transformer::Index vocabulary = 40, 
   config.attention.key_taps = 3;
   config.attention.local_positions = coterie::PositionKind::bias;
   config.attention.seed = 4;
+  return config;
+}
+
+/// The same for bytes.
+inline transformer::ModelConfig byte_model() {
+  transformer::ModelConfig config = small_model(256);
+  config.attention.seed = 0;
   return config;
 }
 

@@ -1,4 +1,4 @@
-#include "options.hpp"
+#include "support/options.hpp"
 
 #include "catch.hpp"
 

@@ -1,7 +1,7 @@
 // Bits per byte of a text under a byte-level transformer::Model, in windows that overlap.
 #pragma once
 
-#include "transformer.hpp"
+#include "model.hpp"
 
 namespace transformer {
 
@@ -11,15 +11,15 @@ struct ScoredWindow {
   Index unscored;       // so many of its first predictions have been scored in the window before
 };
 
-/// The protocol. A newline goes before the text, so that its first byte is predicted too. Windows of `window` positions begin every
-/// `stride` ones, up to the one that reaches the end. Each predicts the byte after each of its positions, and is scored for those bytes that no window before
-/// was: so every byte is scored once, from at least min(window - stride + 1, all that stand before it) positions.
+/// The protocol. A newline goes before the text, so that its first byte is predicted too. Windows of `window` positions
+/// begin every `stride` ones, up to the one that reaches the end. Each predicts the byte after each of its positions, and
+/// is scored for those bytes that no earlier window was scored for: so every byte is scored once, from at least
+/// min(window - stride + 1, all before it) positions.
 /// Requires: 1 <= stride <= window (ValueError).
 inline std::vector<ScoredWindow> scored_windows(Index bytes, Index window, Index stride) {
-  coterie::detail::Faults faults("scored_windows");
-  faults.require(window >= 1, "window", "at least 1", window);
-  faults.require(stride >= 1 && stride <= window, "stride", coterie::detail::join("1 to window = ", window), stride);
-  faults.raise();
+  if (stride < 1 || stride > window)
+    throw coterie::ValueError("scored_windows: stride: expected 1 to window = " + std::to_string(window) + ", got " +
+                              std::to_string(stride));
   std::vector<ScoredWindow> windows;
   Index scored = 0;
   for (Index begin = 0; scored < bytes; begin += stride) {
@@ -37,7 +37,7 @@ template <class T, class Progress>
 double bits_per_byte(const Model<T>& model, std::span<const std::uint8_t> text, Index window, Index stride,
                      Index at_once, typename Model<T>::Tape& tape, Context& context, Progress&& progress) {
   const std::vector<ScoredWindow> windows = scored_windows(static_cast<Index>(text.size()), window, stride);
-  if (windows.empty()) coterie::detail::fail<coterie::ValueError>("bits_per_byte", "text", "at least one byte", 0);
+  if (windows.empty()) throw coterie::ValueError("bits_per_byte: text: expected at least one byte, got none");
   std::vector<std::int32_t> tokens, targets;
   std::vector<Index> offsets{0};
   std::vector<T> losses;

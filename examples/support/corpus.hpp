@@ -25,8 +25,7 @@ struct Corpus {
   std::string description;
 };
 
-namespace detail {
-
+/// All bytes of a file. Throws UsageError if it cannot be read.
 inline Bytes read_bytes(const std::filesystem::path& path) {
   std::error_code error;
   std::ifstream file(path, std::ios::binary);
@@ -34,6 +33,8 @@ inline Bytes read_bytes(const std::filesystem::path& path) {
     throw UsageError("cannot read the file '" + path.string() + "'");
   return Bytes(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
 }
+
+namespace detail {
 
 /// Shuffles the pieces, the same way every time, and holds out the first ones: `share` of the bytes, and at least
 /// `needed` of them. Throws UsageError if that is more than a quarter.
@@ -72,7 +73,7 @@ inline Corpus read_eigen(const std::filesystem::path& directory, std::size_t nee
     if (entry->is_regular_file()) paths.push_back(entry->path());
   std::sort(paths.begin(), paths.end());
   std::vector<Bytes> files;
-  for (const std::filesystem::path& path : paths) files.push_back(detail::read_bytes(path));
+  for (const std::filesystem::path& path : paths) files.push_back(read_bytes(path));
   Corpus corpus = detail::hold_out(std::move(files), 0.04, needed, "the source text of Eigen");
   corpus.description += "files)";
   return corpus;
@@ -80,7 +81,7 @@ inline Corpus read_eigen(const std::filesystem::path& directory, std::size_t nee
 
 /// Any file; pieces of 40 kB held out (smaller ones of a small file), 5 % of the bytes, at least `needed`.
 inline Corpus read_text(const std::string& path, std::size_t needed) {
-  const Bytes text = detail::read_bytes(path);
+  const Bytes text = read_bytes(path);
   const std::size_t size = std::clamp<std::size_t>(text.size() / 20, 1, 40000);
   std::vector<Bytes> pieces;
   for (std::size_t begin = 0; begin < text.size(); begin += size) {

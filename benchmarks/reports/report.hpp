@@ -12,9 +12,9 @@
 #include <utility>
 #include <vector>
 
-#include "console.hpp"
 #include "coterie/version.hpp"
 #include "peak.hpp"
+#include "support/console.hpp"
 
 namespace benchmarks {
 
