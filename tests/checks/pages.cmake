@@ -1,6 +1,6 @@
-# cmake -D SOURCE=dir -P pages.cmake: fails where README.md, tests/README.md or examples/README.md links to a file that
-# is not there, or names a test that is not there. Tests are named in backticks in the second column of tables whose
-# header has "test" there; their files, where the table has a third column.
+# cmake -D SOURCE=dir -P pages.cmake: fails where a page links to a file that is not there, or names a test that is not
+# there. Tests are named in backticks in the second column of tables whose header has "test" there; their files, where
+# the table has a third column.
 
 cmake_minimum_required(VERSION 3.21)
 
@@ -22,7 +22,7 @@ endforeach()
 set(faults)
 set(links 0)
 set(tests 0)
-foreach(page IN ITEMS README.md tests/README.md examples/README.md)
+foreach(page IN ITEMS README.md tests/README.md examples/README.md examples/TOUR.md)
   if(NOT EXISTS ${SOURCE}/${page})
     continue()
   endif()
