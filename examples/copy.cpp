@@ -1,11 +1,11 @@
 // Copy: an encoder-decoder writes its input backward; what it writes, it finds there by cross-attention.
 //
 // An input is 16 to 32 different symbols between two marks. The decoder begins with the last mark and writes the symbol
-// before it, then the one before that, until it has written the first mark. No token knows its place: the encoder (a
-// two-sided block) has to tell every symbol which one stands before it, and the decoder (a causal block, then one of
+// before it, then the one before that, until it has written the first mark. No token knows its position: the encoder (a
+// two-sided block) has to tell every symbol which one comes before it, and the decoder (a causal block, then one of
 // cross-attention) has to find in the input what it wrote last. The same model is trained three times, with teacher
-// forcing; only the heads of cross-attention differ: a query sees all of its input (dense), a random group of it, or the
-// two clusters nearest to it by content, where queries and keys meet (routed).
+// forcing; only the heads of cross-attention differ: a query sees all of its input (dense), a random group of it, or
+// the two clusters nearest to it by content, where queries and keys meet (routed).
 //
 //     copy                                    all three, under a minute on one core
 //     copy --pattern routed --seed 7

@@ -1,12 +1,13 @@
-// Attention over a long key/value cache whose heads were never trained to be routed: how much of it do a few clusters keep?
+// Attention over a long key/value cache whose heads were never trained to be routed: how much of it do a few clusters
+// keep?
 //
-// A KeyIndex clusters the keys once; a query then looks at the clusters that promise most, the first tokens and the most
-// recent ones. This program trains a small byte-level language model with dense heads, runs it over held-out text, takes
-// what its heads have as queries, keys and values, and compares with dense attention over all keys: share of the attention
-// kept, error of the output, keys visited, time.
+// A KeyIndex clusters the keys once; a query then looks at the clusters that promise most, the first tokens and the
+// most recent ones. This program trains a small byte-level language model with dense heads, runs it over held-out text,
+// takes what its heads have as queries, keys and values, and compares with dense attention over all keys: share of the
+// attention kept, error of the output, keys visited, time.
 //
 //     kv_retrieval                    induction heads, 16384 keys
-//     kv_retrieval --model plain      heads with queries and keys apart: flatter, so clusters keep less of their attention
+//     kv_retrieval --model plain      queries and keys apart: flatter, so clusters keep less of their attention
 //     kv_retrieval --full             more clusters and probes, and times up to 262144 keys
 //     kv_retrieval --queries q.f32 --keys k.f32 --values v.f32 --dim 64 --kv-heads 8 --heads 32     your own cache
 //
@@ -106,8 +107,8 @@ struct Cache {
 
 // ---------------------------------------------------------------------------------------------- a cache from a model
 
-/// Dense heads. Induction: half of them, next to local ones; a key carries the value of the next position, and queries and
-/// keys are the same. Plain: all of them, queries and keys projected apart and rotated, as in most language models.
+/// Dense heads. Induction: half of them, next to local ones; a key carries the value of the next position, and queries
+/// and keys are the same. Plain: all of them, queries and keys projected apart and rotated, as in most language models.
 transformer::ModelConfig model_config(const Settings& s) {
   const bool plain = s.model == "plain";
   transformer::ModelConfig config{.vocabulary = 256, .layers = 2, .feed_forward = 256, .embedding_deviation = 0.3};
@@ -440,8 +441,8 @@ void run(int argument_count, char** arguments) {
   Context context{pool, workspace};
   const Cache cache = s.keys.empty() ? make_cache(s, context) : read_cache(s);
   std::printf(
-      "Cache of %lld keys, %lld heads of %lld columns; %lld queries of %lld heads; %lld first and %lld recent keys in "
-      "sight\n",
+      "Cache of %lld keys, %lld heads of %lld columns; %lld queries of %lld heads; %lld first and %lld recent keys "
+      "visible\n",
       (long long)cache.k.rows(), (long long)cache.kv_heads, (long long)cache.dim(), (long long)cache.q.rows(),
       (long long)cache.heads, (long long)s.sinks, (long long)s.recent);
   const std::vector<Point> points = sweep(cache, s, context);

@@ -1,4 +1,4 @@
-// A byte-level language model whose routed heads find earlier occurrences of what stands here, however far back.
+// A byte-level language model whose routed heads find earlier occurrences of the last bytes, however far back.
 //
 // Half of the heads of every layer are local. The others are induction heads: query and key of a position are made of
 // the last bytes before it, and a key carries what came next. Routing sorts positions into clusters by that content, so
@@ -8,8 +8,8 @@
 //     language_model --text FILE --minutes 5       your own text
 //     language_model --pattern dense|random        the other two patterns
 //     language_model --clusters 1                  a fair control: the same heads, but they see the last bytes only
-//     language_model --save FILE                   keeps the model; Ctrl-C saves and stops (exit code 130), a second one
-//                                                  ends at once; --resume FILE then goes on with the very same bits
+//     language_model --save FILE                   keeps the model; Ctrl-C saves and stops (exit code 130)
+//     language_model --resume FILE                 continues such a training, bit-identically
 //     language_model --load FILE --generate 1000 --prompt TEXT    writes; only the text on standard output
 //     language_model --load FILE --evaluate FILE                  bits per byte
 //
@@ -182,7 +182,7 @@ std::optional<int> make_tables(const Settings& settings, std::optional<Model>& m
     results.emplace_back().pattern = pattern;
     const TrainingEnd end = train(*model, training, tape, corpus.training, settings, results.back(), context);
     if (!end.done) {
-      std::printf("\nstopped after step %lld; saved: go on with --resume %s\n", (long long)training.step,
+      std::printf("\nstopped after step %lld; saved: continue with --resume %s\n", (long long)training.step,
                   settings.save.c_str());
       return end.signal > 0 ? 128 + end.signal : 0;
     }

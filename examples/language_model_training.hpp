@@ -114,7 +114,7 @@ struct TrainingEnd {
   int signal = 0;    // that stopped it
 };
 
-/// Trains on from where `training` stands, and saves; fills in the tokens per second and keys per query of the result.
+/// Continues the training, and saves; fills in the tokens per second and keys per query of the result.
 inline TrainingEnd train(Model& model, Training& training, Model::Tape& tape, const Bytes& text,
                          const Settings& settings, Result& result, coterie::Context& context) {
   Model::Gradients gradients = model.zero_gradients();

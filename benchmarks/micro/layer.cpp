@@ -25,8 +25,8 @@ RoutingAttentionConfig config(const std::string& pattern, const Sizes& sizes) {
   return config;
 }
 
-/// Useful operations of a forward pass: projections, pairs, and centroid scores; of a backward pass: of the first twice,
-/// of the second 10 d instead of 4 d.
+/// Useful operations of a forward pass: projections, pairs, and centroid scores; of a backward pass: of the first
+/// twice, of the second 10 d instead of 4 d.
 template <class T>
 double flops(const RoutingAttention<T>& layer, const RoutingAttentionTape<T>& tape, Index n, bool backward) {
   const RoutingAttentionConfig& c = layer.config();

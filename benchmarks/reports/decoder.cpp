@@ -1,4 +1,5 @@
-// Time and memory of a token that a decoder adds, over the position: routed heads, dense ones, and forward of the whole prefix.
+// Time and memory of a token that a decoder adds, over the position: routed heads, dense ones, and forward of the whole
+// prefix.
 #include <deque>
 #include <limits>
 #include <memory>
@@ -28,7 +29,7 @@ RoutingAttentionConfig layer_config(Routing routing) {
           .seed = 1};
 }
 
-/// A decoder that stands at `position`, and the time of its next tokens.
+/// A decoder at `position`, and the time of its next tokens.
 class Point {
  public:
   Point(Index position, const Decoder<float>& decoder) : position_(position), there_(decoder), decoder_(decoder) {}

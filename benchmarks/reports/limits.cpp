@@ -1,4 +1,4 @@
-// Where the kernels stand: a bar, a goal and what was measured, case by case.
+// What the kernels reach: a bar, a goal and what was measured, case by case.
 #include <atomic>
 #include <barrier>
 #include <deque>
@@ -263,8 +263,8 @@ double process_seconds() {
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
 }
 
-/// Two pinned threads against one, in turns, by the time on the wall: the last thing that main() measures, for the calling
-/// thread stays pinned.
+/// Two pinned threads against one, in turns, by the time on the wall: the last thing that main() measures, for the
+/// calling thread stays pinned.
 Row two_threads(bool smoke, double budget, int rounds) {
   Row row{.name = "two threads on two cores : one (routed, 8 heads, n=16384, w=256)",
           .unit = Unit::speed_up,

@@ -24,7 +24,7 @@ struct Axis {
   bool logarithmic = true;
 
   /// Where a value lies: 0 at the first tick, 1 at the last.
-  double place(double value) const {
+  double fraction(double value) const {
     const auto scaled = [&](double x) { return logarithmic ? std::log(x) : x; };
     const double low = scaled(ticks.front().value), high = scaled(ticks.back().value);
     return (scaled(value) - low) / (high - low);
@@ -86,8 +86,8 @@ inline std::string svg(const std::vector<Panel>& panels, const std::string& capt
   for (std::size_t p = 0; p < panels.size(); ++p) {
     const Panel& panel = panels[p];
     const double x0 = panel_width * static_cast<double>(p) + left, y0 = top + high;
-    const auto at_x = [&](double value) { return x0 + wide * panel.x.place(value); };
-    const auto at_y = [&](double value) { return y0 - high * panel.y.place(value); };
+    const auto at_x = [&](double value) { return x0 + wide * panel.x.fraction(value); };
+    const auto at_y = [&](double value) { return y0 - high * panel.y.fraction(value); };
     out += text(x0, top - 24, "font-size=\"15\" font-weight=\"bold\"", panel.title);
 
     for (const Tick& tick : panel.x.ticks) {

@@ -78,8 +78,8 @@ struct Timed {
 };
 
 /// Runs all of them in turns, round after round, for about `budget` seconds and at least `rounds` rounds.
-/// Before each timed run comes a call that is not timed, so that none pays for what the one before left in the caches; a
-/// run is as many calls as take 2 ms.
+/// Before each timed run comes a call that is not timed, so that none pays for what the one before left in the caches;
+/// a run is as many calls as take 2 ms.
 inline void interleave(const std::vector<Timed*>& all, double budget, int rounds, Progress& progress) {
   const auto run = [](Timed& timed) {
     const double begin = thread_seconds();

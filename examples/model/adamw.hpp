@@ -74,7 +74,7 @@ class AdamW {
   const RowMatrix<T>& first() const { return first_; }
   const RowMatrix<T>& second() const { return second_; }
   Index steps() const { return steps_; }
-  /// Goes on from what those three were.
+  /// Continues from what those three were.
   void restore(RowMatrix<T> first, RowMatrix<T> second, Index steps) {
     first_ = std::move(first);
     second_ = std::move(second);

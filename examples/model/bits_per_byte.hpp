@@ -12,8 +12,8 @@ struct ScoredWindow {
 };
 
 /// The protocol. A newline goes before the text, so that its first byte is predicted too. Windows of `window` positions
-/// begin every `stride` ones, up to the one that reaches the end. Each predicts the byte after each of its positions, and
-/// is scored for those bytes that no earlier window was scored for: so every byte is scored once, from at least
+/// begin every `stride` ones, up to the one that reaches the end. Each predicts the byte after each of its positions,
+/// and is scored for those bytes that no earlier window was scored for: so every byte is scored once, from at least
 /// min(window - stride + 1, all before it) positions.
 /// Requires: 1 <= stride <= window (ValueError).
 inline std::vector<ScoredWindow> scored_windows(Index bytes, Index window, Index stride) {
@@ -30,8 +30,8 @@ inline std::vector<ScoredWindow> scored_windows(Index bytes, Index window, Index
   return windows;
 }
 
-/// The mean over the bytes of a text of -log2 of their probability, by scored_windows; `at_once`: tokens of a batch, about.
-/// progress(share done) is called after each batch. Random routing draws as in Batch::step 0.
+/// The mean over the bytes of a text of -log2 of their probability, by scored_windows; `at_once`: tokens of a batch,
+/// about. progress(share done) is called after each batch. Random routing draws as in Batch::step 0.
 /// Requires: as scored_windows, a text of at least one byte (ValueError).
 template <class T, class Progress>
 double bits_per_byte(const Model<T>& model, std::span<const std::uint8_t> text, Index window, Index stride,

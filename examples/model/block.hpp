@@ -53,7 +53,7 @@ class Block {
     if (gradients.feed_forward.hidden() > 0) gradients.feed_forward.visit("", gradients.feed_forward, zero);
   }
 
-  /// Calls f(name, weights, gradient) for every matrix of the block; `name` stands before the names.
+  /// Calls f(name, weights, gradient) for every matrix of the block; `name` is a prefix of the names.
   template <class F>
   void visit(const std::string& name, const Gradients& gradients, F&& f) {
     norm_.visit(name + ".norm", gradients.norm, f);

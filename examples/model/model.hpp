@@ -90,7 +90,7 @@ class Model {
     for (std::size_t i = 0; i < blocks_.size(); ++i) blocks_[i].visit_rest(block_name(i), f);
     read_out_.visit("read_out", read_out_, [&](std::string_view name, View<T> w, ConstView<T>) { f(name, w); });
   }
-  /// What stands before the names of a block's matrices.
+  /// The prefix of the names of a block's matrices.
   static std::string block_name(std::size_t block) { return "blocks." + std::to_string(block); }
 
   Index parameter_count() {

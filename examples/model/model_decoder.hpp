@@ -48,7 +48,8 @@ class ModelDecoder {
 
   /// The next token of every sequence; p: probabilities of the one after it.
   /// Shapes: p sequences x vocabulary.
-  /// Requires: that (ShapeError), a token of the vocabulary for each sequence, centroids that have not moved (ValueError).
+  /// Requires: that (ShapeError), a token of the vocabulary for each sequence, centroids that have not moved
+  /// (ValueError).
   /// Overwrites p.
   void step(std::span<const std::int32_t> tokens, View<T> p, Context& context) { step(tokens, p, all_, context); }
 

@@ -1,6 +1,6 @@
 // The modules of a transformer around attention: layer norm, feed-forward, embedding, read-out.
 //
-// Every backward function stands below its forward function, takes the same arguments in the same order, and adds into
+// Every backward function follows its forward function, takes the same arguments in the same order, and adds into
 // the gradients of weights. A row of an output depends on that row of the input alone, bit for bit: one token gives the
 // same numbers as many. Numbers do not depend on the number of threads either.
 #pragma once

@@ -50,7 +50,8 @@ class Sampler {
   }
 
   /// The tokens that may follow, the likeliest first. Stays until the next call.
-  /// Shapes: p 1 x vocabulary. Requires: that, no empty row (ShapeError), numbers of at least 0, not all 0 (ValueError).
+  /// Shapes: p 1 x vocabulary. Requires: that, no empty row (ShapeError), numbers of at least 0, not all 0
+  /// (ValueError).
   template <class T>
   const std::vector<Candidate>& candidates(coterie::ConstView<T> p) & {
     if (p.rows() != 1 || p.cols() < 1)

@@ -18,8 +18,8 @@ extern "C" inline void note_interrupt(int signal) {
 
 }  // namespace detail
 
-/// While one of these lives, the first SIGINT (Ctrl-C) or SIGTERM is only noted; a second one ends the program at once. One
-/// lives at a time.
+/// While one of these lives, the first SIGINT (Ctrl-C) or SIGTERM is only noted; a second one ends the program at once.
+/// One lives at a time.
 class InterruptGuard {
  public:
   InterruptGuard() {

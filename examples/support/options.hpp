@@ -216,8 +216,8 @@ class ResultFile {
   bool in_place_ = false;
 };
 
-/// Runs a program's body and turns errors into a message and an exit code: 2 for the command line, 1 for the rest. A body may
-/// return an exit code of its own.
+/// Runs a program's body and turns errors into a message and an exit code: 2 for the command line, 1 for the rest. A
+/// body may return an exit code of its own.
 template <class Body>
 int run_program(const char* program, Body&& body) {
   try {

@@ -28,7 +28,8 @@ class PrintableText {
     }
     length_ = byte >= 0xc2 && byte < 0xe0 ? 2 : byte >= 0xe0 && byte < 0xf0 ? 3 : byte >= 0xf0 && byte < 0xf5 ? 4 : 1;
     if (length_ > 1) {
-      // No overlong forms, no surrogates, nothing beyond U+10FFFF; of two bytes no control characters, U+0080 to U+009F.
+      // No overlong forms, no surrogates, nothing beyond U+10FFFF; of two bytes no control characters, U+0080 to
+      // U+009F.
       low_ = byte == 0xe0 || byte == 0xc2 ? 0xa0 : byte == 0xf0 ? 0x90 : 0x80;
       high_ = byte == 0xed ? 0x9f : byte == 0xf4 ? 0x8f : 0xbf;
       begun_ = static_cast<char>(byte);

@@ -1,5 +1,5 @@
-// Compiled for this very machine while the rest of the program is not. Under a name of its own, so that none of Eigen's inline
-// functions is the same function as elsewhere in the program: they differ by these flags.
+// Compiled for this very machine while the rest of the program is not. Under a name of its own, so that none of Eigen's
+// inline functions is the same function as elsewhere in the program: they differ by these flags.
 #define Eigen EigenOfThisMachine
 #include "product.hpp"
 

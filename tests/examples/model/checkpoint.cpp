@@ -46,7 +46,7 @@ std::vector<std::byte> saved(Model<float>& model, const Training<float>& trainin
 
 }  // namespace
 
-TEST_CASE("save, load, continue training of a model gives the bits of not having stopped") {
+TEST_CASE("save, load, continue training of a model is bit-identical to not stopping") {
   const ModelConfig config = small_model(GENERATE(coterie::Routing::learned, coterie::Routing::random));
   for (const int before : {0, 1, 4}) {
     Model<float> straight(config), stopped(config), resumed(config);

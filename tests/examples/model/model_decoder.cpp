@@ -66,7 +66,7 @@ TEST_CASE("a model token by token gives evaluate's rows bit for bit, at every po
   }
 }
 
-TEST_CASE("a prefill after tokens goes on from them") {
+TEST_CASE("a prefill after tokens continues them") {
   const Model<float> model(small_model(coterie::Routing::learned, true, 50));
   const std::vector<std::int32_t> tokens = random_tokens(60, 9);
   const RowMatrix<float> expected = evaluated(model, tokens);

@@ -4,7 +4,7 @@
 
 using namespace transformer;
 
-TEST_CASE("random numbers go on from a saved state, and from nothing else") {
+TEST_CASE("random numbers continue from a saved state, and from nothing else") {
   Random random(3), other(4);
   for (int i = 0; i < 1000; ++i) random.uniform();
   REQUIRE(other.restore(random.state()));

@@ -12,7 +12,7 @@ namespace {
 
 Bytes bytes(const std::string& text) { return Bytes(text.begin(), text.end()); }
 
-// The same by looking at every earlier place.
+// The same by looking at every earlier position.
 std::vector<ByteClass> classify_slowly(const Bytes& text, std::size_t window) {
   std::vector<ByteClass> classes(text.size() - 1, ByteClass::rest);
   for (std::size_t t = 11; t < classes.size(); ++t)
@@ -38,7 +38,7 @@ TEST_CASE("bytes are classed by the last occurrence of the 12 bytes before them"
   REQUIRE(classify_bytes(text, 33)[11 + 13 + 33] == ByteClass::near);
 }
 
-TEST_CASE("byte classes agree with a search of all earlier places") {
+TEST_CASE("byte classes agree with a search of all earlier positions") {
   std::mt19937_64 random(1);
   Bytes text;
   while (text.size() < 3000) {
