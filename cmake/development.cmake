@@ -37,8 +37,8 @@ endif()
 # Tests, examples and benchmarks share one instance of the kernels.
 target_link_libraries(coterie_kernels PUBLIC coterie_dev)
 
-# Under sanitizers kernels go without UBSan and call AddressSanitizer's checks instead of inlining them: one minute of compiling
-# instead of many.
+# Under sanitizers kernels go without UBSan and call AddressSanitizer's checks instead of inlining them: one minute of
+# compiling instead of many.
 if(COTERIE_SANITIZE AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
   set(kernel_options -O2 -fno-sanitize=undefined)
   if(COTERIE_SANITIZE MATCHES "address" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
@@ -46,5 +46,6 @@ if(COTERIE_SANITIZE AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
   elseif(COTERIE_SANITIZE MATCHES "address")
     list(APPEND kernel_options -mllvm -asan-instrumentation-with-call-threshold=0)
   endif()
-  set_source_files_properties(${PROJECT_SOURCE_DIR}/cmake/kernels/kernels.cpp PROPERTIES COMPILE_OPTIONS "${kernel_options}")
+  set_source_files_properties(${PROJECT_SOURCE_DIR}/cmake/kernels/kernels.cpp
+    PROPERTIES COMPILE_OPTIONS "${kernel_options}")
 endif()

@@ -135,10 +135,10 @@ inline std::string svg(const std::vector<Panel>& panels, const std::string& capt
   return out + "</svg>\n";
 }
 
-/// The compiler, the instruction set and the peak: the caption of every picture.
+/// The processor, the instruction set, the compiler and the peak: the caption of every picture.
 inline std::string caption(double peak) {
-  return format("Coterie %s, one core, %s, %s, float, FMA peak %.0f GFLOP/s", coterie::version, instruction_set_name(),
-                compiler_name().c_str(), 1e-9 * peak);
+  return format("Coterie %s, one core of %s, %s, %s, float, FMA peak %.0f GFLOP/s", coterie::version,
+                processor_name().c_str(), instruction_set_name(), compiler_name().c_str(), 1e-9 * peak);
 }
 
 }  // namespace benchmarks

@@ -155,10 +155,19 @@ inline std::string compiler_name() {
 #endif
 }
 
+/// As /proc/cpuinfo has it; "unknown processor" on systems without that file.
+inline std::string processor_name() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);)
+    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
+  return "unknown processor";
+}
+
 /// What every result depends on.
 inline JsonObject json_context() {
   JsonObject context;
   return context.add("coterie", coterie::version)
+      .add("processor", processor_name())
       .add("instruction_set", instruction_set_name())
       .add("compiler", compiler_name());
 }

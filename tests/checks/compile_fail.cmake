@@ -6,8 +6,8 @@
 #     coterie::View<float> view = Eigen::MatrixXf();
 #     #endif
 #
-# Every case is compiled alone with -D CASE=n, and its test passes when the compiler refuses. Case 0, the file without any of
-# them, must compile: so a wrong include or a typing error outside the cases is no success.
+# Every case is compiled alone with -D CASE=n, and its test passes when the compiler refuses. Case 0, the file without
+# any of them, must compile: so a wrong include or a typing error outside the cases is no success.
 
 set(compile ${CMAKE_CXX_COMPILER} -std=c++20 -fsyntax-only
   "-I$<JOIN:$<TARGET_PROPERTY:coterie,INTERFACE_INCLUDE_DIRECTORIES>,$<SEMICOLON>-I>")

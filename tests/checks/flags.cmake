@@ -1,10 +1,11 @@
-# The library under the flags that users compile with: no warnings, and the same results. Where the machine cannot run the
-# instructions of a variant, it is compiled only.
+# The library under the flags that users compile with: no warnings, and the same results. Where the machine cannot run
+# the instructions of a variant, it is compiled only.
 
 include(CheckCXXCompilerFlag)
 include(CheckCXXSourceRuns)
 
-check_cxx_source_runs("int main() { return __builtin_cpu_supports(\"avx2\") && __builtin_cpu_supports(\"fma\") ? 0 : 1; }"
+check_cxx_source_runs(
+  "int main() { return __builtin_cpu_supports(\"avx2\") && __builtin_cpu_supports(\"fma\") ? 0 : 1; }"
   COTERIE_RUNS_AVX2)
 
 function(add_flags_check name)
@@ -41,8 +42,8 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
     add_flags_check(avx512 COMPILE_ONLY FLAGS -O1 -mavx512f -mfma)  # Eigen asks for both
   endif()
 
-  # Files built for different instruction sets in one program, of which one has its kernels elsewhere. Eigen asks for one
-  # alignment in all of them.
+  # Files built for different instruction sets in one program, of which one has its kernels elsewhere. Eigen asks for
+  # one alignment in all of them.
   check_cxx_compiler_flag(-march=native COTERIE_HAS_MARCH_NATIVE)
   if(COTERIE_HAS_MARCH_NATIVE)
     foreach(name IN ITEMS plain native)

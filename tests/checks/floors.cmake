@@ -1,5 +1,5 @@
-# cmake -D INCLUDE=dir -P floors.cmake: fails where a header of dir/coterie includes what its room may not see, or has more than
-# 500 lines.
+# cmake -D INCLUDE=dir -P floors.cmake: fails where a header of dir/coterie includes what its room may not see, or has
+# more than 500 lines.
 
 cmake_minimum_required(VERSION 3.21)
 
@@ -50,7 +50,8 @@ foreach(header IN LISTS headers)
     endif()
     if(NOT allowed)
       list(JOIN ${room} ", " rooms)
-      list(APPEND faults "${header}: may not include ${include} (only <standard>, <Eigen/...>, \"coterie/...\" of ${rooms})")
+      list(APPEND faults
+        "${header}: may not include ${include} (only <standard>, <Eigen/...>, \"coterie/...\" of ${rooms})")
     endif()
   endforeach()
 

@@ -21,9 +21,11 @@ try(layer/a.hpp "#include <coterie/attention/b.hpp>\n#include <coterie/router/b.
 try(router/a.hpp "#include <coterie/kernel/nearest.hpp>\n#include <coterie/kernel/normalise.hpp>\n" accepted)
 try(file/a.hpp "#include <coterie/core/b.hpp>\n#include <coterie/file/b.hpp>\n" accepted)
 try(file/whole_file.hpp "#include <fcntl.h>\n#include <unistd.h>\n#include <io.h>\n" accepted)
-try(retrieval/a.hpp "#include <coterie/attention/b.hpp>\n#include <coterie/router/b.hpp>\n#include <coterie/kernel/b.hpp>\n" accepted)
+try(retrieval/a.hpp
+  "#include <coterie/attention/b.hpp>\n#include <coterie/router/b.hpp>\n#include <coterie/kernel/b.hpp>\n" accepted)
 try(decoder/a.hpp "#include <coterie/layer/b.hpp>\n#include <coterie/decoder/b.hpp>\n" accepted)
-try(saved/a.hpp "#include <coterie/layer/b.hpp>\n#include <coterie/retrieval/b.hpp>\n#include <coterie/file/b.hpp>\n" accepted)
+try(saved/a.hpp
+  "#include <coterie/layer/b.hpp>\n#include <coterie/retrieval/b.hpp>\n#include <coterie/file/b.hpp>\n" accepted)
 try(coterie.hpp "#include <coterie/layer/b.hpp>\n" accepted)
 
 try(core/a.hpp "#include <coterie/plan/b.hpp>\n" refused)

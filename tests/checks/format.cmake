@@ -1,5 +1,5 @@
-# cmake -D SOURCE=dir -P format.cmake: fails where clang-format would change a file. Its versions disagree with each other, so only
-# the one that the project uses counts.
+# cmake -D SOURCE=dir -P format.cmake: fails where clang-format would change a file. Its versions disagree with each
+# other, so only the one that the project uses counts.
 
 cmake_minimum_required(VERSION 3.21)
 
@@ -24,6 +24,6 @@ file(GLOB_RECURSE files ${patterns})
 execute_process(COMMAND ${CLANG_FORMAT} --dry-run -Werror ${files} RESULT_VARIABLE result)
 list(LENGTH files count)
 if(NOT result EQUAL 0)
-  message(FATAL_ERROR "not formatted; mend with: clang-format -i FILE")
+  message(FATAL_ERROR "not formatted; fix with: clang-format -i FILE")
 endif()
 message(STATUS "${count} files are formatted")

@@ -1,5 +1,5 @@
-# cmake -D CATCH2=dir -D EIGEN=dir -D SOURCE=dir -D SCRATCH=dir -P neon.cmake: cross-compiles the kernels and their tests for
-# 64-bit ARM and runs them under an emulator. Says "skipped: " and why where that cannot be done.
+# cmake -D CATCH2=dir -D EIGEN=dir -D SOURCE=dir -D SCRATCH=dir -P neon.cmake: cross-compiles the kernels and their
+# tests for 64-bit ARM and runs them under an emulator. Says "skipped: " and why where that cannot be done.
 
 cmake_minimum_required(VERSION 3.21)
 
@@ -24,8 +24,8 @@ set(objects)
 function(compile source)
   string(MAKE_C_IDENTIFIER ${source} name)
   execute_process(
-    COMMAND ${COMPILER} -std=c++20 ${ARGN} -I${SOURCE}/include -I${SOURCE}/tests -isystem ${SCRATCH}/include -isystem ${EIGEN}
-      -c ${source} -o ${SCRATCH}/${name}.o
+    COMMAND ${COMPILER} -std=c++20 ${ARGN} -I${SOURCE}/include -I${SOURCE}/tests
+      -isystem ${SCRATCH}/include -isystem ${EIGEN} -c ${source} -o ${SCRATCH}/${name}.o
     COMMAND_ERROR_IS_FATAL ANY)
   set(objects ${objects} ${SCRATCH}/${name}.o PARENT_SCOPE)
 endfunction()
