@@ -58,6 +58,10 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
   template <class T>                                                                                                  \
   struct name : Micro<T, bytes, vectors, rows_at_once> {                                                              \
     using Inline = Micro<T, bytes, vectors, rows_at_once>;                                                            \
+    template <class Work>                                                                                             \
+    target __attribute__((noinline)) static void apart(const Work& work) {                                            \
+      work();                                                                                                         \
+    }                                                                                                                 \
     target __attribute__((noinline)) static void scores(const T* const* keys, Index count, Index depth, const T* qt,  \
                                                         T* s, int used) {                                             \
       Inline::scores(keys, count, depth, qt, s, used);                                                                \
@@ -92,6 +96,22 @@ inline namespace COTERIE_FLAGS_NAMESPACE {
     target __attribute__((noinline)) static void strips(const T* x, Index rows, const T* d_y, Index tokens, T* d_w,   \
                                                         Index stride, int used) {                                     \
       Strips<T, bytes, vectors, rows_at_once>::run(x, rows, d_y, tokens, d_w, stride, used);                          \
+    }                                                                                                                 \
+    target __attribute__((noinline)) static void transpose_in(const T* rows, Index stride, int used, Index columns,   \
+                                                              T* transposed) {                                        \
+      Inline::transpose_in(rows, stride, used, columns, transposed);                                                  \
+    }                                                                                                                 \
+    target __attribute__((noinline)) static void transpose_out(const T* transposed, int used, Index columns, T* rows, \
+                                                               Index stride) {                                        \
+      Inline::transpose_out(transposed, used, columns, rows, stride);                                                 \
+    }                                                                                                                 \
+    target __attribute__((noinline)) static void gather_columns(const T* const* rows, int used, Index columns,        \
+                                                                T factor, T* transposed, Index stride) {              \
+      Inline::gather_columns(rows, used, columns, factor, transposed, stride);                                        \
+    }                                                                                                                 \
+    target __attribute__((noinline)) static void scatter_columns(const T* transposed, const T* factor, int count,     \
+                                                                 Index columns, T* const* rows) {                     \
+      Inline::scatter_columns(transposed, factor, count, columns, rows);                                              \
     }                                                                                                                 \
   };
 

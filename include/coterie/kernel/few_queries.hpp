@@ -92,15 +92,17 @@ struct FewQueries {
   /// Asks for the keys, or the values, of a block: caches of many heads are too large to be at hand.
   static COTERIE_INLINE void fetch_block(const AttentionArguments<T>& arguments, const Visibility<T, M>& visibility,
                                          int block_begin, bool keys, bool values) {
-    const int begin = (std::max)(block_begin, visibility.oldest),
-              end = (std::min)(block_begin + key_block, visibility.newest);
-    const T* k_rows[key_block];
-    const T* v_rows[key_block];
-    locate(arguments, begin, end, k_rows, v_rows);
-    for (int j = 0; j < end - begin; ++j) {
-      if (keys) L::fetch(k_rows[j], arguments.d);
-      if (values) L::fetch(v_rows[j], arguments.dv);
-    }
+    M::apart([&]() __attribute__((always_inline)) {
+      const int begin = (std::max)(block_begin, visibility.oldest),
+                end = (std::min)(block_begin + key_block, visibility.newest);
+      const T* k_rows[key_block];
+      const T* v_rows[key_block];
+      locate(arguments, begin, end, k_rows, v_rows);
+      for (int j = 0; j < end - begin; ++j) {
+        if (keys) L::fetch(k_rows[j], arguments.d);
+        if (values) L::fetch(v_rows[j], arguments.dv);
+      }
+    });
   }
 
   /// The ranks of a block that an entry sees, as an interval inside the block; interval 0 or 1.
@@ -159,29 +161,33 @@ struct FewQueries {
   /// Adds the probabilities of an interval to the sum, then drops pairs.
   static COTERIE_INLINE void drop(const AttentionArguments<T>& arguments, Index entry, int block_begin,
                                   const Interval& s, T* scores, T& sum) {
-    const std::uint32_t query_bits = arguments.query_bits(entry);
-    for (int j = s.begin; j < s.end; ++j) {
-      sum += scores[j];
-      const bool kept = pair_bits(query_bits ^ arguments.key_bits(block_begin + j)) >= arguments.dropout_bound;
-      scores[j] = kept ? scores[j] * arguments.dropout_scale : T(0);
-    }
+    M::apart([&]() __attribute__((always_inline)) {
+      const std::uint32_t query_bits = arguments.query_bits(entry);
+      for (int j = s.begin; j < s.end; ++j) {
+        sum += scores[j];
+        const bool kept = pair_bits(query_bits ^ arguments.key_bits(block_begin + j)) >= arguments.dropout_bound;
+        scores[j] = kept ? scores[j] * arguments.dropout_scale : T(0);
+      }
+    });
   }
 
   /// Adds the bias, and hides what the entry does not see.
   static COTERIE_INLINE void mask(const AttentionArguments<T>& arguments, Index entry, int block_begin, int begin,
                                   int end, const Interval& one, const Interval& two, T* scores) {
-    if (arguments.bias)
-      for (const Interval& s : {one, two})
-        for (int j = s.begin; j < s.end; ++j) {
-          if (!arguments.has_position(block_begin + j)) continue;
-          const Index distance =
-              arguments.query_position(entry) - arguments.key_position(block_begin + j) - arguments.bias_first;
-          T added = arguments.bias[std::clamp<Index>(distance, 0, arguments.bias_count - 1)] * log2_e<T>;
-          COTERIE_OPAQUE(added);  // rounded, as in the tile's table
-          scores[j] += added;
-        }
-    for (int j = begin; j < end; ++j)
-      if ((j < one.begin || j >= one.end) && (j < two.begin || j >= two.end)) scores[j] = lowest;
+    M::apart([&]() __attribute__((always_inline)) {
+      if (arguments.bias)
+        for (const Interval& s : {one, two})
+          for (int j = s.begin; j < s.end; ++j) {
+            if (!arguments.has_position(block_begin + j)) continue;
+            const Index distance =
+                arguments.query_position(entry) - arguments.key_position(block_begin + j) - arguments.bias_first;
+            T added = arguments.bias[std::clamp<Index>(distance, 0, arguments.bias_count - 1)] * log2_e<T>;
+            COTERIE_OPAQUE(added);  // rounded, as in the tile's table
+            scores[j] += added;
+          }
+      for (int j = begin; j < end; ++j)
+        if ((j < one.begin || j >= one.end) && (j < two.begin || j >= two.end)) scores[j] = lowest;
+    });
   }
 
   /// P = 2^(S - reference), with the earlier sum and output rescaled where the reference moved, by the rule of tiles.

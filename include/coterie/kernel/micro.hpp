@@ -16,6 +16,13 @@ struct Micro {
   using F = typename L::F;
   static constexpr int lanes = L::count, width = lanes * V, most_rows = R;
 
+  /// Calls work, which micro-kernels of an instruction set compile as a function of its own: what is rare, or seldom called, is
+  /// kept out of the loops around it, where it would cost registers and compile time.
+  template <class Work>
+  static COTERIE_INLINE void apart(const Work& work) {
+    work();
+  }
+
   // c[r][v] (+)= sum_l a[r][l] b[l][v]: a by rows.
   template <int Rows, int N, bool Add>
   static COTERIE_INLINE void by_rows(const T* const* a, Index depth, const T* b, Index b_stride, T* c, Index c_stride) {

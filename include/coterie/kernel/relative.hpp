@@ -83,90 +83,94 @@ struct Relative {
 
   /// Finds the table rows that the tile's pairs use.
   COTERIE_INLINE void take(const Visibility<T, M>& visibility) {
-    for (Index t = 0; t < reached; ++t) place[rows[t]] = 0;
-    used_known = false;
-    earlier_low = block_low = count;
-    earlier_high = block_high = -1;
-    skewed = true;
-    for (int v = 0; v < visibility.vectors; ++v) skewed &= positions->ascending[v];
-    Index begin_row = count, end_row = 0;
-    // marks of skewed tiles: +1 where a run of rows begins, -1 behind its end; of others: 1 for every row
-    const auto mark = [&](Index begin, Index end) __attribute__((always_inline)) {
-      begin = std::max<Index>(begin, 1);
-      end = (std::min)(end, count - 1);
-      if (begin >= end) return;
-      ++marks[begin];
-      --marks[end];
-      begin_row = (std::min)(begin_row, begin);
-      end_row = (std::max)(end_row, end);
-    };
-    for (int i = 0; i < visibility.intervals; ++i)
-      for (int v = 0; v < visibility.vectors; ++v) {
-        int begin = Visibility<T, M>::none, end = 0;
-        for (int l = v * lanes; l < (v + 1) * lanes; ++l)
-          if (visibility.from[i][l] < visibility.until[i][l]) {
-            begin = (std::min)(begin, static_cast<int>(visibility.from[i][l]));
-            end = (std::max)(end, static_cast<int>(visibility.until[i][l]));
-          }
-        // Memory comes before all tokens or after.
-        while (begin < end && !arguments->has_position(begin)) ++begin;
-        while (begin < end && !arguments->has_position(end - 1)) --end;
-        if (begin >= end) continue;
-        const Index lowest = positions->lowest[v] - arguments->relative_first;
-        const Index highest = positions->highest[v] - arguments->relative_first;
-        if (skewed && !arguments->key_positions &&
-            arguments->keys[end - 1] - arguments->keys[begin] == end - 1 - begin) {
-          mark(lowest - arguments->key_position(end - 1), highest - arguments->key_position(begin) + 1);
-          continue;
-        }
-        // Mostly the first keys are beyond the last row, and the last ones before the first.
-        while (begin < end && lowest - arguments->key_position(begin) >= count - 1) ++begin;
-        while (begin < end && highest - arguments->key_position(end - 1) <= 0) --end;
-        for (int key = begin; key < end; ++key) {
-          const Index position = arguments->key_position(key);
-          if (highest - position <= 0 || lowest - position >= count - 1) continue;
-          if (skewed) {
-            mark(lowest - position, highest - position + 1);
+    M::apart([&]() __attribute__((always_inline)) {
+      for (Index t = 0; t < reached; ++t) place[rows[t]] = 0;
+      used_known = false;
+      earlier_low = block_low = count;
+      earlier_high = block_high = -1;
+      skewed = true;
+      for (int v = 0; v < visibility.vectors; ++v) skewed &= positions->ascending[v];
+      Index begin_row = count, end_row = 0;
+      // marks of skewed tiles: +1 where a run of rows begins, -1 behind its end; of others: 1 for every row
+      const auto mark = [&](Index begin, Index end) __attribute__((always_inline)) {
+        begin = std::max<Index>(begin, 1);
+        end = (std::min)(end, count - 1);
+        if (begin >= end) return;
+        ++marks[begin];
+        --marks[end];
+        begin_row = (std::min)(begin_row, begin);
+        end_row = (std::max)(end_row, end);
+      };
+      for (int i = 0; i < visibility.intervals; ++i)
+        for (int v = 0; v < visibility.vectors; ++v) {
+          int begin = Visibility<T, M>::none, end = 0;
+          for (int l = v * lanes; l < (v + 1) * lanes; ++l)
+            if (visibility.from[i][l] < visibility.until[i][l]) {
+              begin = (std::min)(begin, static_cast<int>(visibility.from[i][l]));
+              end = (std::max)(end, static_cast<int>(visibility.until[i][l]));
+            }
+          // Memory comes before all tokens or after.
+          while (begin < end && !arguments->has_position(begin)) ++begin;
+          while (begin < end && !arguments->has_position(end - 1)) --end;
+          if (begin >= end) continue;
+          const Index lowest = positions->lowest[v] - arguments->relative_first;
+          const Index highest = positions->highest[v] - arguments->relative_first;
+          if (skewed && !arguments->key_positions &&
+              arguments->keys[end - 1] - arguments->keys[begin] == end - 1 - begin) {
+            mark(lowest - arguments->key_position(end - 1), highest - arguments->key_position(begin) + 1);
             continue;
           }
-          for (int l = v * lanes; l < (v + 1) * lanes; ++l)
-            marks[std::clamp<Index>(lowest + positions->above[l] - position, 0, count - 1)] = 1;
-          begin_row = (std::min)(begin_row, std::max<Index>(lowest - position, 1));
-          end_row = (std::max)(end_row, (std::min)(highest - position + 1, count - 1));
+          // Mostly the first keys are beyond the last row, and the last ones before the first.
+          while (begin < end && lowest - arguments->key_position(begin) >= count - 1) ++begin;
+          while (begin < end && highest - arguments->key_position(end - 1) <= 0) --end;
+          for (int key = begin; key < end; ++key) {
+            const Index position = arguments->key_position(key);
+            if (highest - position <= 0 || lowest - position >= count - 1) continue;
+            if (skewed) {
+              mark(lowest - position, highest - position + 1);
+              continue;
+            }
+            for (int l = v * lanes; l < (v + 1) * lanes; ++l)
+              marks[std::clamp<Index>(lowest + positions->above[l] - position, 0, count - 1)] = 1;
+            begin_row = (std::min)(begin_row, std::max<Index>(lowest - position, 1));
+            end_row = (std::max)(end_row, (std::min)(highest - position + 1, count - 1));
+          }
         }
+      reached = 0;
+      rows[reached++] = 0;
+      for (Index r = begin_row, open = 0; r < end_row; ++r) {
+        open = marks[r] + (skewed ? open : 0);
+        marks[r] = 0;
+        rows[reached] = static_cast<std::int32_t>(r);
+        place[r] = static_cast<std::int32_t>(open != 0 ? listed + reached : 0);
+        reached += open != 0;  // no branch, for what scattered tiles reach is chance
       }
-    reached = 0;
-    rows[reached++] = 0;
-    for (Index r = begin_row, open = 0; r < end_row; ++r) {
-      open = marks[r] + (skewed ? open : 0);
-      marks[r] = 0;
-      rows[reached] = static_cast<std::int32_t>(r);
-      place[r] = static_cast<std::int32_t>(open != 0 ? listed + reached : 0);
-      reached += open != 0;  // no branch, for what scattered tiles reach is chance
-    }
-    if (begin_row < end_row) marks[end_row] = 0;
-    marks[0] = marks[count - 1] = 0;
-    if (count > 1) {
-      place[count - 1] = 1;
-      rows[reached++] = static_cast<std::int32_t>(count - 1);
-    }
-    constexpr Index rows_of_sums = M::most_rows, most = key_block / rows_of_sums * rows_of_sums;
-    const Index products = (reached + most - 1) / most;
-    at_once = (reached + products * rows_of_sums - 1) / (products * rows_of_sums) * rows_of_sums;
+      if (begin_row < end_row) marks[end_row] = 0;
+      marks[0] = marks[count - 1] = 0;
+      if (count > 1) {
+        place[count - 1] = 1;
+        rows[reached++] = static_cast<std::int32_t>(count - 1);
+      }
+      constexpr Index rows_of_sums = M::most_rows, most = key_block / rows_of_sums * rows_of_sums;
+      const Index products = (reached + most - 1) / most;
+      at_once = (reached + products * rows_of_sums - 1) / (products * rows_of_sums) * rows_of_sums;
+    });
   }
 
   /// R[r][lane] = sum_c table[r][c] packed[c][lane]
   COTERIE_INLINE void products(const Visibility<T, M>& visibility, const T* table, Index stride, Index columns,
                                const T* packed, T* buffer) const {
-    T* const to = buffer + listed * width;
-    const T* table_rows[key_block];
-    for (Index t = 0; t < reached; t += at_once) {
-      const Index n = locate(table, stride, t, table_rows);
-      M::scores(table_rows, n, columns, packed, to + t * width, visibility.vectors);
-    }
-    std::memcpy(buffer, to, row_bytes);
-    std::memcpy(buffer + width, to + (reached - 1) * width, row_bytes);
-    if (skewed) skew<1>(visibility, buffer, listed + 1, reached - 2);
+    M::apart([&]() __attribute__((always_inline)) {
+      T* const to = buffer + listed * width;
+      const T* table_rows[key_block];
+      for (Index t = 0; t < reached; t += at_once) {
+        const Index n = locate(table, stride, t, table_rows);
+        M::scores(table_rows, n, columns, packed, to + t * width, visibility.vectors);
+      }
+      std::memcpy(buffer, to, row_bytes);
+      std::memcpy(buffer + width, to + (reached - 1) * width, row_bytes);
+      if (skewed) skew<1>(visibility, buffer, listed + 1, reached - 2);
+    });
   }
 
   COTERIE_INLINE void clear(T* buffer) const {
@@ -175,57 +179,59 @@ struct Relative {
 
   /// Finds the places of the block's pairs, after Positions::turn_to_block.
   COTERIE_INLINE void turn_to_block(const Visibility<T, M>& visibility, int block_begin) {
-    const Index end = count - 1, first = arguments->relative_first;
-    earlier_low = (std::min)(earlier_low, block_low);
-    earlier_high = (std::max)(earlier_high, block_high);
-    block_low = count;
-    block_high = -1;
-    for (int v = 0; v < visibility.vectors && positions->key_begin < positions->key_end; ++v) {
-      block_low = (std::min)(block_low, positions->lowest[v] - positions->key_most - first);
-      block_high = (std::max)(block_high, positions->highest[v] - positions->key_least - first);
-    }
-    const int key_begin = positions->key_begin - block_begin, key_end = positions->key_end - block_begin;
-    for (int v = 0; v < visibility.vectors; ++v) {
-      const Index lowest = positions->lowest[v] - first, span = positions->highest[v] - positions->lowest[v];
-      const Index* const of_key = positions->of_key;
-      std::int32_t* const at = where + v * lanes;
-      // Mostly the first keys are beyond the last row, and the last ones before the first.
-      int j = key_begin, after = key_end;
-      while (j < after && lowest - of_key[j] >= end) ++j;
-      while (j < after && lowest + span - of_key[after - 1] <= 0) --after;
-      last_row_until[v] = j;
-      first_row_from[v] = after;
-      const Index diagonals = skewed ? std::max<Index>(end - 1 - span, 0) : 0;  // table rows of lowest lanes
-      run_begin[v] = run_end[v] = after;
-      if (diagonals > 0 && positions->keys_ascend) {
-        const Index none = lowest - of_key[key_begin] + key_begin;  // the key at row 0
-        const auto from = static_cast<int>(std::clamp<Index>(none - diagonals, j, after));
-        const auto until = static_cast<int>(std::clamp<Index>(none, from, after));
-        // Rows that no visible pair uses have no place.
-        const bool placed = from < until && place[none - from] >= listed && place[none - until + 1] >= listed;
-        if (placed && place[none - from] - place[none - until + 1] == until - 1 - from) {
-          run_begin[v] = from;
-          run_end[v] = until;
-          run_from[v] = (place[none - from] + from) * Index(width) + v * lanes;
+    M::apart([&]() __attribute__((always_inline)) {
+      const Index end = count - 1, first = arguments->relative_first;
+      earlier_low = (std::min)(earlier_low, block_low);
+      earlier_high = (std::max)(earlier_high, block_high);
+      block_low = count;
+      block_high = -1;
+      for (int v = 0; v < visibility.vectors && positions->key_begin < positions->key_end; ++v) {
+        block_low = (std::min)(block_low, positions->lowest[v] - positions->key_most - first);
+        block_high = (std::max)(block_high, positions->highest[v] - positions->key_least - first);
+      }
+      const int key_begin = positions->key_begin - block_begin, key_end = positions->key_end - block_begin;
+      for (int v = 0; v < visibility.vectors; ++v) {
+        const Index lowest = positions->lowest[v] - first, span = positions->highest[v] - positions->lowest[v];
+        const Index* const of_key = positions->of_key;
+        std::int32_t* const at = where + v * lanes;
+        // Mostly the first keys are beyond the last row, and the last ones before the first.
+        int j = key_begin, after = key_end;
+        while (j < after && lowest - of_key[j] >= end) ++j;
+        while (j < after && lowest + span - of_key[after - 1] <= 0) --after;
+        last_row_until[v] = j;
+        first_row_from[v] = after;
+        const Index diagonals = skewed ? std::max<Index>(end - 1 - span, 0) : 0;  // table rows of lowest lanes
+        run_begin[v] = run_end[v] = after;
+        if (diagonals > 0 && positions->keys_ascend) {
+          const Index none = lowest - of_key[key_begin] + key_begin;  // the key at row 0
+          const auto from = static_cast<int>(std::clamp<Index>(none - diagonals, j, after));
+          const auto until = static_cast<int>(std::clamp<Index>(none, from, after));
+          // Rows that no visible pair uses have no place.
+          const bool placed = from < until && place[none - from] >= listed && place[none - until + 1] >= listed;
+          if (placed && place[none - from] - place[none - until + 1] == until - 1 - from) {
+            run_begin[v] = from;
+            run_end[v] = until;
+            run_from[v] = (place[none - from] + from) * Index(width) + v * lanes;
+          }
+        }
+        for (; j < after; ++j) {
+          if (j == run_begin[v]) {
+            j = run_end[v] - 1;
+            continue;
+          }
+          const Index row = lowest - of_key[j];
+          std::int32_t* const to = at + j * width;
+          if (row > 0 && row <= diagonals)
+            *to = place[row] * width + v * lanes;
+          else if (row >= end)
+            *to = place[end] * width + v * lanes;
+          else if (row + span <= 0)
+            *to = v * lanes;
+          else
+            find_each(row, v, to);
         }
       }
-      for (; j < after; ++j) {
-        if (j == run_begin[v]) {
-          j = run_end[v] - 1;
-          continue;
-        }
-        const Index row = lowest - of_key[j];
-        std::int32_t* const to = at + j * width;
-        if (row > 0 && row <= diagonals)
-          *to = place[row] * width + v * lanes;
-        else if (row >= end)
-          *to = place[end] * width + v * lanes;
-        else if (row + span <= 0)
-          *to = v * lanes;
-        else
-          find_each(row, v, to);
-      }
-    }
+    });
   }
 
   /// Calls whole(at, place) for vectors of pairs that find their numbers side by side in a buffer, single(at, place) for the
@@ -262,118 +268,130 @@ struct Relative {
 
   /// to[key][lane] += R[c][lane]
   COTERIE_INLINE void add(const KeySegment& s, int block_begin, const T* buffer, T* to) const {
-    const auto whole = [&](Index at, Index row) __attribute__((always_inline)) { L::add(buffer + row, to + at); };
-    const auto single = [&](Index at, Index row) __attribute__((always_inline)) { to[at] += buffer[row]; };
-    const auto same = [&](Index at, int keys, Index row) __attribute__((always_inline)) {
-      F x, y;
-      L::load(buffer + row, y);
-      for (T* here = to + at; keys > 0; --keys, here += width) {
-        L::load(here, x);
-        L::store(here, x + y);
-      }
-    };
-    each(s, block_begin, whole, single, same);
+    M::apart([&]() __attribute__((always_inline)) {
+      const auto whole = [&](Index at, Index row) __attribute__((always_inline)) { L::add(buffer + row, to + at); };
+      const auto single = [&](Index at, Index row) __attribute__((always_inline)) { to[at] += buffer[row]; };
+      const auto same = [&](Index at, int keys, Index row) __attribute__((always_inline)) {
+        F x, y;
+        L::load(buffer + row, y);
+        for (T* here = to + at; keys > 0; --keys, here += width) {
+          L::load(here, x);
+          L::store(here, x + y);
+        }
+      };
+      each(s, block_begin, whole, single, same);
+    });
   }
 
   /// A[c][lane] += from[key][lane]; masked pairs must be zero.
   COTERIE_INLINE void collect(const KeySegment& s, int block_begin, const T* from, T* buffer) const {
-    const auto whole = [&](Index at, Index row) __attribute__((always_inline)) { L::add(from + at, buffer + row); };
-    const auto single = [&](Index at, Index row) __attribute__((always_inline)) { buffer[row] += from[at]; };
-    const auto same = [&](Index at, int keys, Index row) __attribute__((always_inline)) {
-      F x, sum;
-      L::load(buffer + row, sum);
-      for (const T* here = from + at; keys > 0; --keys, here += width) {
-        L::load(here, x);
-        sum += x;
-      }
-      L::store(buffer + row, sum);
-    };
-    each(s, block_begin, whole, single, same);
+    M::apart([&]() __attribute__((always_inline)) {
+      const auto whole = [&](Index at, Index row) __attribute__((always_inline)) { L::add(from + at, buffer + row); };
+      const auto single = [&](Index at, Index row) __attribute__((always_inline)) { buffer[row] += from[at]; };
+      const auto same = [&](Index at, int keys, Index row) __attribute__((always_inline)) {
+        F x, sum;
+        L::load(buffer + row, sum);
+        for (const T* here = from + at; keys > 0; --keys, here += width) {
+          L::load(here, x);
+          sum += x;
+        }
+        L::store(buffer + row, sum);
+      };
+      each(s, block_begin, whole, single, same);
+    });
   }
 
   /// A[r][lane] *= factor[lane]
   COTERIE_INLINE void rescale(const Visibility<T, M>& visibility, const T* factor, T* buffer) const {
-    // Between the ends only rows of earlier blocks' pairs hold something.
-    const Index lower = std::lower_bound(rows, rows + reached, earlier_low) - rows;
-    const Index upper = std::upper_bound(rows, rows + reached, earlier_high) - rows;
-    T* const begin = buffer + (listed + lower - (skewed ? lanes - 1 : 0)) * width;
-    T* const end = buffer + (listed + upper) * width;
-    for (int v = 0; v < visibility.vectors; ++v) {
-      F x, y;
-      L::load(factor + v * lanes, y);
-      const auto scale = [&](T * row) __attribute__((always_inline)) {
-        L::load(row + v * lanes, x);
-        L::store(row + v * lanes, x * y);
-      };
-      scale(buffer);
-      scale(buffer + width);
-      for (T* row = begin; row < end; row += width) scale(row);
-    }
+    M::apart([&]() __attribute__((always_inline)) {
+      // Between the ends only rows of earlier blocks' pairs hold something.
+      const Index lower = std::lower_bound(rows, rows + reached, earlier_low) - rows;
+      const Index upper = std::upper_bound(rows, rows + reached, earlier_high) - rows;
+      T* const begin = buffer + (listed + lower - (skewed ? lanes - 1 : 0)) * width;
+      T* const end = buffer + (listed + upper) * width;
+      for (int v = 0; v < visibility.vectors; ++v) {
+        F x, y;
+        L::load(factor + v * lanes, y);
+        const auto scale = [&](T * row) __attribute__((always_inline)) {
+          L::load(row + v * lanes, x);
+          L::store(row + v * lanes, x * y);
+        };
+        scale(buffer);
+        scale(buffer + width);
+        for (T* row = begin; row < end; row += width) scale(row);
+      }
+    });
   }
 
   /// Ends collecting: rows of A stand as `rows` lists them, from `listed` on.
   COTERIE_INLINE void straighten(const Visibility<T, M>& visibility, T* buffer) const {
-    if (skewed) skew<-1>(visibility, buffer, listed + reached - 2, reached - 2);
-    std::memcpy(buffer + listed * width, buffer, row_bytes);
-    if (count > 1) std::memcpy(buffer + (listed + reached - 1) * width, buffer + width, row_bytes);
+    M::apart([&]() __attribute__((always_inline)) {
+      if (skewed) skew<-1>(visibility, buffer, listed + reached - 2, reached - 2);
+      std::memcpy(buffer + listed * width, buffer, row_bytes);
+      if (count > 1) std::memcpy(buffer + (listed + reached - 1) * width, buffer + width, row_bytes);
+    });
   }
 
   /// out[c][lane] += sum_r table[r][c] A[r][lane], of straightened rows.
   COTERIE_INLINE void add_columns(const Visibility<T, M>& visibility, const T* table, Index stride, Index columns,
                                   const T* buffer, T* out) {
-    const T* table_rows[key_block];
-    for (Index t = 0; t < reached; t += at_once) {
-      const Index n = locate(table, stride, t, table_rows);
-      const T* const a = buffer + (listed + t) * width;
-      const Index from = M::columns(table_rows, 0, n, columns, a, out, visibility.vectors, true);
-      if (from == columns) continue;
-      // A row that is no number met lanes that do not use it. The same operations, kept only where it is used.
-      find_used(visibility);
-      for (Index c = from; c < columns; ++c)
-        for (int v = 0; v < visibility.vectors; ++v) {
-          F sum, x;
-          L::load(out + c * width + v * lanes, sum);
-          for (Index j = 0; j < n; ++j) {
-            Ints uses{};
-            for (int l = 0; l < lanes; ++l) uses[l] = used[(t + j) * width + v * lanes + l] ? -1 : 0;
-            L::load(a + j * width + v * lanes, x);
-            F next = sum;
-            L::add_product(table_rows[j][c], x, next);
-            sum = uses ? next : sum;
+    M::apart([&]() __attribute__((always_inline)) {
+      const T* table_rows[key_block];
+      for (Index t = 0; t < reached; t += at_once) {
+        const Index n = locate(table, stride, t, table_rows);
+        const T* const a = buffer + (listed + t) * width;
+        const Index from = M::columns(table_rows, 0, n, columns, a, out, visibility.vectors, true);
+        if (from == columns) continue;
+        // A row that is no number met lanes that do not use it. The same operations, kept only where it is used.
+        find_used(visibility);
+        for (Index c = from; c < columns; ++c)
+          for (int v = 0; v < visibility.vectors; ++v) {
+            F sum, x;
+            L::load(out + c * width + v * lanes, sum);
+            for (Index j = 0; j < n; ++j) {
+              Ints uses{};
+              for (int l = 0; l < lanes; ++l) uses[l] = used[(t + j) * width + v * lanes + l] ? -1 : 0;
+              L::load(a + j * width + v * lanes, x);
+              F next = sum;
+              L::add_product(table_rows[j][c], x, next);
+              sum = uses ? next : sum;
+            }
+            L::store(out + c * width + v * lanes, sum);
           }
-          L::store(out + c * width + v * lanes, sum);
-        }
-    }
+      }
+    });
   }
 
   /// to[r][c] += sum_lane A[r][lane] x[lane][c], of straightened rows; `to` has all rows of the table, in rows of `columns`
   /// numbers as x, which are padded. sums: key_block such rows.
   COTERIE_INLINE void add_rows(const Visibility<T, M>& visibility, const T* buffer, const T* x, Index columns, T* sums,
                                T* to) {
-    const int depth = visibility.vectors * lanes;
-    const T* a[key_block];
-    for (Index t = 0; t < reached; t += at_once) {
-      const Index n = (std::min)(at_once, reached - t);
-      for (Index j = 0; j < n; ++j) a[j] = buffer + (listed + t + j) * width;
-      const bool side_by_side = rows[t + n - 1] - rows[t] == n - 1;
-      T* const target = side_by_side ? to + rows[t] * columns : sums;
-      if (!side_by_side) std::memset(sums, 0, static_cast<std::size_t>(n * columns) * sizeof(T));
-      const Index from = M::rows(a, n, depth, x, columns, target, true);
-      if (from < columns) find_used(visibility);
-      for (Index c = from; c < columns; c += lanes)
-        for (Index j = 0; j < n; ++j) {
-          F sum, y;
-          L::load(target + j * columns + c, sum);
-          for (int l = 0; l < visibility.count; ++l) {
-            if (!used[(t + j) * width + l]) continue;
-            L::load(x + l * columns + c, y);
-            L::add_product(a[j][l], y, sum);
+    M::apart([&]() __attribute__((always_inline)) {
+      const int depth = visibility.vectors * lanes;
+      const T* a[key_block];
+      for (Index t = 0; t < reached; t += at_once) {
+        const Index n = (std::min)(at_once, reached - t);
+        for (Index j = 0; j < n; ++j) a[j] = buffer + (listed + t + j) * width;
+        const bool side_by_side = rows[t + n - 1] - rows[t] == n - 1;
+        T* const target = side_by_side ? to + rows[t] * columns : sums;
+        if (!side_by_side) std::memset(sums, 0, static_cast<std::size_t>(n * columns) * sizeof(T));
+        const Index from = M::rows(a, n, depth, x, columns, target, true);
+        if (from < columns) find_used(visibility);
+        for (Index c = from; c < columns; c += lanes)
+          for (Index j = 0; j < n; ++j) {
+            F sum, y;
+            L::load(target + j * columns + c, sum);
+            for (int l = 0; l < visibility.count; ++l) {
+              if (!used[(t + j) * width + l]) continue;
+              L::load(x + l * columns + c, y);
+              L::add_product(a[j][l], y, sum);
+            }
+            L::store(target + j * columns + c, sum);
           }
-          L::store(target + j * columns + c, sum);
-        }
-      for (Index j = 0; !side_by_side && j < n; ++j)
-        for (Index c = 0; c < columns; c += lanes) L::add(sums + j * columns + c, to + rows[t + j] * columns + c);
-    }
+        for (Index j = 0; !side_by_side && j < n; ++j)
+          for (Index c = 0; c < columns; c += lanes) L::add(sums + j * columns + c, to + rows[t + j] * columns + c);
+      }
+    });
   }
 
  private:

@@ -76,31 +76,33 @@ struct Tile {
   /// many heads are a power of two apart and fall on few sets of a cache. Rows that lie side by side are copied where
   /// `bytes_in_place` do not hold all of them: rows of a cluster are on many pages then.
   static COTERIE_INLINE void gather(AttentionArguments<T>& arguments, Index bytes_in_place, T* scratch) {
-    if (arguments.entries < 3 * width) return;
-    if (arguments.without_gaps() &&
-        arguments.k.rows * (arguments.d + arguments.dv) * Index(sizeof(T)) <= bytes_in_place)
-      return;
-    Index begin = (std::numeric_limits<std::int32_t>::max)(), end = 0;
-    for (const Interval* visible : {arguments.visible, arguments.visible_too})
-      for (Index e = 0; visible && e < arguments.entries; ++e)
-        if (visible[e].begin < visible[e].end) {
-          begin = std::min<Index>(begin, visible[e].begin);
-          end = std::max<Index>(end, visible[e].end);
-        }
-    if (begin >= end || end - begin > most_gathered) return;
-    if (arguments.side_by_side(begin, end)) return;
-    T* const k = scratch;
-    T* const v = scratch + (end - begin) * padded(arguments.d);
-    constexpr Index ahead = 8;
-    for (Index rank = begin; rank < end; ++rank) {
-      if (rank + ahead < end) fetch_key(arguments, rank + ahead);
-      const Index key = arguments.keys[rank], to = rank - begin;
-      scale_row(arguments.k.row(key), T(1), arguments.d, k + to * padded(arguments.d));
-      scale_row(arguments.v.row(key), T(1), arguments.dv, v + to * padded(arguments.dv));
-    }
-    arguments.gathered_k = k;
-    arguments.gathered_v = v;
-    arguments.gathered_first = begin;
+    M::apart([&]() __attribute__((always_inline)) {
+      if (arguments.entries < 3 * width) return;
+      if (arguments.without_gaps() &&
+          arguments.k.rows * (arguments.d + arguments.dv) * Index(sizeof(T)) <= bytes_in_place)
+        return;
+      Index begin = (std::numeric_limits<std::int32_t>::max)(), end = 0;
+      for (const Interval* visible : {arguments.visible, arguments.visible_too})
+        for (Index e = 0; visible && e < arguments.entries; ++e)
+          if (visible[e].begin < visible[e].end) {
+            begin = std::min<Index>(begin, visible[e].begin);
+            end = std::max<Index>(end, visible[e].end);
+          }
+      if (begin >= end || end - begin > most_gathered) return;
+      if (arguments.side_by_side(begin, end)) return;
+      T* const k = scratch;
+      T* const v = scratch + (end - begin) * padded(arguments.d);
+      constexpr Index ahead = 8;
+      for (Index rank = begin; rank < end; ++rank) {
+        if (rank + ahead < end) fetch_key(arguments, rank + ahead);
+        const Index key = arguments.keys[rank], to = rank - begin;
+        scale_row(arguments.k.row(key), T(1), arguments.d, k + to * padded(arguments.d));
+        scale_row(arguments.v.row(key), T(1), arguments.dv, v + to * padded(arguments.dv));
+      }
+      arguments.gathered_k = k;
+      arguments.gathered_v = v;
+      arguments.gathered_first = begin;
+    });
   }
 
   static COTERIE_INLINE void fetch_key(const AttentionArguments<T>& arguments, Index rank) {
@@ -193,36 +195,40 @@ struct Tile {
   /// Caps the scores of a segment; `slope`, if wanted, the derivative, in rows of `width` as the scores.
   static COTERIE_INLINE void cap_scores(const AttentionArguments<T>& arguments, const KeySegment& s, int block_begin,
                                         T* scores, T* slope) {
-    for (int key = s.begin; key < s.end; ++key)
-      for (int v = s.first; v < s.last; ++v) {
-        const Index at = (key - block_begin) * width + v * lanes;
-        F y;
-        cap(arguments, scores + at, y);
-        if (slope) L::store(slope + at, T(1) - y * y);
-      }
+    M::apart([&]() __attribute__((always_inline)) {
+      for (int key = s.begin; key < s.end; ++key)
+        for (int v = s.first; v < s.last; ++v) {
+          const Index at = (key - block_begin) * width + v * lanes;
+          F y;
+          cap(arguments, scores + at, y);
+          if (slope) L::store(slope + at, T(1) - y * y);
+        }
+    });
   }
 
   /// Drops pairs of the segment: 0 for those, and dropout_scale times the value for the others.
   static COTERIE_INLINE void drop(const AttentionArguments<T>& arguments, Index first,
                                   const Visibility<T, M>& visibility, const KeySegment& s, int block_begin, T* values) {
-    using Unsigned = typename L::Unsigned;
-    using U = typename L::U;
-    alignas(64) Unsigned queries[width];
-    for (int l = s.first * lanes; l < s.last * lanes; ++l)
-      queries[l] = arguments.query_bits(first + (std::min)(l, visibility.count - 1));
-    for (int key = s.begin; key < s.end; ++key) {
-      const Unsigned key_bits = arguments.key_bits(key);
-      for (int v = s.first; v < s.last; ++v) {
-        T* const at = values + (key - block_begin) * width + v * lanes;
-        U bits = *reinterpret_cast<const U*>(queries + v * lanes) ^ key_bits;
-        L::pair_bits(bits);
-        const Ints kept = bits >= Unsigned(arguments.dropout_bound);
-        F x;
-        L::load(at, x);
-        x = kept ? x * arguments.dropout_scale : F{};
-        L::store(at, x);
+    M::apart([&]() __attribute__((always_inline)) {
+      using Unsigned = typename L::Unsigned;
+      using U = typename L::U;
+      alignas(64) Unsigned queries[width];
+      for (int l = s.first * lanes; l < s.last * lanes; ++l)
+        queries[l] = arguments.query_bits(first + (std::min)(l, visibility.count - 1));
+      for (int key = s.begin; key < s.end; ++key) {
+        const Unsigned key_bits = arguments.key_bits(key);
+        for (int v = s.first; v < s.last; ++v) {
+          T* const at = values + (key - block_begin) * width + v * lanes;
+          U bits = *reinterpret_cast<const U*>(queries + v * lanes) ^ key_bits;
+          L::pair_bits(bits);
+          const Ints kept = bits >= Unsigned(arguments.dropout_bound);
+          F x;
+          L::load(at, x);
+          x = kept ? x * arguments.dropout_scale : F{};
+          L::store(at, x);
+        }
       }
-    }
+    });
   }
 
   /// The bias table, to base 2, with its end columns repeated `width` times on both sides: lanes at or beyond an end, and
@@ -254,22 +260,26 @@ struct Tile {
 
   static COTERIE_INLINE void add_bias(const AttentionArguments<T>& arguments, const TilePositions<T, M>& positions,
                                       const KeySegment& s, int block_begin, const T* table, T* scores) {
-    const auto whole = [&](Index at, Index column) __attribute__((always_inline)) {
-      L::add(table + column, scores + at);
-    };
-    const auto single = [&](Index at, Index column) __attribute__((always_inline)) { scores[at] += table[column]; };
-    each_bias(arguments, positions, s, block_begin, whole, single);
+    M::apart([&]() __attribute__((always_inline)) {
+      const auto whole = [&](Index at, Index column) __attribute__((always_inline)) {
+        L::add(table + column, scores + at);
+      };
+      const auto single = [&](Index at, Index column) __attribute__((always_inline)) { scores[at] += table[column]; };
+      each_bias(arguments, positions, s, block_begin, whole, single);
+    });
   }
 
   /// Masked pairs and those of lanes without an entry must be zero.
   static COTERIE_INLINE void add_bias_gradient(const AttentionArguments<T>& arguments,
                                                const TilePositions<T, M>& positions, const KeySegment& s,
                                                int block_begin, const T* d_scores, T* table) {
-    const auto whole = [&](Index at, Index column) __attribute__((always_inline)) {
-      L::add(d_scores + at, table + column);
-    };
-    const auto single = [&](Index at, Index column) __attribute__((always_inline)) { table[column] += d_scores[at]; };
-    each_bias(arguments, positions, s, block_begin, whole, single);
+    M::apart([&]() __attribute__((always_inline)) {
+      const auto whole = [&](Index at, Index column) __attribute__((always_inline)) {
+        L::add(d_scores + at, table + column);
+      };
+      const auto single = [&](Index at, Index column) __attribute__((always_inline)) { table[column] += d_scores[at]; };
+      each_bias(arguments, positions, s, block_begin, whole, single);
+    });
   }
 
   /// Ot[c][lane] += sum over the segment's keys of rows[key][c] P[key][lane].
