@@ -150,8 +150,7 @@ TEST_CASE("a step allocates nothing within the tokens reserved") {
 }
 
 TEST_CASE("memory stays what windows and clusters need, however long a sequence gets") {
-  const RoutingAttentionConfig c{
-      .model_dim = 16, .heads = 4, .routed_heads = 2, .clusters = 9, .window = 32, .causal = true, .seed = 2};
+  const RoutingAttentionConfig c{.model_dim = 16, .causal = true, .seed = 2, .local = {.heads = 2, .window = 32}, .routed = {.heads = 2, .clusters = 9, .window = 32}};
   const RoutingAttention<float> layer(c);
   Context context;
   Decoder<float> decoder(layer);
@@ -168,12 +167,7 @@ TEST_CASE("memory stays what windows and clusters need, however long a sequence 
 }
 
 TEST_CASE("windows without a limit, and numbers that float cannot hold") {
-  RoutingAttentionConfig c{.model_dim = 8,
-                           .heads = 2,
-                           .routed_heads = 1,
-                           .clusters = 2,
-                           .window = std::numeric_limits<Index>::max(),
-                           .causal = true};
+  RoutingAttentionConfig c{.model_dim = 8, .causal = true, .local = {.heads = 1, .window = std::numeric_limits<Index>::max()}, .routed = {.heads = 1, .clusters = 2, .window = std::numeric_limits<Index>::max()}};
   const RoutingAttention<float> layer(c);
   const RowMatrix<float> x = Random(1).matrix<float>(20, 8), expected = forward_rows(layer, x);
   Context context;
@@ -188,8 +182,7 @@ TEST_CASE("windows without a limit, and numbers that float cannot hold") {
 }
 
 TEST_CASE("decoders refuse what they cannot continue, and say why") {
-  const RoutingAttentionConfig causal{
-      .model_dim = 8, .heads = 2, .routed_heads = 1, .clusters = 3, .window = 4, .causal = true};
+  const RoutingAttentionConfig causal{.model_dim = 8, .causal = true, .local = {.heads = 1, .window = 4}, .routed = {.heads = 1, .clusters = 3, .window = 4}};
   const auto refused = [](auto&& call, std::initializer_list<const char*> words) {
     const std::string message = message_of<ValueError>(call);
     INFO(message);

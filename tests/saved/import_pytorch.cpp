@@ -85,13 +85,7 @@ State state_of(const RoutingAttentionConfig& c) {
 }
 
 // Two local heads and three routed ones.
-const RoutingAttentionConfig mixed = presets::pytorch({.model_dim = torch_dim,
-                                                       .heads = 5,
-                                                       .head_dim = torch_d,
-                                                       .routed_heads = 3,
-                                                       .clusters = 2,
-                                                       .window = 4,
-                                                       .bias = true});
+const RoutingAttentionConfig mixed = presets::pytorch({.model_dim = torch_dim, .head_dim = torch_d, .bias = true, .local = {.heads = 2, .window = 4}, .routed = {.heads = 3, .clusters = 2, .window = 4}});
 
 // Two routed heads with memory.
 RoutingAttentionConfig routed_config() {
@@ -195,8 +189,7 @@ TEST_CASE("heads of one cluster give torch's formula: y = softmax(x W_q^T (x W_k
 }
 
 TEST_CASE("modules without local heads, without routed heads, shared, and untrained ones") {
-  const RoutingAttentionConfig local{
-      .model_dim = torch_dim, .heads = 5, .head_dim = torch_d, .window = 4, .bias = true};
+  const RoutingAttentionConfig local{.model_dim = torch_dim, .head_dim = torch_d, .bias = true, .local = {.heads = 5, .window = 4}};
   for (const bool empty_tensors : {true, false}) {
     State state = state_of(local);
     if (!empty_tensors)
@@ -307,14 +300,7 @@ TEST_CASE("configs that the module's tensors do not fit are refused by what is w
       {"import_pytorch: memory: expected 0 with local heads", [](State&, RoutingAttentionConfig& c) { c.memory = 1; }},
       {"import_pytorch: routing: expected learned",
        [](State&, RoutingAttentionConfig& c) {
-         c = {.model_dim = torch_dim,
-              .heads = 5,
-              .head_dim = torch_d,
-              .routed_heads = 3,
-              .clusters = 2,
-              .window = 4,
-              .routing = Routing::random,
-              .bias = true};
+         c = {.model_dim = torch_dim, .head_dim = torch_d, .bias = true, .local = {.heads = 2, .window = 4}, .routed = {.heads = 3, .clusters = 2, .window = 4, .routing = Routing::random}};
        }},
       {"import_pytorch: normalisation: expected unit_length",
        [](State&, RoutingAttentionConfig& c) { c.normalisation = Normalisation::layer_norm; }},

@@ -54,14 +54,7 @@ bool same_state(const RoutingAttention<T>& a, const RoutingAttention<T>& b) {
   return true;
 }
 
-const RoutingAttentionConfig saved_config{.model_dim = 6,
-                                          .heads = 2,
-                                          .head_dim = 3,
-                                          .routed_heads = 1,
-                                          .clusters = 2,
-                                          .window = 4,
-                                          .causal = true,
-                                          .seed = 9};
+const RoutingAttentionConfig saved_config{.model_dim = 6, .head_dim = 3, .causal = true, .seed = 9, .local = {.heads = 1, .window = 4}, .routed = {.heads = 1, .clusters = 2, .window = 4}};
 
 // The tensors and metadata of a file, to be spoilt and written again.
 struct Contents {
