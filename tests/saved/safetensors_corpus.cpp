@@ -41,7 +41,8 @@ std::vector<std::byte> layer_file(std::string_view prefix, const RoutingAttentio
   return writer.bytes();
 }
 
-const RoutingAttentionConfig routed{.model_dim = 1, .head_dim = 3, .causal = true, .routed = {.heads = 1, .clusters = 1, .window = 2}};
+const RoutingAttentionConfig routed{
+    .model_dim = 1, .head_dim = 3, .causal = true, .routed = {.heads = 1, .clusters = 1, .window = 2}};
 const RoutingAttentionConfig local{.model_dim = 1, .bias = true, .local = {.heads = 1, .window = 2}};
 
 }  // namespace
