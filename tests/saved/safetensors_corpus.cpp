@@ -88,7 +88,7 @@ TEST_CASE("a layer's file with one byte changed is a layer or FileError") {
   REQUIRE(layers > 100);
 }
 
-// Hidden: makes the corpus anew, where the format of layers has changed.  test_layer "[write-corpus]"
+// Hidden: makes the corpus anew, where the format of layers has changed.  test_saved "[write-corpus]"
 TEST_CASE("write the fuzzer's corpus", "[.][write-corpus]") {
   const auto write = [&](const std::string& name, const std::vector<std::byte>& bytes) {
     std::ofstream(corpus / name, std::ios::binary)
