@@ -191,31 +191,29 @@ inline void check_sizes(const coterie::SafetensorsView& file, const transformer:
     const std::string number = std::to_string(layer);
     file.require_shape(function, file.required(function, "blocks." + number + ".feed_forward.expand"),
                        std::array<Index, 2>{d, config.feed_forward});
-    if (config.attention.routed_heads > 0 && config.attention.routing == coterie::Routing::learned)
+    const coterie::RoutedHeads& routed = config.attention.routed;
+    if (routed.heads > 0 && routed.routing == coterie::Routing::learned)
       file.require_shape(function, file.required(function, "blocks." + number + ".attention.routers.0.centroids"),
-                         std::array<Index, 2>{config.attention.clusters, d / config.attention.heads});
+                         std::array<Index, 2>{routed.clusters, d / (config.attention.local.heads + routed.heads)});
   }
 }
 
 inline transformer::ModelConfig model_config(const std::string& pattern, const Settings& s) {
-  const bool local = pattern == "local", random = pattern == "random";
+  const Index others = pattern == "local" ? 0 : s.routed_heads;  // heads that are not local
   transformer::ModelConfig config{
       .vocabulary = 256, .layers = s.layers, .feed_forward = 4 * s.model_dim, .embedding_deviation = 0.3};
   coterie::RoutingAttentionConfig& attention = config.attention;
-  attention.model_dim = s.model_dim;
-  attention.heads = s.heads;
-  attention.routed_heads = local ? 0 : s.routed_heads;
-  attention.clusters = s.clusters;
-  attention.window = s.window;
-  attention.causal = true;
-  attention.routing = pattern == "dense" ? coterie::Routing::dense
-                      : random           ? coterie::Routing::random
-                                         : coterie::Routing::learned;
-  attention.induction = !local;
-  attention.key_taps = local ? 0 : 8;
-  attention.local_positions = coterie::PositionKind::bias;
-  attention.decay = 0.99;
-  attention.seed = static_cast<std::uint64_t>(s.model_seed);
+  attention = {.model_dim = s.model_dim, .causal = true, .seed = static_cast<std::uint64_t>(s.model_seed)};
+  if (s.heads > others)
+    attention.local = {
+        .heads = s.heads - others, .window = s.window, .positions = {.kind = coterie::PositionKind::bias}};
+  const coterie::Matching induction{.induction = true, .key_taps = 8};
+  if (pattern == "dense")
+    attention.dense = {.heads = others, .matching = induction};
+  else if (others > 0)
+    attention.routed = {.heads = others, .clusters = s.clusters, .window = s.window, .matching = induction};
+  if (pattern == "random") attention.routed.routing = coterie::Routing::random;
+  if (pattern == "routed") attention.routed.router.decay = 0.99;
   return config;
 }
 

@@ -7,9 +7,11 @@ int main() {
   using namespace coterie;
   using Matrix = RowMatrix<float>;
   constexpr int keys = 64, values = 16, dim = 32, told = 2 * keys, tokens = told + keys;
-  RoutingAttentionConfig config{.model_dim = dim, .heads = 2, .routed_heads = 2, .clusters = 12, .window = 32};
-  config.causal = config.induction = true;  // with routed_heads = 0 heads are local: their window is too short
-  RoutingAttention<float> layer(config);
+  // With local heads instead, {.heads = 2, .window = 32}, nothing is learned: the window is too short.
+  RoutingAttention<float> layer(
+      {.model_dim = dim,
+       .causal = true,
+       .routed = {.heads = 2, .clusters = 12, .window = 32, .matching = {.induction = true}}});
   const Matrix embedding = Matrix::Random(keys + values, dim);
   Matrix read_out = 0.1f * Matrix::Random(dim, values), d_read_out(dim, values);
   Matrix x(tokens, dim), y(tokens, dim), p(tokens, values), d_y(tokens, dim), d_x(tokens, dim);

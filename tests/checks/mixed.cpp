@@ -3,8 +3,10 @@
 
 double NAME() {
   using namespace coterie;
-  RoutingAttention<float> layer(
-      {.model_dim = 12, .heads = 2, .routed_heads = 1, .clusters = 2, .window = 8, .causal = true});
+  RoutingAttention<float> layer({.model_dim = 12,
+                                 .causal = true,
+                                 .local = {.heads = 1, .window = 8},
+                                 .routed = {.heads = 1, .clusters = 2, .window = 8}});
   RowMatrix<float> x(40, 12), y(40, 12);
   for (Index i = 0; i < x.size(); ++i) x.data()[i] = static_cast<float>(i % 17) / 17;
   Context context;

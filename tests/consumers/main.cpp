@@ -4,8 +4,11 @@
 
 int main() {
   using namespace coterie;
-  RoutingAttention<float> layer(
-      {.model_dim = 32, .heads = 4, .routed_heads = 2, .clusters = 4, .window = 8, .causal = true, .seed = 1});
+  RoutingAttention<float> layer({.model_dim = 32,
+                                 .causal = true,
+                                 .seed = 1,
+                                 .local = {.heads = 2, .window = 8},
+                                 .routed = {.heads = 2, .clusters = 4, .window = 8}});
   RowMatrix<float> x(64, 32), y(64, 32), d_x = RowMatrix<float>::Zero(64, 32);
   for (Index i = 0; i < x.size(); ++i) x.data()[i] = static_cast<float>(i % 17) / 17;
   Context context;

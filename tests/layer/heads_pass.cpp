@@ -129,7 +129,7 @@ TEST_CASE("dropout of the blocks has streams of their own") {
     return all;
   };
   RoutingAttentionConfig c{
-      .model_dim = 8, .local = {.heads = 1, .window = 4}, .routed = {.heads = 1, .clusters = 2, .window = 4}};
+      .model_dim = 12, .local = {.heads = 1, .window = 4}, .routed = {.heads = 1, .clusters = 2, .window = 4}};
   REQUIRE(streams(c) == std::vector<std::uint64_t>{0, 1});
   c.dense.heads = 1;
   REQUIRE(streams(c) == std::vector<std::uint64_t>{0, 1, 2});

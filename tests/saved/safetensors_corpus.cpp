@@ -42,8 +42,8 @@ std::vector<std::byte> layer_file(std::string_view prefix, const RoutingAttentio
 }
 
 const RoutingAttentionConfig routed{
-    .model_dim = 1, .heads = 1, .head_dim = 3, .routed_heads = 1, .clusters = 1, .window = 2, .causal = true};
-const RoutingAttentionConfig local{.model_dim = 1, .heads = 1, .window = 2, .bias = true};
+    .model_dim = 1, .head_dim = 3, .causal = true, .routed = {.heads = 1, .clusters = 1, .window = 2}};
+const RoutingAttentionConfig local{.model_dim = 1, .bias = true, .local = {.heads = 1, .window = 2}};
 
 }  // namespace
 
@@ -88,7 +88,7 @@ TEST_CASE("a layer's file with one byte changed is a layer or FileError") {
   REQUIRE(layers > 100);
 }
 
-// Hidden: makes the corpus anew, where the format of layers has changed.  test_layer "[write-corpus]"
+// Hidden: makes the corpus anew, where the format of layers has changed.  test_saved "[write-corpus]"
 TEST_CASE("write the fuzzer's corpus", "[.][write-corpus]") {
   const auto write = [&](const std::string& name, const std::vector<std::byte>& bytes) {
     std::ofstream(corpus / name, std::ios::binary)

@@ -9,7 +9,7 @@ namespace {
 
 ModelConfig small_model(coterie::Routing routing) {
   ModelConfig config = test::small_model();
-  config.attention.routing = routing;
+  config.attention.routed.routing = routing;
   return config;
 }
 
