@@ -40,8 +40,8 @@ inline const char* instruction_set_name(InstructionSet asked = InstructionSet::a
 }
 
 // Two fixed routines per instruction set.
-// fma: 12 independent chains s = s a + b, enough for any latency and small enough to stay in registers. Where the set has
-// no fused multiply-add (the x86 baseline) it is a multiplication and an addition.
+// fma: 12 independent chains s = s a + b, enough for any latency and small enough to stay in registers. Where the set
+// has no fused multiply-add (the x86 baseline) it is a multiplication and an addition.
 // read: the sum of an array in 8 independent chains, one load each; `count` is a multiple of 8 vectors.
 #define COTERIE_PEAK_ROUTINES(name, target, bytes)                                       \
   template <class T>                                                                     \

@@ -17,9 +17,10 @@
 // A local window cannot reach the pair by construction, and a random group holds it with probability 0.12 a head, which
 // bounds random at 0.25: those rows are properties of the task. The finding is that routing comes near dense attention.
 // At this length dense attention costs little: this shows what can be learned, not how fast.
-#include "console.hpp"
-#include "options.hpp"
-#include "transformer.hpp"
+#include "model/adamw.hpp"
+#include "model/model.hpp"
+#include "support/console.hpp"
+#include "support/options.hpp"
 
 namespace {
 

@@ -1,11 +1,11 @@
 // Copy: an encoder-decoder writes its input backward; what it writes, it finds there by cross-attention.
 //
 // An input is 16 to 32 different symbols between two marks. The decoder begins with the last mark and writes the symbol
-// before it, then the one before that, until it has written the first mark. No token knows its place: the encoder (a
-// two-sided block) has to tell every symbol which one stands before it, and the decoder (a causal block, then one of
+// before it, then the one before that, until it has written the first mark. No token knows its position: the encoder (a
+// two-sided block) has to tell every symbol which one comes before it, and the decoder (a causal block, then one of
 // cross-attention) has to find in the input what it wrote last. The same model is trained three times, with teacher
-// forcing; only the heads of cross-attention differ: a query sees all of its input (dense), a random group of it, or the
-// two clusters nearest to it by content, where queries and keys meet (routed).
+// forcing; only the heads of cross-attention differ: a query sees all of its input (dense), a random group of it, or
+// the two clusters nearest to it by content, where queries and keys meet (routed).
 //
 //     copy                                    all three, under a minute on one core
 //     copy --pattern routed --seed 7
@@ -28,9 +28,10 @@
 // what can be learned, not how fast.
 #include <thread>
 
-#include "blocks.hpp"
-#include "console.hpp"
-#include "options.hpp"
+#include "model/adamw.hpp"
+#include "model/block.hpp"
+#include "support/console.hpp"
+#include "support/options.hpp"
 
 namespace {
 
@@ -165,7 +166,6 @@ class EncoderDecoder {
     Matrix y, decoded, crossed, normed, p;  // decoder
     Matrix d_x, d_encoded, d_source, d_y, d_decoded, d_crossed;
     Block::Tape encoder, decoder, cross;
-    transformer::LayerNormPartials<float> partials;
   };
 
   EncoderDecoder(const std::string& pattern, bool apart, std::uint64_t seed, transformer::Random random)
@@ -199,7 +199,7 @@ class EncoderDecoder {
     encoder_.visit("encoder", gradients.encoder, f);
     decoder_.visit("decoder", gradients.decoder, f);
     cross_.visit("cross", gradients.cross, f);
-    norm_.visit("encoder", gradients.norm, f);
+    norm_.visit("encoder_norm", gradients.norm, f);
     read_out_.visit("read_out", gradients.read_out, f);
   }
 
@@ -207,7 +207,8 @@ class EncoderDecoder {
   void encode(const Sequences& inputs, Tape& tape, coterie::Context& context) const {
     embed(inputs.tokens, tape.x);
     encoder_.forward({tape.x, inputs.offsets}, tape.encoded, tape.encoder, context);
-    transformer::normalise<float>(tape.encoded, norm_, tape.source, context);
+    tape.source.resize(tape.x.rows(), model_dim);
+    transformer::layer_norm<float>(tape.encoded, norm_, tape.source, context);
   }
 
   /// Leaves tape.p: the probabilities of what follows each token that the decoder has read. Losses as batch.written.
@@ -225,7 +226,7 @@ class EncoderDecoder {
   void backward(const Batch& batch, Tape& tape, Gradients& gradients, coterie::Context& context) const {
     tape.d_crossed.resize(tape.y.rows(), model_dim);
     transformer::read_out_backward<float>(tape.crossed, read_out_, batch.written, tape.normed, tape.p, tape.d_crossed,
-                                          gradients.read_out, tape.partials, context);
+                                          gradients.read_out, context);
     tape.d_source.setZero(tape.x.rows(), model_dim);
     cross_.backward({tape.decoded, batch.read.offsets, tape.source, batch.inputs.offsets, batch.step}, tape.cross,
                     tape.d_crossed, tape.d_decoded, tape.d_source, gradients.cross, context);
@@ -234,8 +235,8 @@ class EncoderDecoder {
     embed_backward(batch.read.tokens, tape.d_y, gradients.embedding);
 
     tape.d_encoded.setZero(tape.x.rows(), model_dim);
-    transformer::normalise_backward<float>(tape.encoded, norm_, tape.d_source, tape.d_encoded, gradients.norm,
-                                           tape.partials, context);
+    transformer::layer_norm_backward<float>(tape.encoded, norm_, tape.d_source, tape.d_encoded, gradients.norm,
+                                            context);
     encoder_.backward({tape.x, batch.inputs.offsets}, tape.encoder, tape.d_encoded, tape.d_x, {}, gradients.encoder,
                       context);
     embed_backward(batch.inputs.tokens, tape.d_x, gradients.embedding);

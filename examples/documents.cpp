@@ -1,6 +1,6 @@
 // Documents: an encoder classifies documents of different lengths, which lie end to end without padding.
 //
-// A document is a run of filler words. Six marked names stand in its first quarter, and six in its last: the same ones
+// A document is a run of filler words. Six marked names are in its first quarter, and six in its last: the same ones
 // in another order (class 1), or others (class 0). Every name is as frequent in both classes: a token has to find out
 // whether its own name occurs again, at least half a document away. The same encoder is trained twice on the same
 // documents: a two-sided layer, mean pooling over each document, a linear head. Only two of its four heads differ: they
@@ -18,9 +18,10 @@
 // Local heads cannot reach the other half by construction: that row is a property of the task.
 #include <thread>
 
-#include "blocks.hpp"
-#include "console.hpp"
-#include "options.hpp"
+#include "model/adamw.hpp"
+#include "model/block.hpp"
+#include "support/console.hpp"
+#include "support/options.hpp"
 
 namespace {
 
@@ -73,14 +74,14 @@ class Documents {
   const std::vector<int>& classes() const { return classes_; }
 
  private:
-  // Puts the words, each after a mark, at different places of [begin, begin + length).
+  // Puts the words, each after a mark, at different positions of [begin, begin + length).
   void scatter(const std::vector<std::int32_t>& words, Index begin, Index length) {
     for (const std::int32_t word : words) {
-      std::size_t place = 0;
-      do place = static_cast<std::size_t>(begin + 2 * random_.below(length / 2));
-      while (tokens_[place] == mark);
-      tokens_[place] = mark;
-      tokens_[place + 1] = word;
+      std::size_t position = 0;
+      do position = static_cast<std::size_t>(begin + 2 * random_.below(length / 2));
+      while (tokens_[position] == mark);
+      tokens_[position] = mark;
+      tokens_[position + 1] = word;
     }
   }
 
@@ -145,7 +146,9 @@ class Classifier {
     tape.pooled.resize(static_cast<Index>(offsets.size()) - 1, model_dim);
     for (Index i = 0; i < tape.pooled.rows(); ++i) tape.pooled.row(i) = rows_of(tape.y, offsets, i).colwise().mean();
     // logits = pooled head + head_bias
-    tape.logits = (tape.pooled * head_).array() + head_bias_(0);
+    tape.logits.resize(tape.pooled.rows(), 1);
+    coterie::product<float>(tape.pooled, head_, tape.logits, context);
+    tape.logits.array() += head_bias_(0);
   }
 
   /// Undoes forward for the mean of -log p[class], which it returns. Adds into the gradients.
@@ -161,9 +164,10 @@ class Classifier {
       tape.d_logits(i) = static_cast<float>(-sign / (1 + std::exp(s)) / static_cast<double>(count));
     }
     // logits = pooled head + head_bias
-    gradients.head += tape.pooled.transpose() * tape.d_logits;
+    coterie::product_weight_gradient<float>(tape.pooled, tape.d_logits, gradients.head, context);
     gradients.head_bias(0) += tape.d_logits.sum();
-    tape.d_pooled = tape.d_logits * head_.transpose();
+    tape.d_pooled.resize(count, model_dim);
+    coterie::product_input_gradient<float>(tape.d_logits, head_, tape.d_pooled, context);
     tape.d_y.resize(tape.y.rows(), model_dim);
     for (Index i = 0; i < count; ++i) {
       auto d_y = rows_of(tape.d_y, offsets, i);

@@ -1,12 +1,13 @@
-// Attention over a long key/value cache whose heads were never trained to be routed: how much of it do a few clusters keep?
+// Attention over a long key/value cache whose heads were never trained to be routed: how much of it do a few clusters
+// keep?
 //
-// A KeyIndex clusters the keys once; a query then looks at the clusters that promise most, the first tokens and the most
-// recent ones. This program trains a small byte-level language model with dense heads, runs it over held-out text, takes
-// what its heads have as queries, keys and values, and compares with dense attention over all keys: share of the attention
-// kept, error of the output, keys visited, time.
+// A KeyIndex clusters the keys once; a query then looks at the clusters that promise most, the first tokens and the
+// most recent ones. This program trains a small byte-level language model with dense heads, runs it over held-out text,
+// takes what its heads have as queries, keys and values, and compares with dense attention over all keys: share of the
+// attention kept, error of the output, keys visited, time.
 //
 //     kv_retrieval                    induction heads, 16384 keys
-//     kv_retrieval --model plain      heads with queries and keys apart: flatter, so clusters keep less of their attention
+//     kv_retrieval --model plain      queries and keys apart: flatter, so clusters keep less of their attention
 //     kv_retrieval --full             more clusters and probes, and times up to 262144 keys
 //     kv_retrieval --queries q.f32 --keys k.f32 --values v.f32 --dim 64 --kv-heads 8 --heads 32     your own cache
 //
@@ -21,13 +22,15 @@
 // Files are rows of little-endian 32-bit floats, heads side by side: tokens x heads*dim, as NumPy's tofile writes them.
 #include <array>
 #include <bit>
+#include <coterie/coterie.hpp>
 #include <numeric>
 #include <thread>
 
-#include "console.hpp"
-#include "corpus.hpp"
-#include "options.hpp"
-#include "transformer.hpp"
+#include "model/adamw.hpp"
+#include "model/model.hpp"
+#include "support/console.hpp"
+#include "support/corpus.hpp"
+#include "support/options.hpp"
 
 namespace {
 
@@ -104,8 +107,8 @@ struct Cache {
 
 // ---------------------------------------------------------------------------------------------- a cache from a model
 
-/// Dense heads. Induction: half of them, next to local ones; a key carries the value of the next position, and queries and
-/// keys are the same. Plain: all of them, queries and keys projected apart and rotated, as in most language models.
+/// Dense heads. Induction: half of them, next to local ones; a key carries the value of the next position, and queries
+/// and keys are the same. Plain: all of them, queries and keys projected apart and rotated, as in most language models.
 transformer::ModelConfig model_config(const Settings& s) {
   const bool plain = s.model == "plain";
   transformer::ModelConfig config{.vocabulary = 256, .layers = 2, .feed_forward = 256, .embedding_deviation = 0.3};
@@ -209,13 +212,13 @@ Cache run_model(const Model& model, Model::Tape& tape, const examples::Bytes& te
   const std::vector<std::int32_t> targets(static_cast<std::size_t>(count), -1);
   std::vector<float> losses(static_cast<std::size_t>(count));
   model.forward({tokens, targets, offsets, 0}, losses, tape, context);
-  const coterie::RoutingAttentionConfig& c = model.attention().front().config();
+  const coterie::RoutingAttentionConfig& c = model.blocks().front().attention().config();
   const Index width = c.routed_heads * c.head_dim, layers = model.config().layers;
   Matrix q(count, layers * width), k = q, v = q;
   Cache cache;
   for (Index l = 0; l < layers; ++l) {
     const auto at = static_cast<std::size_t>(l);
-    take_heads(model.attention()[at], tape.blocks[at].normed, l * width, q, k, v, context);
+    take_heads(model.blocks()[at].attention(), tape.blocks[at].normed, l * width, q, k, v, context);
     for (Index h = 0; h < c.routed_heads; ++h)
       cache.names.push_back(format("layer %lld head %lld", (long long)l + 1, (long long)h + 1));
   }
@@ -247,7 +250,7 @@ Cache make_cache(const Settings& s, Context& context) {
 // ------------------------------------------------------------------------------------------------ a cache from files
 
 Matrix read_matrix(const std::string& path, Index columns) {
-  const examples::Bytes bytes = examples::detail::read_bytes(path);
+  const examples::Bytes bytes = examples::read_bytes(path);
   const std::size_t row = static_cast<std::size_t>(columns) * 4;
   if (bytes.empty() || bytes.size() % row != 0)
     throw UsageError("'" + path + "': expected rows of " + std::to_string(columns) + " 32-bit floats, got " +
@@ -438,8 +441,8 @@ void run(int argument_count, char** arguments) {
   Context context{pool, workspace};
   const Cache cache = s.keys.empty() ? make_cache(s, context) : read_cache(s);
   std::printf(
-      "Cache of %lld keys, %lld heads of %lld columns; %lld queries of %lld heads; %lld first and %lld recent keys in "
-      "sight\n",
+      "Cache of %lld keys, %lld heads of %lld columns; %lld queries of %lld heads; %lld first and %lld recent keys "
+      "visible\n",
       (long long)cache.k.rows(), (long long)cache.kv_heads, (long long)cache.dim(), (long long)cache.q.rows(),
       (long long)cache.heads, (long long)s.sinks, (long long)s.recent);
   const std::vector<Point> points = sweep(cache, s, context);

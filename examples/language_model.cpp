@@ -1,4 +1,4 @@
-// A byte-level language model whose routed heads find earlier occurrences of what stands here, however far back.
+// A byte-level language model whose routed heads find earlier occurrences of the last bytes, however far back.
 //
 // Half of the heads of every layer are local. The others are induction heads: query and key of a position are made of
 // the last bytes before it, and a key carries what came next. Routing sorts positions into clusters by that content, so
@@ -8,8 +8,8 @@
 //     language_model --text FILE --minutes 5       your own text
 //     language_model --pattern dense|random        the other two patterns
 //     language_model --clusters 1                  a fair control: the same heads, but they see the last bytes only
-//     language_model --save FILE                   keeps the model; Ctrl-C saves and stops (exit code 130), a second one
-//                                                  ends at once; --resume FILE then goes on with the very same bits
+//     language_model --save FILE                   keeps the model; Ctrl-C saves and stops (exit code 130)
+//     language_model --resume FILE                 continues such a training, bit-identically
 //     language_model --load FILE --generate 1000 --prompt TEXT    writes; only the text on standard output
 //     language_model --load FILE --evaluate FILE                  bits per byte
 //
@@ -24,9 +24,10 @@
 //
 // So longer context pays where heads are routed, and costs no more per byte: every query sees as few keys as before.
 // Most of the gain lies in the far bytes; a text with few long repeats gains less (the Bible: 2.38 against 2.11).
-#include "bits_per_byte.hpp"
-#include "generate.hpp"
 #include "language_model_training.hpp"
+#include "model/bits_per_byte.hpp"
+#include "model/generate.hpp"
+#include "support/printable_text.hpp"
 
 namespace {
 
@@ -44,23 +45,30 @@ void write_text(const Model& model, const Bytes& prompt, Index count, const std:
     std::fflush(stdout);
   };
   const std::vector<std::int32_t> tokens(prompt.begin(), prompt.end());
-  const transformer::GenerationTime time =
-      transformer::generate(model, tokens, count,
-                            {.temperature = settings.temperature,
-                             .top_k = settings.top_k,
-                             .top_p = settings.top_p,
-                             .seed = static_cast<std::uint64_t>(settings.seed)},
-                            context, [&](std::int32_t byte) { print(text.add(static_cast<std::uint8_t>(byte))); });
+  const transformer::SamplingConfig sampling{.temperature = settings.temperature,
+                                             .top_k = settings.top_k,
+                                             .top_p = settings.top_p,
+                                             .seed = static_cast<std::uint64_t>(settings.seed)};
+  examples::Stopwatch watch;
+  double prompt_seconds = -1;
+  transformer::generate(model, tokens, count, sampling, context, [&](std::int32_t byte) {
+    if (prompt_seconds < 0) {  // the first byte: the prompt has been read
+      prompt_seconds = watch.seconds();
+      watch.reset();
+    }
+    print(text.add(static_cast<std::uint8_t>(byte)));
+  });
+  const double seconds = watch.seconds();
   print(text.finish() + "\n");
   // Beside the text only where somebody looks on; a file or a program that takes the text gets nothing else.
   std::fprintf(examples::terminal_width(stdout) > 0 ? stdout : stderr,
                "\n%lld bytes in %.2f s: %.0f tokens/s, after a prompt of %zu bytes in %.2f s\n", (long long)count,
-               time.seconds, static_cast<double>(count) / time.seconds, prompt.size(), time.prompt_seconds);
+               seconds, static_cast<double>(count) / seconds, prompt.size(), prompt_seconds);
 }
 
 /// What --evaluate prints.
 void print_bits_per_byte(const Model& model, Model::Tape& tape, const Settings& settings, coterie::Context& context) {
-  const Bytes text = examples::detail::read_bytes(settings.evaluate);
+  const Bytes text = examples::read_bytes(settings.evaluate);
   if (text.empty()) throw UsageError("--evaluate: expected a file of at least one byte, got an empty one");
   examples::Progress progress("scoring", 4, stderr);
   const double bits = transformer::bits_per_byte(model, text, settings.context, settings.stride, tokens_per_step, tape,
@@ -174,7 +182,7 @@ std::optional<int> make_tables(const Settings& settings, std::optional<Model>& m
     results.emplace_back().pattern = pattern;
     const TrainingEnd end = train(*model, training, tape, corpus.training, settings, results.back(), context);
     if (!end.done) {
-      std::printf("\nstopped after step %lld; saved: go on with --resume %s\n", (long long)training.step,
+      std::printf("\nstopped after step %lld; saved: continue with --resume %s\n", (long long)training.step,
                   settings.save.c_str());
       return end.signal > 0 ? 128 + end.signal : 0;
     }

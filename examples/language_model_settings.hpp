@@ -6,9 +6,9 @@
 #include <optional>
 #include <thread>
 
-#include "corpus.hpp"
-#include "options.hpp"
-#include "transformer.hpp"
+#include "model/model.hpp"
+#include "support/corpus.hpp"
+#include "support/options.hpp"
 
 namespace language_model {
 
@@ -114,11 +114,11 @@ inline Settings read_settings(int argument_count, char** arguments) {
   options.add("--save", s.save, "write model and training here: every few minutes, at the end, and on Ctrl-C");
   options.add("--load", s.load,
               "take the model of this file, and its settings; train it only with --steps or --minutes");
-  options.add("--resume", s.resume, "go on with the training of this file as if it had not stopped; saves there too");
+  options.add("--resume", s.resume, "continue the training of this file, bit-identically; saves there too");
   options.add("--checkpoint-minutes", s.checkpoint_minutes, 1e6, "time between savings (default: 3)");
   options.add("--stop-at", s.stop_at, 1, most, "save and stop after so many of the steps, as Ctrl-C does");
   options.add("--generate", s.generate, 1, most, "bytes to write after --prompt");
-  options.add_text("--prompt", s.prompt, "text to go on from (default: a newline)");
+  options.add_text("--prompt", s.prompt, "text to continue (default: a newline)");
   options.add_from_zero("--temperature", s.temperature, 100, "of written text; 0: always the likeliest (default: 0.6)");
   options.add("--top-k", s.top_k, 1, 256, "draw from so many of the likeliest bytes only (default: all)");
   options.add("--top-p", s.top_p, 1, "draw from the likeliest bytes of this mass only (default: 1, all)");
@@ -181,17 +181,18 @@ inline void add_settings(coterie::SafetensorsWriter& writer, const Settings& s) 
   for (const auto& [name, text] : s.file_texts) writer.set_metadata(detail::prefix + name, text);
 }
 
-/// Requires that the file of --load or --resume is large enough for a model of its settings, before memory is taken for it (FileError).
+/// Requires that the file of --load or --resume is large enough for a model of its settings (FileError): before memory
+/// is taken for it.
 inline void check_sizes(const coterie::SafetensorsView& file, const transformer::ModelConfig& config) {
   const char* const function = "language_model";
   const Index d = config.attention.model_dim;
   file.require_shape(function, file.required(function, "embedding"), std::array<Index, 2>{config.vocabulary, d});
   for (Index layer = 0; layer < config.layers; ++layer) {
     const std::string number = std::to_string(layer);
-    file.require_shape(function, file.required(function, "feed_forwards." + number + ".expand"),
+    file.require_shape(function, file.required(function, "blocks." + number + ".feed_forward.expand"),
                        std::array<Index, 2>{d, config.feed_forward});
     if (config.attention.routed_heads > 0 && config.attention.routing == coterie::Routing::learned)
-      file.require_shape(function, file.required(function, "attention." + number + ".routers.0.centroids"),
+      file.require_shape(function, file.required(function, "blocks." + number + ".attention.routers.0.centroids"),
                          std::array<Index, 2>{config.attention.clusters, d / config.attention.heads});
   }
 }

@@ -3,10 +3,10 @@
 
 #include <array>
 
-#include "checkpoint.hpp"
-#include "console.hpp"
-#include "interrupt.hpp"
 #include "language_model_settings.hpp"
+#include "model/checkpoint.hpp"
+#include "support/console.hpp"
+#include "support/interrupt.hpp"
 
 namespace language_model {
 
@@ -53,7 +53,7 @@ struct Result {
 /// How evenly the clusters of the routed heads are used: exp(entropy) / clusters, 1 if all are of one size.
 inline double cluster_load(const Model& model, const Model::Tape& tape) {
   double sum = 0, heads = 0;
-  for (std::size_t layer = 0; layer < model.attention().size(); ++layer)
+  for (std::size_t layer = 0; layer < model.blocks().size(); ++layer)
     for (Index head = 0; head < model.config().attention.routed_heads; ++head) {
       const std::vector<double> sizes = tape.blocks[layer].attention.cluster_sizes(head);
       double tokens = 0, entropy = 0;
@@ -114,7 +114,7 @@ struct TrainingEnd {
   int signal = 0;    // that stopped it
 };
 
-/// Trains on from where `training` stands, and saves; fills in the tokens per second and keys per query of the result.
+/// Continues the training, and saves; fills in the tokens per second and keys per query of the result.
 inline TrainingEnd train(Model& model, Training& training, Model::Tape& tape, const Bytes& text,
                          const Settings& settings, Result& result, coterie::Context& context) {
   Model::Gradients gradients = model.zero_gradients();
@@ -177,7 +177,7 @@ inline TrainingEnd train(Model& model, Training& training, Model::Tape& tape, co
     }
   }
   if (saves) save(model, training, text_name, settings);
-  if (tape.blocks.size() < model.attention().size()) {  // nothing was trained: a batch only shows what queries see
+  if (tape.blocks.size() < model.blocks().size()) {  // nothing was trained: a batch only shows what queries see
     model.forward(next_batch(), losses, tape, context);
   }
   result.keys_per_query = keys_per_query(model, tape);

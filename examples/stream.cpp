@@ -1,23 +1,24 @@
 // Streaming: a signal arrives in chunks of a few samples, a prediction of the next sample leaves after each of them.
 //
-// The signal has four channels of noise in which six motifs come again and again, some hundred samples apart. What a motif
-// will do next can be known from its last occurrence alone: routed heads find it by content (they are induction heads: the
-// last samples are the query, and a key carries what came next), local heads see the last samples only. One layer of two
-// local and two routed heads is trained for some seconds by its backward pass, beside one of four local heads; then a new
-// signal streams through a decoder, which gives the numbers of the forward pass at a cost that does not depend on how long
-// the stream has been running. Nothing is allocated while it runs: this program counts.
+// The signal has four channels of noise in which six motifs come again and again, some hundred samples apart. What a
+// motif will do next can be known from its last occurrence alone: routed heads find it by content (they are induction
+// heads: the last samples are the query, and a key carries what came next), local heads see the last samples only. One
+// layer of two local and two routed heads is trained for some seconds by its backward pass, beside one of four local
+// heads; then a new signal streams through a decoder, which gives the numbers of the forward pass at a cost that does
+// not depend on how long the stream has been running. Nothing is allocated while it runs: this program counts.
 //
 //     stream                            both models, then 20 000 chunks; under half a minute on one core
 //     stream --svg latency.svg          and a picture of the latencies
 #include <atomic>
+#include <coterie/coterie.hpp>
 #include <cstdlib>
-#include <fstream>
 #include <new>
 #include <thread>
 
-#include "console.hpp"
-#include "options.hpp"
-#include "transformer.hpp"
+#include "model/adamw.hpp"
+#include "model/random.hpp"
+#include "support/console.hpp"
+#include "support/options.hpp"
 
 namespace {
 
@@ -62,7 +63,7 @@ struct Settings {
   std::string svg;
 };
 
-/// A signal: motifs in random order with noise between them; and which samples a motif that has been heard before foretells.
+/// A signal: motifs in random order with noise between them; and which samples belong to a motif that was heard before.
 struct Signal {
   Matrix samples;
   std::vector<bool> foretold;
@@ -94,7 +95,7 @@ class Predictor {
     coterie::Parameters<float> layer;
   };
   struct Tape {
-    Matrix x, y, prediction, d_prediction, d_sum, d_x;
+    Matrix x, y, sum, prediction, d_prediction, d_sum, d_x;
     coterie::RoutingAttention<float>::Tape layer;
   };
 
@@ -114,48 +115,45 @@ class Predictor {
     coterie::visit(layer_.parameters(), gradients.layer, f);
   }
 
-  /// A row of x, and of the prediction: one by one in the stream and in forward alike, so that the numbers are the same.
-  void embed(const float* sample, float* x) const { product(sample, in_, x); }
-  void predict(const float* x, const float* y, float* prediction) const {
-    std::array<float, model_dim> sum;
-    for (std::size_t j = 0; j < sum.size(); ++j) sum[j] = x[j] + y[j];
-    product(sum.data(), out_, prediction);
+  /// One sample through a decoder: x and y are scratch of a row, and y is the layer's row.
+  void step(ConstView<float> sample, coterie::Decoder<float>& decoder, Matrix& x, Matrix& y, View<float> prediction,
+            coterie::Context& context) const {
+    coterie::product<float>(sample, in_, x, context);
+    decoder.step(x, y, context);
+    x += y;
+    coterie::product<float>(x, out_, prediction, context);
   }
 
   void forward(const Matrix& samples, std::span<const Index> offsets, Tape& tape, coterie::Context& context) const {
     const Index n = samples.rows();
-    tape.x.resize(n, model_dim);
-    tape.y.resize(n, model_dim);
+    for (Matrix* m : {&tape.x, &tape.y}) m->resize(n, model_dim);
     tape.prediction.resize(n, channels);
-    for (Index i = 0; i < n; ++i) embed(view(samples).row(i), view(tape.x).row(i));
+    coterie::product<float>(samples, in_, tape.x, context);
     layer_.forward({tape.x, offsets}, tape.y, tape.layer, context);
-    for (Index i = 0; i < n; ++i) predict(view(tape.x).row(i), view(tape.y).row(i), view(tape.prediction).row(i));
+    tape.sum = tape.x + tape.y;
+    coterie::product<float>(tape.sum, out_, tape.prediction, context);
   }
 
   /// Undoes forward for tape.d_prediction. Adds into the gradients.
   void backward(const Matrix& samples, std::span<const Index> offsets, Tape& tape, Gradients& gradients,
                 coterie::Context& context) const {
     // prediction = (x + y) out
-    gradients.out += (tape.x + tape.y).transpose() * tape.d_prediction;
-    tape.d_sum = tape.d_prediction * out_.transpose();
+    coterie::product_weight_gradient<float>(tape.sum, tape.d_prediction, gradients.out, context);
+    tape.d_sum.resize(samples.rows(), model_dim);
+    coterie::product_input_gradient<float>(tape.d_prediction, out_, tape.d_sum, context);
     tape.d_x = tape.d_sum;
     layer_.backward({tape.x, offsets}, tape.layer, tape.d_sum, tape.d_x, gradients.layer, context);
     // x = samples in
-    gradients.in += samples.transpose() * tape.d_x;
+    coterie::product_weight_gradient<float>(samples, tape.d_x, gradients.in, context);
   }
 
  private:
-  static void product(const float* row, const Matrix& weights, float* to) {
-    std::fill(to, to + weights.cols(), 0.0f);
-    for (Index i = 0; i < weights.rows(); ++i)
-      for (Index j = 0; j < weights.cols(); ++j) to[j] += row[i] * weights(i, j);
-  }
-
   Matrix in_, out_;
   coterie::RoutingAttention<float> layer_;
 };
 
-/// The mean square error of predictions of the next sample, where it is foretold, as a share of the signal's variance of 1.
+/// The mean square error of predictions of the next sample, where it is foretold, as a share of the signal's variance
+/// of 1.
 double error(const Signal& signal, const Matrix& prediction) {
   double sum = 0, count = 0;
   for (Index i = 0; i + 1 < signal.samples.rows(); ++i) {
@@ -246,7 +244,8 @@ Stream run_stream(Predictor& model, const Settings& settings, coterie::Context& 
   coterie::Decoder<float> decoder(model.layer(), {.reserve = length});
   {  // The context's memory grows in the first calls.
     coterie::Decoder<float> warm(model.layer());
-    for (int i = 0; i < 200; ++i) warm.step(x.setZero(), y, context);
+    for (int i = 0; i < 200; ++i)
+      model.step(view(signal.samples).rows(0, 1), warm, x, y, view(prediction).rows(0, 1), context);
   }
   examples::Stopwatch all;
   const long before = allocations;
@@ -254,9 +253,7 @@ Stream run_stream(Predictor& model, const Settings& settings, coterie::Context& 
   for (const Index chunk : chunks) {
     examples::Stopwatch watch;
     for (Index i = next; i < next + chunk; ++i) {
-      model.embed(view(signal.samples).row(i), x.data());
-      decoder.step(x, y, context);
-      model.predict(x.data(), y.data(), view(prediction).row(i));
+      model.step(view(signal.samples).rows(i, 1), decoder, x, y, view(prediction).rows(i, 1), context);
       if (i < checked) rows.row(i) = y.row(0);
     }
     stream.seconds.push_back(watch.seconds());
@@ -352,8 +349,9 @@ void run(int argument_count, char** arguments) {
     if (!one.same) throw std::runtime_error("the stream's rows are not those of the forward pass");
     if (one.allocated > 0) throw std::runtime_error(format("the stream allocated %ld times", one.allocated));
   }
-  std::printf("  its rows have the bits of the forward pass (the first %d were looked at), and it allocated nothing\n",
-              int(std::min<Index>(s.samples, 4096)));
+  std::printf(
+      "  its rows are bit-identical to the forward pass (the first %d were compared), and it allocated nothing\n",
+      int(std::min<Index>(s.samples, 4096)));
   file.write(picture(s.seconds));
 }
 

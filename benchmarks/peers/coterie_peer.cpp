@@ -1,7 +1,7 @@
 // Coterie behind a C interface, for peers.py: attention of several heads along one of three patterns, on one thread.
 //
-// Matrices are float, row-major, tokens x heads*width. Every call plans anew, as a layer would. Functions return 0, or 1
-// after an error that peer_error() describes.
+// Matrices are float, row-major, tokens x heads*width. Every call plans anew, as a layer would. Functions return 0, or
+// 1 after an error that peer_error() describes.
 #include <algorithm>
 #include <coterie/coterie.hpp>
 #include <cstdint>

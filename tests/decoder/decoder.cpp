@@ -150,8 +150,11 @@ TEST_CASE("a step allocates nothing within the tokens reserved") {
 }
 
 TEST_CASE("memory stays what windows and clusters need, however long a sequence gets") {
-  const RoutingAttentionConfig c{
-      .model_dim = 16, .heads = 4, .routed_heads = 2, .clusters = 9, .window = 32, .causal = true, .seed = 2};
+  const RoutingAttentionConfig c{.model_dim = 16,
+                                 .causal = true,
+                                 .seed = 2,
+                                 .local = {.heads = 2, .window = 32},
+                                 .routed = {.heads = 2, .clusters = 9, .window = 32}};
   const RoutingAttention<float> layer(c);
   Context context;
   Decoder<float> decoder(layer);
@@ -169,27 +172,27 @@ TEST_CASE("memory stays what windows and clusters need, however long a sequence 
 
 TEST_CASE("windows without a limit, and numbers that float cannot hold") {
   RoutingAttentionConfig c{.model_dim = 8,
-                           .heads = 2,
-                           .routed_heads = 1,
-                           .clusters = 2,
-                           .window = std::numeric_limits<Index>::max(),
-                           .causal = true};
+                           .causal = true,
+                           .local = {.heads = 1, .window = std::numeric_limits<Index>::max()},
+                           .routed = {.heads = 1, .clusters = 2, .window = std::numeric_limits<Index>::max()}};
   const RoutingAttention<float> layer(c);
   const RowMatrix<float> x = Random(1).matrix<float>(20, 8), expected = forward_rows(layer, x);
   Context context;
   Decoder<float> decoder(layer, {.max_rollback = 3});
   for (Index i = 0; i < 20; ++i) REQUIRE(same_bits<float>(step(decoder, x, i, context), expected.row(i)));
-  c.window = 4;
+  c.local.window = c.routed.window = 4;
   c.soft_cap = 1e60;
-  c.gain = 1e300;
+  c.routed.matching.gain = 1e300;
   for (const char* word : {"soft_cap", "gain", "RoutingAttentionConfig"})
     CHECK(contains(message_of<ValueError>([&] { RoutingAttention<float> bad(c); }), word));
   const RoutingAttention<double> good(c);
 }
 
 TEST_CASE("decoders refuse what they cannot continue, and say why") {
-  const RoutingAttentionConfig causal{
-      .model_dim = 8, .heads = 2, .routed_heads = 1, .clusters = 3, .window = 4, .causal = true};
+  const RoutingAttentionConfig causal{.model_dim = 8,
+                                      .causal = true,
+                                      .local = {.heads = 1, .window = 4},
+                                      .routed = {.heads = 1, .clusters = 3, .window = 4}};
   const auto refused = [](auto&& call, std::initializer_list<const char*> words) {
     const std::string message = message_of<ValueError>(call);
     INFO(message);
@@ -200,7 +203,7 @@ TEST_CASE("decoders refuse what they cannot continue, and say why") {
   const RoutingAttention<float> two_sided(c);
   refused([&] { Decoder<float> decoder(two_sided); }, {"Decoder", "layer", "causal"});
   c = causal;
-  c.membership = Membership::balanced;
+  c.routed.membership.kind = MembershipKind::balanced;
   const RoutingAttention<float> balanced(c);
   refused([&] { Decoder<float> decoder(balanced); }, {"Decoder", "layer", "balanced", "later token"});
 

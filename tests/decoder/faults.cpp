@@ -203,8 +203,10 @@ TEST_CASE("a copy for which memory runs out changes nothing") {
 }
 
 TEST_CASE("a window without a limit grows as a long one does") {
-  RoutingAttentionConfig c{
-      .model_dim = 8, .heads = 2, .routed_heads = 1, .clusters = 2, .window = 1 << 20, .causal = true};
+  RoutingAttentionConfig c{.model_dim = 8,
+                           .causal = true,
+                           .local = {.heads = 1, .window = 1 << 20},
+                           .routed = {.heads = 1, .clusters = 2, .window = 1 << 20}};
   const auto count = [&] {
     const RoutingAttention<float> layer(c);
     const RowMatrix<float> x = Random(1).matrix<float>(700, 8);
@@ -220,7 +222,7 @@ TEST_CASE("a window without a limit grows as a long one does") {
   };
   const long usual = count();
   for (const Index window : {std::numeric_limits<Index>::max(), std::numeric_limits<Index>::max() - 16}) {
-    c.window = window;
+    c.local.window = c.routed.window = window;
     REQUIRE(count() == usual);
   }
 }

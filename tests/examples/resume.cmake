@@ -1,5 +1,6 @@
-# cmake -D PROGRAM=language_model -D FOLDER=directory -P resume.cmake: training that is stopped, saved and resumed ends with the
-# numbers and the text of training that was not; the saved model is scored and writes by itself, and refuses other settings.
+# cmake -D PROGRAM=language_model -D FOLDER=directory -P resume.cmake: training that is stopped, saved and resumed ends
+# with the numbers and the text of training that was not; the saved model is scored and writes by itself, and refuses
+# other settings.
 
 cmake_minimum_required(VERSION 3.21)
 
@@ -46,7 +47,8 @@ if(NOT straight_text MATCHES "^int main" OR NOT errors MATCHES "tokens/s")
 endif()
 
 run(0 --load straight --evaluate stopped.json --stride 16)
-if(NOT output MATCHES "stopped.json: [0-9]+[.][0-9]+ bits per byte" OR NOT output MATCHES "windows of 64 that begin every 16")
+if(NOT output MATCHES "stopped.json: [0-9]+[.][0-9]+ bits per byte" OR
+    NOT output MATCHES "windows of 64 that begin every 16")
   message(FATAL_ERROR "no score with its protocol:\n${output}")
 endif()
 

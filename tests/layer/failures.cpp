@@ -14,16 +14,14 @@ namespace {
 
 RoutingAttentionConfig everything() {
   return {.model_dim = 8,
-          .heads = 3,
           .head_dim = 4,
-          .routed_heads = 2,
-          .clusters = 3,
-          .window = 4,
           .causal = true,
           .memory = 1,
           .globals = 1,
           .dense_up_to = 3,
-          .seed = 2};
+          .seed = 2,
+          .local = {.heads = 1, .window = 4},
+          .routed = {.heads = 2, .clusters = 3, .window = 4}};
 }
 
 bool same(const RowMatrix<float>& a, const RowMatrix<float>& b) { return a == b; }
@@ -53,7 +51,7 @@ struct Failing {
 TEST_CASE("a forward pass after one that ran out of memory gives the usual bits") {
   RoutingAttentionConfig members = everything();
   members.globals = 0;
-  members.membership = Membership::balanced;
+  members.routed.membership.kind = MembershipKind::balanced;
   for (const RoutingAttentionConfig& config : {everything(), members}) {
     const RoutingAttention<float> layer(config);
     const RowMatrix<float> x = Random(1).matrix<float>(20, 8);
@@ -113,8 +111,10 @@ TEST_CASE("an update of the routers moves all of them or none, whatever fails") 
       if (threw) layer->update_router(tape, context);
       REQUIRE(centroids(*layer) == after);
     };
-    const long by_tape = fail_each_allocation(prepare, [&] { layer->update_router(tape, context); }, check);
-    const long by_statistics = fail_each_allocation(prepare, [&] { layer->update_router(statistics); }, check);
+    const long by_tape = fail_each_allocation(
+        prepare, [&] { layer->update_router(tape, context); }, check);
+    const long by_statistics = fail_each_allocation(
+        prepare, [&] { layer->update_router(statistics); }, check);
     if (first) {
       REQUIRE(by_tape > 10);
       REQUIRE(by_statistics > 10);

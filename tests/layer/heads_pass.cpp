@@ -13,39 +13,24 @@ using namespace coterie;
 
 namespace {
 
-// Three blocks of two heads each: local, routed, dense. The dense heads are made of the last routed ones.
+// Three blocks of two heads each: local, routed, dense.
 template <class T>
 detail::LayerState<T> three_blocks(bool shared, Index kv_heads = 0) {
-  RoutingAttentionConfig c{.model_dim = 10,
-                           .heads = 6,
-                           .kv_heads = kv_heads,
-                           .head_dim = 4,
-                           .routed_heads = 4,
-                           .clusters = 3,
-                           .window = 4,
-                           .causal = true,
-                           .shared_qk = shared,
-                           .memory = 2,
-                           .bias = true,
-                           .globals = 1,
-                           .seed = 3};
-  detail::LayerState<T> layer = detail::make_layer_state<T>(detail::resolve(c));
-  detail::HeadBlock &routed = layer.heads.blocks[1], &dense = layer.heads.blocks[2];
-  const Index half = routed.kv_count / 2;
-  dense = routed;
-  dense.kind = detail::BlockKind::dense;
-  dense.commitment = 0;
-  dense.positions = PositionKind::rotary;
-  routed.count = dense.count = 2;
-  routed.kv_count = dense.kv_count = half;
-  dense.first = routed.first + 2;
-  dense.kv_first = routed.kv_first + half;
-  dense.dropout_stream = 2;
-  if (!shared) dense.key_first = routed.key_first + half;
-  if (routed.learned_gain) dense.gain_first = routed.gain_first + 2;
-  layer.rotary[2] = Rotary(dense.head_dim, 500, RotaryLayout::interleaved);  // each block has its own
-  while (layer.routers.size() > static_cast<std::size_t>(half)) layer.routers.pop_back();
-  return layer;
+  const RoutingAttentionConfig c{
+      .model_dim = 10,
+      .head_dim = 4,
+      .kv_heads = kv_heads,
+      .causal = true,
+      .bias = true,
+      .memory = 2,
+      .globals = 1,
+      .seed = 3,
+      .local = {.heads = 2, .window = 4},
+      .routed = {.heads = 2, .clusters = 3, .window = 4, .matching = {.shared_qk = shared}},
+      .dense = {.heads = 2,
+                .matching = {.shared_qk = shared},
+                .positions = {.base = 500, .layout = RotaryLayout::interleaved}}};  // each block has its own
+  return detail::make_layer_state<T>(detail::resolve(c));
 }
 
 template <class T>
@@ -143,11 +128,16 @@ TEST_CASE("dropout of the blocks has streams of their own") {
       if (block.count > 0) all.push_back(block.dropout_stream);
     return all;
   };
-  RoutingAttentionConfig c{.model_dim = 8, .heads = 2, .routed_heads = 1, .clusters = 2, .window = 4};
+  RoutingAttentionConfig c{
+      .model_dim = 12, .local = {.heads = 1, .window = 4}, .routed = {.heads = 1, .clusters = 2, .window = 4}};
   REQUIRE(streams(c) == std::vector<std::uint64_t>{0, 1});
-  c.routed_heads = 2;
+  c.dense.heads = 1;
+  REQUIRE(streams(c) == std::vector<std::uint64_t>{0, 1, 2});
+  c.local = {};
+  c.dense = {};
   REQUIRE(streams(c) == std::vector<std::uint64_t>{1});
-  c.routing = Routing::dense;
+  c.routed = {};
+  c.dense.heads = 2;
   REQUIRE(streams(c) == std::vector<std::uint64_t>{1});
 }
 
@@ -162,20 +152,21 @@ TEST_CASE("a layer takes inputs without tokens, whatever its heads") {
     layer.forward(input, y, tape, context);
     Parameters<float> gradients = layer.zero_gradients();
     RowMatrix<float> d_x(0, 12), d_source = RowMatrix<float>::Zero(source.rows(), 12);
-    layer.backward(input, tape, y, {d_x, source.rows() > 0 ? View<float>(d_source) : View<float>()}, gradients, context);
+    layer.backward(input, tape, y, {d_x, source.rows() > 0 ? View<float>(d_source) : View<float>()}, gradients,
+                   context);
     layer.update_router(tape, context);
     return tape.tokens() == 0;
   };
   const RowMatrix<float> source = Random(4).matrix<float>(5, 12);
-  REQUIRE(runs({.model_dim = 12, .heads = 4, .kv_heads = 1, .window = 4, .causal = true}, {}));
-  REQUIRE(runs({.model_dim = 12, .heads = 4, .window = 4}, source));
+  REQUIRE(runs({.model_dim = 12, .kv_heads = 1, .causal = true, .local = {.heads = 4, .window = 4}}, {}));
+  REQUIRE(runs({.model_dim = 12, .local = {.heads = 4, .window = 4}}, source));
   REQUIRE(runs({.model_dim = 12,
-                .heads = 4,
                 .kv_heads = 2,
-                .routed_heads = 4,
-                .clusters = 2,
-                .window = 4,
-                .routed_positions = PositionKind::rotary},
+                .routed = {.heads = 4, .clusters = 2, .window = 4, .positions = {.kind = PositionKind::rotary}}},
                source));
-  REQUIRE(runs({.model_dim = 12, .heads = 4, .routed_heads = 2, .clusters = 2, .window = 4, .causal = true}, {}));
+  REQUIRE(runs({.model_dim = 12,
+                .causal = true,
+                .local = {.heads = 2, .window = 4},
+                .routed = {.heads = 2, .clusters = 2, .window = 4}},
+               {}));
 }

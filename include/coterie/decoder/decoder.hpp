@@ -54,7 +54,7 @@ class Decoder {
     const RoutingAttentionConfig& c = layer.config();
     detail::Faults faults("Decoder");
     faults.expect(c.causal, "layer", "a causal one (a later token changes earlier rows of others)", "a two-sided one");
-    faults.expect(c.membership == Membership::nearest, "layer",
+    faults.expect(c.routed.membership.kind == MembershipKind::nearest, "layer",
                   "nearest membership (with balanced a later token changes the clusters of earlier ones)", "balanced");
     constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
     faults.expect(config.sequences >= 1 && config.sequences <= most, "sequences", "at least 1", config.sequences);

@@ -104,7 +104,7 @@ inline std::string shape_text(std::span<const Index> shape) {
 
 /// Bytes of a tensor; nothing if they are more than Index counts, or not whole bytes.
 inline std::optional<Index> tensor_bytes(Dtype dtype, std::span<const Index> shape) {
-  constexpr Index most = std::numeric_limits<Index>::max();
+  constexpr Index most = (std::numeric_limits<Index>::max)();
   const bool empty = std::find(shape.begin(), shape.end(), 0) != shape.end();
   Index bits = dtype_info(dtype).bits;
   for (const Index size : shape) {
@@ -339,7 +339,7 @@ inline void check_ranges(const std::vector<HeaderTensor>& tensors, Index size, c
   Index end = 0;
   for (const HeaderTensor& t : tensors) {
     order.push_back(&t);
-    end = std::max(end, t.end);
+    end = (std::max)(end, t.end);
   }
   if (end > size) throw FileError(join(where, ": truncated: expected ", end, " bytes of tensors, got ", size));
   std::sort(order.begin(), order.end(), [](const HeaderTensor* a, const HeaderTensor* b) {

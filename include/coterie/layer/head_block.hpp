@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "coterie/layer/config.hpp"
+#include "coterie/layer/resolve.hpp"
 
 namespace coterie::detail {
 
@@ -15,6 +16,11 @@ enum class BlockKind {
   routed,  ///< the members of the query's clusters
   dense,   ///< everything (causal: everything before the query)
 };
+
+/// A block's name: its path in the config, and the prefix of its tables.
+inline const char* block_name(BlockKind kind) {
+  return kind == BlockKind::local ? "local" : kind == BlockKind::routed ? "routed" : "dense";
+}
 
 /// Consecutive heads of one kind. Everything that can differ between blocks stands here, resolved; passes read of the
 /// config only what is the same for all.
@@ -99,60 +105,63 @@ struct Heads {
   const HeadBlock& operator[](BlockKind kind) const { return blocks[index(kind)]; }
 };
 
+/// What all blocks have of a block's settings, where it has heads.
+template <class Settings>
+void set_block(HeadBlock& block, const Settings& settings, const RoutingAttentionConfig& c) {
+  block.count = settings.heads;
+  block.head_dim = c.head_dim;
+  if (block.count == 0) return;
+  const Matching& m = settings.matching;
+  block.shared = *m.shared_qk;
+  block.self = *m.self;
+  block.logits = *m.logits;
+  block.gain = *m.gain;
+  block.learned_gain = *m.learned_gain;
+  block.normalisation = m.normalisation;
+  block.induction = m.induction;
+  block.taps = m.induction ? m.key_taps : 0;
+  const Positions& p = settings.positions;
+  block.positions = *p.kind;
+  block.rotary_layout = p.layout;
+  block.rotary_base = p.base;
+  block.buckets = position_buckets(p, c.causal);
+  block.distances = p.distances;
+}
+
 /// The blocks of a resolved config; the one place that reads what the config says of a kind of heads.
 inline Heads head_blocks(const RoutingAttentionConfig& c) {
   Heads heads;
-  const bool is_dense = c.routing == Routing::dense;
   HeadBlock &local = heads.blocks[0], &routed = heads.blocks[1], &dense = heads.blocks[2];
   local.kind = BlockKind::local;
+  set_block(local, c.local, c);
+  local.window = c.local.window;
+  local.lookahead = c.local.lookahead;
+
   routed.kind = BlockKind::routed;
+  set_block(routed, c.routed, c);
+  routed.window = c.routed.window;
+  routed.clusters = c.routed.clusters;
+  routed.routing = c.routed.routing;
+  const Membership& membership = c.routed.membership;
+  routed.balanced = membership.kind == MembershipKind::balanced;
+  routed.probes = membership.probes;
+  routed.unassigned = membership.unassigned;
+  routed.combine = membership.combine;
+  routed.mean_epsilon = membership.mean_epsilon;
+  routed.query_share = membership.query_share;
+  routed.commitment = c.routed.commitment;
+  routed.router = router_config(c, 0);
+
   dense.kind = BlockKind::dense;
+  set_block(dense, c.dense, c);
 
-  local.count = c.heads - c.routed_heads;
-  local.shared = local.induction = local.learned_gain = c.local_induction;
-  local.self = c.local_induction ? Self::never : Self::visible;
-  local.logits = c.local_induction ? Logits::normalised : Logits::raw;
-  local.positions = *c.local_positions;
-  local.window = c.local_window;
-  local.lookahead = c.lookahead;
-
-  (is_dense ? dense : routed).count = c.routed_heads;
-  for (HeadBlock* block : {&routed, &dense}) {
-    block->shared = *c.shared_qk;
-    block->induction = c.induction;
-    block->self = *c.self;
-    block->logits = *c.logits;
-    block->learned_gain = *c.learned_gain;
-    block->positions = c.routed_positions;
-    block->distances = c.routed_distances;
-  }
-  routed.window = c.window;
-  routed.clusters = c.clusters;
-  routed.routing = c.routing;
-  routed.balanced = c.membership == Membership::balanced;
-  routed.probes = c.probes;
-  routed.unassigned = c.unassigned;
-  routed.combine = c.combine;
-  routed.mean_epsilon = c.mean_epsilon;
-  routed.query_share = c.query_share;
-  routed.commitment = c.commitment;
-  if (!is_dense) routed.router = router_config(c, 0);
-
-  const Index group = c.heads / c.kv_heads;  // query heads of a key/value head
+  const Index group = heads_per_kv(c);
   Index first = 0;
   std::uint64_t stream = 0;
   for (HeadBlock& block : heads.blocks) {
     block.first = first;
     block.kv_first = first / group;
     block.kv_count = block.count / group;
-    block.head_dim = c.head_dim;
-    block.normalisation = c.normalisation;
-    if (block.kind != BlockKind::local || block.induction)
-      block.gain = c.gain.value_or(block.logits == Logits::normalised ? 3.0 : 1.0);
-    block.taps = block.induction ? c.key_taps : 0;
-    block.rotary_layout = c.rotary_layout;
-    block.rotary_base = c.rotary_base;
-    block.buckets = position_buckets(c);
     block.key_first = heads.key_heads;
     block.gain_first = heads.gains;
     block.taps_first = heads.taps_rows;

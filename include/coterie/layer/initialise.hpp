@@ -1,10 +1,10 @@
 // Shapes and first values of a layer's weights.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "coterie/core/random.hpp"
@@ -25,8 +25,8 @@ enum class LayerStream : std::uint64_t {
   dropout,
   memory_keys,
   memory_values,
-  relative_keys,
-  relative_values,
+  local_relative_keys,
+  local_relative_values,
   routed_relative_keys,
   routed_relative_values
 };
@@ -40,10 +40,11 @@ struct TensorShape {
 /// The parameters of a resolved config.
 inline std::vector<TensorShape> parameter_shapes(const RoutingAttentionConfig& c) {
   const Heads heads = head_blocks(c);
-  const Index cols = c.heads * c.head_dim, kv_cols = c.kv_heads * c.head_dim, key_cols = heads.key_heads * c.head_dim;
+  const Index cols = static_cast<Index>(all_heads(c)) * c.head_dim, kv_cols = c.kv_heads * c.head_dim;
+  const Index key_cols = heads.key_heads * c.head_dim;
   std::vector<TensorShape> shapes;
-  const auto add = [&](const char* name, Index rows, Index n) {
-    if (rows > 0 && n > 0) shapes.push_back({name, rows, n});
+  const auto add = [&](std::string name, Index rows, Index n) {
+    if (rows > 0 && n > 0) shapes.push_back({std::move(name), rows, n});
   };
   add("w_q", c.model_dim, cols);
   add("w_k", c.model_dim, key_cols);
@@ -59,15 +60,17 @@ inline std::vector<TensorShape> parameter_shapes(const RoutingAttentionConfig& c
   add("taps", heads.taps_rows, c.head_dim);
   for (const HeadBlock& block : heads.blocks) {
     if (block.count == 0) continue;
-    const bool local = block.kind == BlockKind::local;
+    const auto add_table = [&](const char* table, Index rows, Index n) {
+      add(join(block_name(block.kind), "_", table), rows, n);
+    };
     if (block.positions == PositionKind::bias) {
-      add(local ? "distance_bias" : "routed_distance_bias", block.count, table_distances(c, block, 1).count);
+      add_table("distance_bias", block.count, table_distances(c, block, 1).count);
     } else if (block.positions == PositionKind::shaw) {
       const Index rows = table_distances(c, block, 1).count;
-      add(local ? "relative_keys" : "routed_relative_keys", rows, c.head_dim);
-      add(local ? "relative_values" : "routed_relative_values", rows, c.head_dim);
+      add_table("relative_keys", rows, c.head_dim);
+      add_table("relative_values", rows, c.head_dim);
     } else if (block.positions == PositionKind::t5_buckets) {
-      add(local ? "bucket_bias" : "routed_bucket_bias", block.count, block.buckets.buckets);
+      add_table("bucket_bias", block.count, block.buckets.buckets);
     }
   }
   add("memory_keys", c.memory, kv_cols);
@@ -86,8 +89,8 @@ Parameters<T> zero_parameters(const RoutingAttentionConfig& c) {
 }
 
 /// First values: weights uniform in +-1/sqrt(rows), taps N(0, 1) * 0.9^t, memory N(0, 1), relative keys and values
-/// N(0, 1/head_dim), gains as HeadBlock has them, biases 0. The number at
-/// (i, j) is drawn by the counter i * cols + j, in double: float and double layers of a seed agree up to rounding.
+/// N(0, 1/head_dim), gains as HeadBlock has them, biases 0. The number at (i, j) is drawn by the counter i * cols + j, in
+/// double: float and double layers of a seed agree up to rounding.
 template <class T>
 Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
   Parameters<T> p = zero_parameters<T>(c);
@@ -101,27 +104,31 @@ Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
   uniform(p.w_k, LayerStream::w_k);
   uniform(p.w_v, LayerStream::w_v);
   uniform(p.w_o, LayerStream::w_o);
-  const auto normal = [&](RowMatrix<T>& m, LayerStream stream, double deviation = 1) {
+  // `from`: numbers of the stream that another tensor has.
+  const auto normal = [&](RowMatrix<T>& m, LayerStream stream, double deviation = 1, Index from = 0) {
     for (Index i = 0; i < m.size(); ++i)
       m.data()[i] = static_cast<T>(
-          deviation * random_normal(c.seed, static_cast<std::uint64_t>(stream), static_cast<std::uint64_t>(i)));
+          deviation * random_normal(c.seed, static_cast<std::uint64_t>(stream), static_cast<std::uint64_t>(from + i)));
   };
   const double relative = 1 / std::sqrt(static_cast<double>(c.head_dim));
-  normal(p.relative_keys, LayerStream::relative_keys, relative);
-  normal(p.relative_values, LayerStream::relative_values, relative);
+  normal(p.local_relative_keys, LayerStream::local_relative_keys, relative);
+  normal(p.local_relative_values, LayerStream::local_relative_values, relative);
   normal(p.routed_relative_keys, LayerStream::routed_relative_keys, relative);
   normal(p.routed_relative_values, LayerStream::routed_relative_values, relative);
+  // Dense heads go on where routed ones stop.
+  normal(p.dense_relative_keys, LayerStream::routed_relative_keys, relative, p.routed_relative_keys.size());
+  normal(p.dense_relative_values, LayerStream::routed_relative_values, relative, p.routed_relative_values.size());
   normal(p.memory_keys, LayerStream::memory_keys);
   normal(p.memory_values, LayerStream::memory_values);
-  const Heads heads = head_blocks(c);
-  for (const HeadBlock& block : heads.blocks)
+  for (const HeadBlock& block : head_blocks(c).blocks) {
     for (Index h = 0; h < block.count && block.learned_gain; ++h)
       p.gain(0, block.gain_first + h) = static_cast<T>(block.gain);
-  for (Index row = 0; row < p.taps.rows(); ++row) {
-    const double factor = std::pow(0.9, static_cast<double>(row % c.key_taps));
-    for (Index j = 0; j < p.taps.cols(); ++j)
-      p.taps(row, j) = static_cast<T>(factor * random_normal(c.seed, static_cast<std::uint64_t>(LayerStream::taps),
-                                                             static_cast<std::uint64_t>(row * p.taps.cols() + j)));
+    for (Index row = block.taps_first; row < block.taps_first + block.taps_rows(); ++row) {
+      const double factor = std::pow(0.9, static_cast<double>((row - block.taps_first) % block.taps));
+      for (Index j = 0; j < p.taps.cols(); ++j)
+        p.taps(row, j) = static_cast<T>(factor * random_normal(c.seed, static_cast<std::uint64_t>(LayerStream::taps),
+                                                               static_cast<std::uint64_t>(row * p.taps.cols() + j)));
+    }
   }
   return p;
 }

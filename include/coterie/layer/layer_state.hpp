@@ -34,10 +34,9 @@ void check_numbers(const RoutingAttentionConfig& c, const Heads& heads) {
   faults.expect(is_soft_cap<T>(c.soft_cap), "soft_cap", "0, or a positive number that the scalar type can hold",
                 c.soft_cap);
   for (const HeadBlock& block : heads.blocks)
-    if (block.count > 0 && !std::isfinite(static_cast<T>(block.gain))) {
-      faults.expect(false, "gain", "a number that the scalar type can hold", block.gain);
-      break;
-    }
+    if (block.count > 0 && !std::isfinite(static_cast<T>(block.gain)))
+      faults.expect(false, join(block_name(block.kind), ".matching.gain").c_str(),
+                    "a number that the scalar type can hold", block.gain);
   faults.raise();
 }
 

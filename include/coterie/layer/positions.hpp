@@ -20,22 +20,28 @@ inline Index longest_sequence(std::span<const std::int32_t> key_positions) {
   return last + 1;
 }
 
-/// The learned tables of a block of heads among its layer's parameters or gradients; the one place that knows which.
-template <class P>
-auto& distance_table(P& parameters, const HeadBlock& block) {
-  return block.kind == BlockKind::local ? parameters.distance_bias : parameters.routed_distance_bias;
+// The learned tables of a block of heads among its layer's parameters or gradients.
+
+/// The one of three tensors that belongs to a block.
+template <class M>
+M& of_block(const HeadBlock& block, M& local, M& routed, M& dense) {
+  return block.kind == BlockKind::local ? local : block.kind == BlockKind::routed ? routed : dense;
 }
 template <class P>
-auto& bucket_table(P& parameters, const HeadBlock& block) {
-  return block.kind == BlockKind::local ? parameters.bucket_bias : parameters.routed_bucket_bias;
+auto& distance_table(P& p, const HeadBlock& block) {
+  return of_block(block, p.local_distance_bias, p.routed_distance_bias, p.dense_distance_bias);
 }
 template <class P>
-auto& relative_key_table(P& parameters, const HeadBlock& block) {
-  return block.kind == BlockKind::local ? parameters.relative_keys : parameters.routed_relative_keys;
+auto& bucket_table(P& p, const HeadBlock& block) {
+  return of_block(block, p.local_bucket_bias, p.routed_bucket_bias, p.dense_bucket_bias);
 }
 template <class P>
-auto& relative_value_table(P& parameters, const HeadBlock& block) {
-  return block.kind == BlockKind::local ? parameters.relative_values : parameters.routed_relative_values;
+auto& relative_key_table(P& p, const HeadBlock& block) {
+  return of_block(block, p.local_relative_keys, p.routed_relative_keys, p.dense_relative_keys);
+}
+template <class P>
+auto& relative_value_table(P& p, const HeadBlock& block) {
+  return of_block(block, p.local_relative_values, p.routed_relative_values, p.dense_relative_values);
 }
 
 /// What a block of heads adds by distance: parameters, or a table in scratch.
@@ -47,14 +53,12 @@ AttentionTerms<T> position_terms(const RoutingAttentionConfig& c, const Paramete
   const Index longest = block.positions == PositionKind::alibi ? longest_sequence(key_positions) : 1;
   const DistanceRange range = table_distances(c, block, longest);
   if (block.positions == PositionKind::shaw) {
-    terms.relative_keys = relative_key_table(parameters, block);
-    terms.relative_values = relative_value_table(parameters, block);
-    terms.relative_first = range.first;
+    terms.relative_keys = {relative_key_table(parameters, block), range.first};
+    terms.relative_values = {relative_value_table(parameters, block), range.first};
     return terms;
   }
-  terms.bias_first = range.first;
   if (block.positions == PositionKind::bias) {
-    terms.bias = distance_table(parameters, block);
+    terms.bias = {distance_table(parameters, block), range.first};
     return terms;
   }
   const View<T> table = arena.matrix<T>(block.count, range.count);
@@ -62,7 +66,7 @@ AttentionTerms<T> position_terms(const RoutingAttentionConfig& c, const Paramete
     alibi_bias<T>(table, range.first);
   else
     bucket_bias<T>(bucket_table(parameters, block), table, block.buckets, range.first);
-  terms.bias = table;
+  terms.bias = {table, range.first};
   return terms;
 }
 
@@ -74,7 +78,7 @@ AttentionTermGradients<T> position_term_gradients(const AttentionTerms<T>& terms
   if (block.positions == PositionKind::bias) {
     d_terms.d_bias = distance_table(gradients, block);
   } else if (block.positions == PositionKind::t5_buckets) {
-    d_terms.d_bias = arena.matrix<T>(terms.bias.rows(), terms.bias.cols());
+    d_terms.d_bias = arena.matrix<T>(terms.bias.rows.rows(), terms.bias.rows.cols());
     d_terms.d_bias.fill(0);
   } else if (block.positions == PositionKind::shaw) {
     d_terms.d_relative_keys = relative_key_table(gradients, block);
@@ -88,7 +92,7 @@ template <class T>
 void position_terms_backward(const AttentionTerms<T>& terms, View<T> d_table, Parameters<T>& gradients,
                              const HeadBlock& block) {
   if (block.positions == PositionKind::t5_buckets)
-    bucket_bias_backward<T>(bucket_table(gradients, block), d_table, block.buckets, terms.bias_first);
+    bucket_bias_backward<T>(bucket_table(gradients, block), d_table, block.buckets, terms.bias.first);
 }
 
 }  // namespace coterie::detail

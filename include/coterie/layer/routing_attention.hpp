@@ -17,7 +17,9 @@ class Decoder;
 
 /// A layer of local, routed and dense heads, with its weights and the centroids of its routers.
 ///
-///     RoutingAttention<float> layer(config);                  // see RoutingAttentionConfig
+///     RoutingAttention<float> layer({.model_dim = 256, .causal = true, .seed = 1,
+///                                    .local = {.heads = 4, .window = 256},
+///                                    .routed = {.heads = 4, .clusters = 32, .window = 256}});
 ///     layer.forward(x, y, context);                           // evaluation
 ///     layer.forward(x, y, tape, context);                     // training: forward, backward, then the routers
 ///     layer.backward(x, tape, d_y, d_x, gradients, context);

@@ -96,7 +96,7 @@ class PlanBuilder {
   // buckets of sorted queries and keys.
   void divide_scratch(Index labels) {
     const Index rows = pattern_.sequences() > 1 ? pattern_.tokens + pattern_.keys : 0;
-    const Index ends = std::max(pattern_.clusters, pattern_.sequences()) + 1;
+    const Index ends = (std::max)(pattern_.clusters, pattern_.sequences()) + 1;
     const auto size = static_cast<std::size_t>(labels + rows + 2 * ends);
     std::vector<std::int32_t>& numbers = scratch_.numbers;
     if (numbers.size() < size) numbers.resize(size);
@@ -174,7 +174,7 @@ class PlanBuilder {
   // A bucket is a list, a cluster or, where there are several sequences, a sequence. It is a group, except that a
   // sequence of several clusters is cut where the label changes.
   void make_groups() {
-    constexpr std::int32_t none = std::numeric_limits<std::int32_t>::max();
+    constexpr std::int32_t none = (std::numeric_limits<std::int32_t>::max)();
     plan_.groups.clear();
     plan_.visible.resize(plan_.entries.size());
     const bool two = pattern_.after > 0 && pattern_.self != Self::visible;
@@ -197,7 +197,7 @@ class PlanBuilder {
       while (group.entry_end < entry_end || group.key_end < key_end) {
         group = {group.entry_end, entry_end, group.key_end, key_end};
         if (!lists_ && several && pattern_.clusters > 1) {
-          const std::int32_t label = std::min(of_entry(group.entry_begin), of_key(group.key_begin));
+          const std::int32_t label = (std::min)(of_entry(group.entry_begin), of_key(group.key_begin));
           for (group.entry_end = group.entry_begin; of_entry(group.entry_end) == label;) ++group.entry_end;
           for (group.key_end = group.key_begin; of_key(group.key_end) == label;) ++group.key_end;
         }

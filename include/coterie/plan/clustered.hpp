@@ -35,7 +35,7 @@ namespace detail {
 template <class Config>
 Pattern read_clustered(Faults& faults, const Config& config, const char* argument, Index clusters, Index tokens,
                        Index keys) {
-  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
   faults.expect(clusters >= 1 && clusters <= most, argument, "1 to 2147483647", clusters);
   faults.expect(config.window >= 0, "window", "at least 0", config.window);
   Pattern pattern = read_pattern(faults, config, tokens, keys);
@@ -56,8 +56,8 @@ inline std::int32_t check_labels(const char* function, const char* argument, std
                                  Index clusters) {
   std::int32_t lowest = -1, highest = -1;
   for (const std::int32_t label : labels) {
-    lowest = std::min(lowest, label);
-    highest = std::max(highest, label);
+    lowest = (std::min)(lowest, label);
+    highest = (std::max)(highest, label);
   }
   if (lowest >= -1 && highest < clusters) return highest;
   std::size_t i = 0;
@@ -91,8 +91,8 @@ inline void plan_clustered(std::span<const std::int32_t> query_labels, std::span
                              static_cast<Index>(key_labels.size()));
   std::int32_t highest = detail::check_labels(function, "query_labels", query_labels, config.clusters);
   if (key_labels.data() != query_labels.data() || key_labels.size() != query_labels.size())
-    highest = std::max(highest, detail::check_labels(function, "key_labels", key_labels, config.clusters));
-  pattern.clusters = std::max(highest, 0) + 1;  // clusters that no label names cost nothing
+    highest = (std::max)(highest, detail::check_labels(function, "key_labels", key_labels, config.clusters));
+  pattern.clusters = (std::max)(highest, 0) + 1;  // clusters that no label names cost nothing
   detail::PlanBuilder(pattern, plan, scratch).build(query_labels, key_labels);
 }
 

@@ -60,7 +60,7 @@ inline void find_alone(const AttentionPlan& plan, std::vector<AttentionPlan::Par
   bool once = plan.groups.size() <= 1 || (plan.combine == Combine::single && plan.keys == plan.entries);
   if (!once) {
     const std::size_t words = static_cast<std::size_t>(plan.key_tokens + plan.memory_tokens) / 32 * 2 + 2;
-    listed.resize(std::max(listed.size(), words));
+    listed.resize((std::max)(listed.size(), words));
     std::fill_n(listed.begin(), words, 0);
     std::int32_t again = 0;
     for (const std::int32_t key : plan.keys) {
@@ -84,7 +84,7 @@ inline void find_alone(const AttentionPlan& plan, std::vector<AttentionPlan::Par
 
 /// Requires that `count` fits an int32 row number or entry number, otherwise ShapeError.
 inline void check_count(const char* function, const char* argument, Index count) {
-  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
   if (count < 0 || count > most) fail<ShapeError>(function, argument, join("0 to ", most), count);
 }
 
@@ -194,11 +194,11 @@ inline void derive(AttentionPlan& plan, std::vector<std::int32_t>& next) {
   // First entries of rows and, for each entry, the next one of its row; then row by row along them.
   const bool single = plan.combine == Combine::single;
   plan.row_begin.assign(static_cast<std::size_t>(plan.tokens) + 1, -1);
-  if (!single) next.resize(std::max(next.size(), plan.entries.size()));
+  if (!single) next.resize((std::max)(next.size(), plan.entries.size()));
   auto second = static_cast<std::uint32_t>(-1);  // the lowest second entry of a row; -1, the most: none
   for (std::size_t e = plan.entries.size(); e-- > 0;) {
     std::int32_t& first = plan.row_begin[static_cast<std::size_t>(plan.entries[e])];
-    second = std::min(second, static_cast<std::uint32_t>(first));
+    second = (std::min)(second, static_cast<std::uint32_t>(first));
     if (!single) next[e] = first;
     first = static_cast<std::int32_t>(e);
   }

@@ -49,14 +49,14 @@ inline void plan_dense_up_to(const DenseUpToConfig& config, AttentionPlan& plan,
   };
   const auto dense_of = [&](const detail::Sequence& sequence) -> Dense {
     if (!config.causal) return sequence.keys <= config.length ? Dense{sequence.tokens, sequence.keys} : Dense{0, 0};
-    Dense dense{0, std::min(sequence.keys, config.length)};
+    Dense dense{0, (std::min)(sequence.keys, config.length)};
     while (dense.queries < sequence.tokens && sequence.position(sequence.query_begin + dense.queries) < config.length)
       ++dense.queries;
     return dense;
   };
   Index listed = static_cast<Index>(plan.keys.size());
   for (Index s = 0; s < pattern.sequences(); ++s) listed += dense_of(pattern.sequence(s)).keys;
-  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
   if (listed > most) detail::fail<ValueError>(function, "length", detail::join("key lists of at most ", most), listed);
 
   detail::PlanRewriter rewriter(plan, scratch);

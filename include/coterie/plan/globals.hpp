@@ -48,8 +48,8 @@ inline void plan_add_globals(const GlobalsConfig& config, AttentionPlan& plan, P
   faults.raise();
   if (config.globals == 0 || n == 0) return;
   const auto groups = static_cast<Index>(plan.groups.size());
-  constexpr Index most = std::numeric_limits<std::int32_t>::max();
-  const Index listed = static_cast<Index>(plan.keys.size()) + n + groups * std::min(config.globals, n);
+  constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
+  const Index listed = static_cast<Index>(plan.keys.size()) + n + groups * (std::min)(config.globals, n);
   if (listed > most) detail::fail<ValueError>(function, "globals", detail::join("key lists of at most ", most), listed);
 
   detail::PlanRewriter rewriter(plan, scratch);
@@ -68,7 +68,7 @@ inline void plan_add_globals(const GlobalsConfig& config, AttentionPlan& plan, P
   };
   const auto next_sequence = [&] {
     now = detail::sequence_rows(config.offsets, n, ++s);
-    globals_here = std::min(config.globals, now.count());
+    globals_here = (std::min)(config.globals, now.count());
     add_globals();
   };
   for (const AttentionPlan::Group& group : plan.groups) {
@@ -97,8 +97,8 @@ inline void plan_add_globals(const GlobalsConfig& config, AttentionPlan& plan, P
         rewriter.add_key(row);
     }
     const auto shifted = [&](Interval seen) {
-      return Interval{std::max(seen.begin, dropped) - dropped + globals,
-                      std::max(seen.end, dropped) - dropped + globals};
+      return Interval{(std::max)(seen.begin, dropped) - dropped + globals,
+                      (std::max)(seen.end, dropped) - dropped + globals};
     };
     for (auto e = static_cast<std::size_t>(group.entry_begin); e < static_cast<std::size_t>(group.entry_end); ++e) {
       const std::int32_t row = plan.entries[e];

@@ -54,7 +54,7 @@ inline void check_members(const char* function, const std::string& name, const C
 /// Requires every row in one list at most, otherwise ValueError. `seen`: scratch memory.
 inline void check_single(const char* function, const ClusterMembers& members, std::vector<std::int32_t>& seen) {
   const auto tokens = static_cast<std::size_t>(members.tokens);
-  seen.resize(std::max(seen.size(), tokens));
+  seen.resize((std::max)(seen.size(), tokens));
   std::fill_n(seen.begin(), tokens, 0);
   for (const std::int32_t row : members.rows)
     if (seen[static_cast<std::size_t>(row)]++ > 0)

@@ -24,7 +24,7 @@ namespace coterie {
 /// Source: Sukhbaatar et al. 2019 (all-attention), as an option of the PyTorch routing transformer.
 inline void plan_add_memory(Index memory, AttentionPlan& plan, PlanScratch* scratch = nullptr) {
   const char* const function = "plan_add_memory";
-  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
   if (memory < 0 || memory > most) detail::fail<ValueError>(function, "memory", detail::join("0 to ", most), memory);
   if (plan.row_begin.size() != static_cast<std::size_t>(plan.tokens) + 1)
     detail::fail<ValueError>(function, "plan", "a completed plan", "one without row_begin");

@@ -71,8 +71,8 @@ struct Pattern {
   /// Sees `window` ranks up to the query's position (0: all) and `ahead` after it.
   void see(Index window, Index ahead) {
     const Index all = tokens + keys + 1;  // more than any rank or position is away from any other
-    before = window == 0 ? all : std::min(window, all);
-    after = std::min(ahead, all);
+    before = window == 0 ? all : (std::min)(window, all);
+    after = (std::min)(ahead, all);
   }
 };
 
@@ -85,7 +85,7 @@ inline void check_self(Faults& faults, Self self) {
 /// Reads and checks the fields that all configs share.
 template <class Config>
 Pattern read_pattern(Faults& faults, const Config& config, Index tokens, Index keys) {
-  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
   Pattern pattern;
   pattern.tokens = tokens;
   pattern.keys = keys;

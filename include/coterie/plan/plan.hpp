@@ -103,8 +103,8 @@ inline PlanStatistics statistics(const AttentionPlan& plan) {
       plan.row_entries.size() != plan.entries.size())
     detail::fail<ValueError>("statistics", "plan", "a completed plan", "one without row_begin");
   const auto add = [](Spread& spread, bool first, Index count) {
-    spread.min = first ? count : std::min(spread.min, count);
-    spread.max = std::max(spread.max, count);
+    spread.min = first ? count : (std::min)(spread.min, count);
+    spread.max = (std::max)(spread.max, count);
     spread.mean += static_cast<double>(count);  // a sum until the end
   };
   PlanStatistics result;
@@ -120,7 +120,7 @@ inline PlanStatistics statistics(const AttentionPlan& plan) {
     result.visible_pairs += keys;
     result.tokens_seeing_nothing += keys == 0;
     result.tokens_without_entry += entries == 0;
-    result.most_entries_per_row = std::max(result.most_entries_per_row, entries);
+    result.most_entries_per_row = (std::max)(result.most_entries_per_row, entries);
   }
   for (std::size_t g = 0; g < plan.groups.size(); ++g) {
     const AttentionPlan::Group& group = plan.groups[g];

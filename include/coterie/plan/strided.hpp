@@ -26,7 +26,7 @@ inline void plan_strided(const StridedConfig& config, AttentionPlan& plan, PlanS
   const Index keys = config.keys == 0 ? config.tokens : config.keys;
   detail::Pattern pattern = detail::read_clustered(faults, config, "stride", config.stride, config.tokens, keys);
   // No two positions are further apart: a longer stride groups them no differently, and would cost its length.
-  const Index stride = std::min(config.stride, config.tokens + keys + 1);
+  const Index stride = (std::min)(config.stride, config.tokens + keys + 1);
   pattern.clusters = stride;
   detail::PlanBuilder(pattern, plan, scratch).build_by_position([stride](Index position) {
     const Index residue = position % stride;

@@ -55,18 +55,26 @@ class PytorchTensors {
 /// Requires a config that has room for what the module's tensors hold, and no parameters that it has not.
 inline void check_pytorch_config(const char* function, const RoutingAttentionConfig& c, Index queries_ahead) {
   Faults faults(function);
-  const bool any_local = c.routed_heads<c.heads, any_routed = c.routed_heads> 0;
-  faults.expect(c.kv_heads == c.heads, "kv_heads", "as many as heads (the module has no others)", c.kv_heads);
+  const bool any_local = c.local.heads > 0, any_routed = c.routed.heads > 0;
+  faults.expect(c.dense.heads == 0, "dense.heads", "0 (the module has none)", c.dense.heads);
+  faults.expect(c.kv_heads == all_heads(c), "kv_heads", "as many as heads (the module has no others)", c.kv_heads);
   faults.expect(c.bias || !any_local, "bias", "true with local heads (theirs have one)", "false");
   faults.expect(c.memory == 0 || !any_local, "memory", "0 with local heads (the module's have none)", c.memory);
   if (any_routed) {
-    faults.expect(c.routing == Routing::learned, "routing", "learned (the module has centroids)", "another");
-    faults.expect(c.normalisation == Normalisation::unit_length, "normalisation",
+    faults.expect(c.routed.routing == Routing::learned, "routed.routing", "learned (the module has centroids)",
+                  "another");
+    faults.expect(c.routed.matching.normalisation == Normalisation::unit_length, "routed.matching.normalisation",
                   "unit_length (the module's centroids are means of such rows)", "layer_norm");
   }
-  const bool turns = any_local && *c.local_positions == PositionKind::rotary;
-  faults.expect(!turns || c.rotary_layout == RotaryLayout::halves, "rotary_layout", "halves (the module's)",
-                "interleaved");
+  if (any_local) {
+    const Matching& m = c.local.matching;
+    faults.expect(
+        !*m.shared_qk && *m.self == Self::visible && *m.logits == Logits::raw && *m.gain == 1 && !*m.learned_gain,
+        "local.matching", "its default (the module's local heads are plain)", "another");
+  }
+  const bool turns = any_local && *c.local.positions.kind == PositionKind::rotary;
+  faults.expect(!turns || c.local.positions.layout == RotaryLayout::halves, "local.positions.layout",
+                "halves (the module's)", "interleaved");
   faults.expect(queries_ahead == 0 || turns, "queries_ahead", "0 without rotary positions of local heads",
                 queries_ahead);
   faults.expect(queries_ahead >= 0 && queries_ahead <= (std::numeric_limits<std::int32_t>::max)(), "queries_ahead",
@@ -87,16 +95,16 @@ template <class T>
 void check_pytorch_rotary(PytorchTensors<T>& tensors, const RoutingAttentionConfig& c) {
   constexpr char name[] = "local_attn.rel_pos.inv_freq";
   if (!tensors.has(name)) return;
-  if (*c.local_positions != PositionKind::rotary)
-    tensors.fail(join("tensor ", in_quotes(name), ": expected none but for local_positions = rotary, got one"));
+  if (*c.local.positions.kind != PositionKind::rotary)
+    tensors.fail(join("tensor ", in_quotes(name), ": expected none but for local.positions.kind = rotary, got one"));
   const Index half = c.head_dim / 2;
   const std::vector<T> frequencies = tensors.take(name, {half});
   for (Index j = 0; j < half; ++j) {
-    const double expected = std::pow(c.rotary_base, -static_cast<double>(j) / static_cast<double>(half));
+    const double expected = std::pow(c.local.positions.base, -static_cast<double>(j) / static_cast<double>(half));
     const double got = static_cast<double>(frequencies[static_cast<std::size_t>(j)]);
     if (!(std::abs(got - expected) <= 0.01 * expected))
-      tensors.fail(join("tensor ", in_quotes(name), ": expected the frequencies of rotary_base = ", c.rotary_base,
-                        ", got ", got, " for ", expected));
+      tensors.fail(join("tensor ", in_quotes(name), ": expected the frequencies of local.positions.base = ",
+                        c.local.positions.base, ", got ", got, " for ", expected));
   }
 }
 
@@ -104,7 +112,7 @@ void check_pytorch_rotary(PytorchTensors<T>& tensors, const RoutingAttentionConf
 /// attention sees queries that stand so much further.
 template <class T>
 void turn_queries(Parameters<T>& p, Index heads, const RoutingAttentionConfig& c, Index ahead) {
-  const Rotary rotary(c.head_dim, c.rotary_base, c.rotary_layout);
+  const Rotary rotary(c.head_dim, c.local.positions.base, c.local.positions.layout);
   const std::vector<std::int32_t> positions(static_cast<std::size_t>(c.model_dim), static_cast<std::int32_t>(ahead));
   Context context;
   for (RowMatrix<T>* columns : {&p.w_q, &p.b_q}) {
@@ -117,12 +125,13 @@ void turn_queries(Parameters<T>& p, Index heads, const RoutingAttentionConfig& c
 template <class T>
 void take_pytorch_centroids(PytorchTensors<T>& tensors, std::span<OnlineKMeans<T>> routers,
                             const RoutingAttentionConfig& c) {
-  const std::vector<T> means = tensors.take("global_attn.kmeans.means", {c.routed_heads, c.clusters, c.head_dim});
+  const std::vector<T> means =
+      tensors.take("global_attn.kmeans.means", {c.routed.heads, c.routed.clusters, c.head_dim});
   if (tensors.template take<std::int64_t>("global_attn.kmeans.initted", {})[0] == 0) return;
   // The module's decay is constant: so is ours once the schedule (1 + t) / (10 + t) has reached it.
-  const double updates = (std::min)(std::ceil((10 * c.decay - 1) / (1 - c.decay)), 0x1p53);
-  for (Index h = 0; h < c.routed_heads; ++h) {
-    const ConstView<T> centroids(means.data() + h * c.clusters * c.head_dim, c.clusters, c.head_dim);
+  const double updates = (std::min)(std::ceil((10 * c.routed.router.decay - 1) / (1 - c.routed.router.decay)), 0x1p53);
+  for (Index h = 0; h < c.routed.heads; ++h) {
+    const ConstView<T> centroids(means.data() + h * c.routed.clusters * c.head_dim, c.routed.clusters, c.head_dim);
     try {
       routers[static_cast<std::size_t>(h)].set_centroids(centroids, {},
                                                          (std::max)(Index(1), static_cast<Index>(updates)));
@@ -136,11 +145,11 @@ void take_pytorch_centroids(PytorchTensors<T>& tensors, std::span<OnlineKMeans<T
 template <class T>
 void take_pytorch_memory(PytorchTensors<T>& tensors, std::string_view name, const RoutingAttentionConfig& c,
                          RowMatrix<T>& memory) {
-  const std::vector<T> numbers = tensors.take(name, {c.routed_heads, c.clusters, c.memory, c.head_dim});
+  const std::vector<T> numbers = tensors.take(name, {c.routed.heads, c.routed.clusters, c.memory, c.head_dim});
   const Index size = c.memory * c.head_dim;
-  for (Index h = 0; h < c.routed_heads; ++h) {
-    const T* const first = numbers.data() + h * c.clusters * size;
-    for (Index cluster = 1; cluster < c.clusters; ++cluster)
+  for (Index h = 0; h < c.routed.heads; ++h) {
+    const T* const first = numbers.data() + h * c.routed.clusters * size;
+    for (Index cluster = 1; cluster < c.routed.clusters; ++cluster)
       if (!std::equal(first, first + size, first + cluster * size))
         tensors.fail(join("tensor ", in_quotes(name),
                           ": expected the same memory for all clusters of a head (ours is per head), got "
@@ -160,8 +169,8 @@ void take_pytorch_memory(PytorchTensors<T>& tensors, std::string_view name, cons
 ///         "layers.blocks.0.f.net.fn.", presets::pytorch(config));                 // of a RoutingTransformer
 ///
 /// The config says what the layer computes with the weights: presets::pytorch what the module does, but for the faults
-/// that it names. Sizes have to be those of the file: head_dim, heads and routed_heads as dim_head, heads and
-/// heads - n_local_attn_heads, clusters = max_seq_len / window_size, memory = num_mem_kv.
+/// that it names. Sizes have to be those of the file: head_dim = dim_head, local.heads = n_local_attn_heads,
+/// routed.heads = the others, routed.clusters = max_seq_len / window_size, memory = num_mem_kv.
 ///
 /// With D = model_dim, H = heads, d = head_dim, L local and R routed heads:
 ///
@@ -171,16 +180,16 @@ void take_pytorch_memory(PytorchTensors<T>& tensors, std::string_view name, cons
 ///     to_out.weight [D, H*d]                                   w_o
 ///     global_attn.kmeans.means [R, clusters, d], .initted []   centroids as they are; not initted: those of the seed
 ///     global_attn.mem_key, .mem_value [R, clusters, memory, d] memory_keys, memory_values
-///     local_attn.rel_pos.inv_freq [d/2]                        may be missing; local_positions = rotary, and
-///     rotary_base
+///     local_attn.rel_pos.inv_freq [d/2]                        may be missing; local.positions.kind = rotary,
+///                                                              and its base
 ///
 /// Without routed heads to_q, to_k and to_v are empty or missing. F16, BF16 and F32 are read, and F64 for double.
 /// Averages go on from the centroids with decay itself, its schedule behind them; their counts are unknown.
 ///
 /// What a layer cannot reproduce, although its weights are read:
-/// * The local heads of the module look back by blocks: a causal query sees its own block of local_window keys and
+/// * The local heads of the module look back by blocks: a causal query sees its own block of local.window keys and
 ///   `radius` blocks before it. A window agrees with that where a sequence has at most radius + 1 blocks, with
-///   local_window = (radius + 1) blocks. On longer sequences outputs differ.
+///   local.window = (radius + 1) blocks. On longer sequences outputs differ.
 /// * A RoutingTransformerLM turns queries, keys and values of its routed heads by their positions before it routes
 ///   them. No layer does that, so layers of a language model are read, but compute something else. Modules of a bare
 ///   RoutingTransformer do not turn them.
@@ -215,8 +224,8 @@ RoutingAttention<T> import_pytorch(const SafetensorsView& file, std::string_view
   });
 
   detail::PytorchTensors<T> tensors(function, file, prefix);
-  const Index dim = c.model_dim, cols = c.heads * c.head_dim, routed_cols = c.routed_heads * c.head_dim,
-              local_cols = cols - routed_cols;
+  const Index dim = c.model_dim, cols = static_cast<Index>(detail::all_heads(c)) * c.head_dim,
+              routed_cols = c.routed.heads * c.head_dim, local_cols = cols - routed_cols;
   for (RowMatrix<T>* bias : {&p.b_q, &p.b_k, &p.b_v, &p.b_o}) bias->setZero();
   if (local_cols > 0) {
     const std::vector<T> weight = tensors.take("local_to_qkv.weight", {3 * local_cols, dim});
@@ -236,7 +245,7 @@ RoutingAttention<T> import_pytorch(const SafetensorsView& file, std::string_view
     if (routed_cols > 0) detail::transpose_rows<T>(weight, 0, view(w).columns(w.cols() - routed_cols, routed_cols));
   };
   take_routed("to_q.weight", p.w_q);
-  if (!*c.shared_qk || routed_cols == 0) take_routed("to_k.weight", p.w_k);
+  if (!*c.routed.matching.shared_qk || routed_cols == 0) take_routed("to_k.weight", p.w_k);
   take_routed("to_v.weight", p.w_v);
   detail::transpose_rows<T>(tensors.take("to_out.weight", {dim, cols}), 0, view(p.w_o));
   if (routed_cols > 0) {
