@@ -29,7 +29,7 @@ inline RouterLoad router_load(std::span<const double> counts) {
       continue;
     }
     const double share = count / load.rows;
-    load.largest = std::max(load.largest, share);
+    load.largest = (std::max)(load.largest, share);
     load.entropy -= share * std::log(share);
   }
   if (load.rows > 0) load.perplexity = std::exp(load.entropy);
@@ -72,8 +72,8 @@ RouterDrift router_drift(ConstView<T> before, ConstView<T> after, double distanc
       angle = 2 * std::asin(std::min(1.0, std::sqrt(difference(1 / length_a, 1 / length_b)) / 2));
     drift.mean_distance += moved / static_cast<double>(k);
     drift.mean_angle += angle / static_cast<double>(k);
-    drift.largest_distance = std::max(drift.largest_distance, moved);
-    drift.largest_angle = std::max(drift.largest_angle, angle);
+    drift.largest_distance = (std::max)(drift.largest_distance, moved);
+    drift.largest_angle = (std::max)(drift.largest_angle, angle);
     if (moved > distance) ++drift.moved;
   }
   return drift;

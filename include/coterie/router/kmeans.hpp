@@ -79,7 +79,7 @@ class OnlineKMeans {
   /// What the next update keeps of the past: min(decay, (1+t)/(10+t)) after t updates.
   double next_decay() const {
     const double t = static_cast<double>(updates_);
-    return std::min(config().router.decay, (1 + t) / (10 + t));
+    return (std::min)(config().router.decay, (1 + t) / (10 + t));
   }
 
   /// labels[i] = argmax over c of x_i . centroid_c, the lowest c on ties.
@@ -140,7 +140,7 @@ class OnlineKMeans {
           }
         return;
       }
-      const Index begin = task * columns, end = std::min(d, begin + columns);
+      const Index begin = task * columns, end = (std::min)(d, begin + columns);
       for (Index i = 0; i < n; ++i)
         if (label[i] >= 0) {
           double* const sum = sums + label[i] * d;
@@ -250,7 +250,7 @@ class OnlineKMeans {
     if (!counts.empty()) check_counts(function, counts);
     if (updates < 1) detail::fail<ValueError>(function, "updates", "at least 1", updates);
     for (Index c = 0; c < clusters(); ++c)
-      state_.place(c, centroids.row(c), std::numeric_limits<double>::max(),
+      state_.place(c, centroids.row(c), (std::numeric_limits<double>::max)(),
                    counts.empty() ? 0.0 : counts[static_cast<std::size_t>(c)]);
     updates_ = updates;
     revision_ = detail::next_revision();

@@ -37,7 +37,7 @@ class RouterStatistics {
     faults.require(dim >= 1, "dim", "at least 1", dim);
     faults.require(sample >= 0, "sample", "at least 0", sample);
     faults.raise();
-    if (sample_ == 0) sample_ = std::max(Index(2048), 8 * clusters);
+    if (sample_ == 0) sample_ = (std::max)(Index(2048), 8 * clusters);
     block_.assign(static_cast<std::size_t>(heads * head_block()), 0.0);
     samples_ = RowMatrix<T>::Zero(heads * sample_, dim);
     sample_counts_.assign(static_cast<std::size_t>(heads), 0);
@@ -102,7 +102,7 @@ class RouterStatistics {
                                   static_cast<std::uint64_t>(number));
     if (slot >= sample_) return;
     std::copy(row, row + dim_, samples_.data() + (head * sample_ + slot) * dim_);
-    sample_counts_[h] = std::min<std::int64_t>(number + 1, sample_);
+    sample_counts_[h] = (std::min<std::int64_t>)(number + 1, sample_);
   }
 
   Index heads_ = 0, clusters_ = 0, dim_ = 0, sample_ = 0;
