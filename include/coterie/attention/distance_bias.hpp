@@ -78,8 +78,8 @@ inline void check_buckets(Faults& faults, const char* buckets, const char* max_d
                    join("above ", exact_buckets(b), ", the distances that have a bucket of their own"), b.max_distance);
 }
 
-/// The bucket of a distance, for settings that have been checked. Division and product are those of the published code in
-/// float32. The logarithm is rounded from that in double, so that it does not depend on the machine.
+/// The bucket of a distance, for settings that have been checked. Division and product are those of the published code
+/// in float32. The logarithm is rounded from that in double, so that it does not depend on the machine.
 inline Index bucket_of(Index distance, const PositionBuckets& b) {
   const Index count = b.causal ? b.buckets : b.buckets / 2, exact = exact_buckets(b);
   const Index first = !b.causal && distance < 0 ? count : 0;

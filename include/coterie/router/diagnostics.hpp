@@ -19,7 +19,8 @@ struct RouterLoad {
   Index empty = 0;        ///< clusters without rows
 };
 
-/// The load of the clusters whose counts are given: of a batch (RouterStatistics::counts) or of the past (OnlineKMeans::counts).
+/// The load of the clusters whose counts are given: of a batch (RouterStatistics::counts) or of the past
+/// (OnlineKMeans::counts).
 inline RouterLoad router_load(std::span<const double> counts) {
   RouterLoad load;
   for (const double count : counts) load.rows += count;
@@ -36,7 +37,8 @@ inline RouterLoad router_load(std::span<const double> counts) {
   return load;
 }
 
-/// How far the centroids of a head moved. Distances are in units of sqrt(dim), the norm of a normalised row; angles in radians.
+/// How far the centroids of a head moved. Distances are in units of sqrt(dim), the norm of a normalised row; angles in
+/// radians.
 struct RouterDrift {
   double mean_distance = 0, largest_distance = 0;
   double mean_angle = 0,
@@ -81,11 +83,12 @@ RouterDrift router_drift(ConstView<T> before, ConstView<T> after, double distanc
 
 }  // namespace detail
 
-/// How far the centroids went from `before` to `after`, for instance from a copy taken before an update to the router's own.
+/// How far the centroids went from `before` to `after`, for instance from a copy taken before an update to the router's
+/// own.
 ///
 ///     const RowMatrix<float> before = router.centroids().eigen();
 ///     router.update(statistics, head);
-///     const RouterDrift drift = router_drift(before, router.centroids(), 0.5);   // moved: mostly the revived and the split
+///     const RouterDrift drift = router_drift(before, router.centroids(), 0.5);  // moved: revived or split
 ///
 /// Shapes: both clusters x dim. Requires: those (ShapeError).
 /// `distance`: how far a centroid must have gone, in units of sqrt(dim), to count as moved; 0: at all.

@@ -238,10 +238,10 @@ void nearest_members(ConstView<T> scores, const NearestConfig& config, ClusterMe
 
 /// The paper's membership: in every sequence each cluster takes the `members` rows that score highest for its centroid.
 ///
-/// A row may be in several clusters or in none; members times clusters need not be the number of tokens. Rows are ascending,
-/// equal scores go to the lower row, NaN scores lowest.
-/// NOT STRICTLY CAUSAL: whether a row is taken depends on the scores of all rows of its sequence, later ones too, so in a
-/// causal model what earlier rows see changes with later tokens; likelihoods leak and decoding cannot repeat training.
+/// A row may be in several clusters or in none; members times clusters need not be the number of tokens. Rows are
+/// ascending, equal scores go to the lower row, NaN scores lowest.
+/// NOT STRICTLY CAUSAL: whether a row is taken depends on the scores of all rows of its sequence, later ones too. So in
+/// a causal model what earlier rows see changes with later tokens; likelihoods leak and decoding cannot repeat training.
 /// nearest_members() and OnlineKMeans::assign() have no such leak. How much: see the tests of plan_members.
 /// Shapes: scores tokens x clusters.
 /// Requires: what BalancedConfig says; offsets ascending from 0 to tokens (ValueError, one for all faults).
@@ -257,9 +257,10 @@ inline void balanced_members(ConstView<double> scores, const BalancedConfig& con
   detail::balanced_members<double>(scores, config, members, context);
 }
 
-/// Every row goes to the `probes` clusters that it scores highest for: with one probe the labels of OnlineKMeans::assign(),
-/// with more the query side of a multi-probe search, whose keys are in one cluster each.
+/// Every row goes to the `probes` clusters that it scores highest for.
 ///
+/// With one probe these are the labels of OnlineKMeans::assign(); with more, the query side of a multi-probe search,
+/// whose keys are in one cluster each.
 /// A row's clusters depend on that row alone, so nothing leaks from later tokens. Equal scores go to the lower cluster.
 /// Shapes: scores tokens x clusters.
 /// Requires: 1 to clusters probes; offsets ascending from 0 to tokens (ValueError, one for all faults).
