@@ -179,7 +179,7 @@ class OnlineKMeans {
   /// with Average::batch_mean   N_c as above,   and where n_c > 0   centroid_c = l centroid_c + (1-l) s_c / n_c;
   /// batch_direction takes s_c scaled to the length of normalised rows for s_c / n_c.
   /// With renormalise, centroids that moved are then scaled to that length; averages of batches continue from the
-  /// scaled one. Centroids of clusters without rows stay. Counts, sums and the centroids behind them are kept in double.
+  /// scaled one. Centroids of clusters without rows stay. Counts, sums and centroids are kept in double.
   ///
   /// Split (see split_share): in every eighth update the cluster that is fullest before it, if overfull then and after
   /// it, gives half its count to the least used one. That moves to a row of the sample that is the fullest

@@ -241,7 +241,7 @@ void nearest_members(ConstView<T> scores, const NearestConfig& config, ClusterMe
 /// A row may be in several clusters or in none; members times clusters need not be the number of tokens. Rows are
 /// ascending, equal scores go to the lower row, NaN scores lowest.
 /// NOT STRICTLY CAUSAL: whether a row is taken depends on the scores of all rows of its sequence, later ones too. So in
-/// a causal model what earlier rows see changes with later tokens; likelihoods leak and decoding cannot repeat training.
+/// a causal model what earlier rows see changes with later tokens: likelihoods leak, decoding cannot repeat training.
 /// nearest_members() and OnlineKMeans::assign() have no such leak. How much: see the tests of plan_members.
 /// Shapes: scores tokens x clusters.
 /// Requires: what BalancedConfig says; offsets ascending from 0 to tokens (ValueError, one for all faults).
