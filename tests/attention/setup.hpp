@@ -77,7 +77,11 @@ struct Inputs {
   }
 
   AttentionTerms<T> terms() const {
-    return {bias, bias_first, memory_keys, memory_values, relative_keys, relative_values, relative_first};
+    return {{bias, bias_first},
+            memory_keys,
+            memory_values,
+            {relative_keys, relative_first},
+            {relative_values, relative_first}};
   }
 };
 

@@ -47,14 +47,12 @@ AttentionTerms<T> position_terms(const RoutingAttentionConfig& c, const Paramete
   const Index longest = block.positions == PositionKind::alibi ? longest_sequence(key_positions) : 1;
   const DistanceRange range = table_distances(c, block, longest);
   if (block.positions == PositionKind::shaw) {
-    terms.relative_keys = relative_key_table(parameters, block);
-    terms.relative_values = relative_value_table(parameters, block);
-    terms.relative_first = range.first;
+    terms.relative_keys = {relative_key_table(parameters, block), range.first};
+    terms.relative_values = {relative_value_table(parameters, block), range.first};
     return terms;
   }
-  terms.bias_first = range.first;
   if (block.positions == PositionKind::bias) {
-    terms.bias = distance_table(parameters, block);
+    terms.bias = {distance_table(parameters, block), range.first};
     return terms;
   }
   const View<T> table = arena.matrix<T>(block.count, range.count);
@@ -62,7 +60,7 @@ AttentionTerms<T> position_terms(const RoutingAttentionConfig& c, const Paramete
     alibi_bias<T>(table, range.first);
   else
     bucket_bias<T>(bucket_table(parameters, block), table, block.buckets, range.first);
-  terms.bias = table;
+  terms.bias = {table, range.first};
   return terms;
 }
 
@@ -74,7 +72,7 @@ AttentionTermGradients<T> position_term_gradients(const AttentionTerms<T>& terms
   if (block.positions == PositionKind::bias) {
     d_terms.d_bias = distance_table(gradients, block);
   } else if (block.positions == PositionKind::t5_buckets) {
-    d_terms.d_bias = arena.matrix<T>(terms.bias.rows(), terms.bias.cols());
+    d_terms.d_bias = arena.matrix<T>(terms.bias.rows.rows(), terms.bias.rows.cols());
     d_terms.d_bias.fill(0);
   } else if (block.positions == PositionKind::shaw) {
     d_terms.d_relative_keys = relative_key_table(gradients, block);
@@ -88,7 +86,7 @@ template <class T>
 void position_terms_backward(const AttentionTerms<T>& terms, View<T> d_table, Parameters<T>& gradients,
                              const HeadBlock& block) {
   if (block.positions == PositionKind::t5_buckets)
-    bucket_bias_backward<T>(bucket_table(gradients, block), d_table, block.buckets, terms.bias_first);
+    bucket_bias_backward<T>(bucket_table(gradients, block), d_table, block.buckets, terms.bias.first);
 }
 
 }  // namespace coterie::detail
