@@ -113,8 +113,10 @@ TEST_CASE("an update of the routers moves all of them or none, whatever fails") 
       if (threw) layer->update_router(tape, context);
       REQUIRE(centroids(*layer) == after);
     };
-    const long by_tape = fail_each_allocation(prepare, [&] { layer->update_router(tape, context); }, check);
-    const long by_statistics = fail_each_allocation(prepare, [&] { layer->update_router(statistics); }, check);
+    const long by_tape = fail_each_allocation(
+        prepare, [&] { layer->update_router(tape, context); }, check);
+    const long by_statistics = fail_each_allocation(
+        prepare, [&] { layer->update_router(statistics); }, check);
     if (first) {
       REQUIRE(by_tape > 10);
       REQUIRE(by_statistics > 10);

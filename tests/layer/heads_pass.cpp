@@ -162,7 +162,8 @@ TEST_CASE("a layer takes inputs without tokens, whatever its heads") {
     layer.forward(input, y, tape, context);
     Parameters<float> gradients = layer.zero_gradients();
     RowMatrix<float> d_x(0, 12), d_source = RowMatrix<float>::Zero(source.rows(), 12);
-    layer.backward(input, tape, y, {d_x, source.rows() > 0 ? View<float>(d_source) : View<float>()}, gradients, context);
+    layer.backward(input, tape, y, {d_x, source.rows() > 0 ? View<float>(d_source) : View<float>()}, gradients,
+                   context);
     layer.update_router(tape, context);
     return tape.tokens() == 0;
   };
