@@ -1,9 +1,10 @@
-# awk -v expected="Avx2Micro 2 6 Avx512Micro 4 6" -v single=160 -f machine_code.awk: reads `objdump -d -C --no-show-raw-insn` of the kernels.
+# awk -v expected="Avx2Micro 2 6 Avx512Micro 4 6" -v single=160 -f machine_code.awk: reads what `objdump -d -C --no-show-raw-insn`
+# prints of the kernels.
 #
-# Looks at the innermost loops of the micro-kernels, each of which keeps `vectors` x `rows` sums in registers. Per step (a
-# loop may be unrolled to several) the main one must have exactly that many multiply-adds, one broadcast for each row, and
-# `vectors` loads; no loop may move vectors from or to the stack. The entry points of attention may have at most `single` moves
-# of single lanes: of vectors that g++ takes apart, comparing lane by lane, there are hundreds.
+# Checks the innermost loops of the micro-kernels, each of which keeps `vectors` x `rows` sums in registers. Per step (a loop may be
+# unrolled to several) the main one must have exactly that many multiply-adds, one broadcast for each row, and `vectors` loads. No
+# loop may move vectors from or to the stack. The kernels of attention, and the functions that they call apart, may have at most
+# `single` moves of single lanes: of vectors that g++ takes apart, comparing lane by lane, there are hundreds.
 
 BEGIN {
   fields = split(expected, field, " ")
@@ -48,7 +49,8 @@ function finish(    i, step) {
   for (i = 1; set != "" && i <= loops; i++) {
     if (!innermost(i)) continue
     tally(first[i], last[i])
-    if (sums > 0 && stack > 0) fault(name ": " stack " vector moves from or to the stack in a loop of " sums " multiply-adds")
+    if (sums > 0 && stack > 0)
+      fault(name ": " stack " vector moves from or to the stack in a loop of " sums " multiply-adds")
     if (sums < main_sums || (sums == main_sums && loads <= main_loads)) continue
     main_sums = sums
     main_broadcasts = broadcasts
@@ -65,8 +67,8 @@ function finish(    i, step) {
     else if (main_loads != step * vectors[set])
       fault(name ": " main_loads " loads of vectors in the main loop instead of " step * vectors[set])
     else
-      printf "%s: %d instructions, of which %d multiply-adds, %d broadcasts, %d loads, %d copies; steps: %d\n", name, main_length, main_sums,
-        main_broadcasts, main_loads, main_copies, step
+      printf "%s: %d instructions, of which %d multiply-adds, %d broadcasts, %d loads, %d copies; steps: %d\n", name,
+        main_length, main_sums, main_broadcasts, main_loads, main_copies, step
     seen[key]++
   }
   count = loops = 0
@@ -80,10 +82,11 @@ function finish(    i, step) {
   sub(/^[0-9a-f]* </, "", name)
   sub(/>:$/, "", name)
   sub(/\(.*/, "", name)
-  if (name ~ /::(forward|backward)_avx(2|512)</) {
+  if (name ~ /::(Forward|Backward)Kernel<(float|double)>::avx(2|512)$/) {
     entry = name
     entries++
   }
+  if (name ~ /::Avx(2|512)Micro<(float|double)>::apart</) entry = name
   for (s in vectors)
     for (n = 1; n <= 2; n++)
       for (k = 1; k <= 3; k++)
@@ -119,6 +122,6 @@ END {
     for (n = 1; n <= 2; n++)
       for (k = 1; k <= 3; k++)
         if (!((s "<" numbers[n] ">::" kernels[k]) in seen)) fault(s "<" numbers[n] ">::" kernels[k] " is not there")
-  if (entries < 8) fault("entry points of attention: " entries + 0 " of 8")
+  if (entries < 8) fault("kernels of attention: " entries + 0 " of 8")
   if (faults > 0) exit 1
 }
