@@ -1,10 +1,11 @@
-# awk -v expected="Avx2Micro 2 6 Avx512Micro 4 6" -v single=160 -f machine_code.awk: reads `objdump -d -C
-# --no-show-raw-insn` of the kernels.
+# awk -v expected="Avx2Micro 2 6 Avx512Micro 4 6" -v single=160 -f machine_code.awk: reads what
+# `objdump -d -C --no-show-raw-insn` prints of the kernels.
 #
-# Looks at the innermost loops of the micro-kernels, each of which keeps `vectors` x `rows` sums in registers. Per step
+# Checks the innermost loops of the micro-kernels, each of which keeps `vectors` x `rows` sums in registers. Per step
 # (a loop may be unrolled to several) the main one must have exactly that many multiply-adds, one broadcast for each
-# row, and `vectors` loads; no loop may move vectors from or to the stack. The entry points of attention may have at
-# most `single` moves of single lanes: of vectors that g++ takes apart, comparing lane by lane, there are hundreds.
+# row, and `vectors` loads. No loop may move vectors from or to the stack. The kernels of attention, and the functions
+# that they call apart, may have at most `single` moves of single lanes: of vectors that g++ takes apart, comparing lane
+# by lane, there are hundreds.
 
 BEGIN {
   fields = split(expected, field, " ")
@@ -82,10 +83,11 @@ function finish(    i, step) {
   sub(/^[0-9a-f]* </, "", name)
   sub(/>:$/, "", name)
   sub(/\(.*/, "", name)
-  if (name ~ /::(forward|backward)_avx(2|512)</) {
+  if (name ~ /::(Forward|Backward)Kernel<(float|double)>::avx(2|512)$/) {
     entry = name
     entries++
   }
+  if (name ~ /::Avx(2|512)Micro<(float|double)>::apart</) entry = name
   for (s in vectors)
     for (n = 1; n <= 2; n++)
       for (k = 1; k <= 3; k++)
@@ -121,6 +123,6 @@ END {
     for (n = 1; n <= 2; n++)
       for (k = 1; k <= 3; k++)
         if (!((s "<" numbers[n] ">::" kernels[k]) in seen)) fault(s "<" numbers[n] ">::" kernels[k] " is not there")
-  if (entries < 8) fault("entry points of attention: " entries + 0 " of 8")
+  if (entries < 8) fault("kernels of attention: " entries + 0 " of 8")
   if (faults > 0) exit 1
 }

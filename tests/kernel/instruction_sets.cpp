@@ -1,7 +1,8 @@
 // Every instruction set of the machine, forced by name: that the names choose, that two sets agree, that no head width and
 // no size of a group falls out. tests/attention/forward.cpp and backward.cpp hold each against the reference more closely,
 // over more sizes; this file is what checks.neon runs under an emulator too.
-#include "coterie/kernel/dispatch.hpp"
+#include "coterie/kernel/backward.hpp"
+#include "coterie/kernel/forward.hpp"
 
 #include "kernel/row_bits.hpp"
 
@@ -38,15 +39,15 @@ TEST_CASE("instruction sets: the machine's are found, and names choose them") {
   for (InstructionSet set : {InstructionSet::baseline, InstructionSet::avx2, InstructionSet::avx512}) {
     if (std::find(sets.begin(), sets.end(), set) == sets.end()) {
       WARN("not tested, for this machine lacks it: " << name_of(set));
-      CHECK_THROWS_AS(detail::kernels<float>(set), ValueError);
+      CHECK_THROWS_AS(detail::ForwardKernel<float>::on(set), ValueError);
       continue;
     }
     INFO(name_of(set));
-    // Tables of their own: no two names run the same functions.
+    // No two names run the same functions.
     for (InstructionSet other : sets) {
-      const bool same = detail::kernels<float>(set).forward == detail::kernels<float>(other).forward &&
-                        detail::kernels<float>(set).backward == detail::kernels<float>(other).backward;
-      CHECK(same == (set == other));
+      using detail::BackwardKernel, detail::ForwardKernel;
+      CHECK((ForwardKernel<float>::on(set) == ForwardKernel<float>::on(other)) == (set == other));
+      CHECK((BackwardKernel<float>::on(set) == BackwardKernel<float>::on(other)) == (set == other));
     }
   }
   CHECK(detail::resolve(InstructionSet::automatic) == sets.back());
