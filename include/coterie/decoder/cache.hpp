@@ -176,9 +176,9 @@ class HeadCache {
   void reserve(Index tokens, Index rollback) {
     const Index list_pages = pages_for(shape_.capacity > 0 ? (std::min)(tokens, shape_.capacity) : tokens);
     // Lists keep the pages of tokens that were taken back.
-    const Index taken_back = shape_.lists * pages_for(std::min(tokens, rollback));
+    const Index taken_back = shape_.lists * pages_for((std::min)(tokens, rollback));
     const Index lists = (std::min)(shape_.lists * list_pages, shape_.lists + pages_for(tokens) + taken_back);
-    const Index beginning = pages_for(std::min(tokens, shape_.beginning));
+    const Index beginning = pages_for((std::min)(tokens, shape_.beginning));
     const Index all = shape_.sequences * (lists + beginning);
     for (Unit& unit : units_) {
       for (CacheList& list : unit.lists) list.pages.reserve(static_cast<std::size_t>(list_pages));

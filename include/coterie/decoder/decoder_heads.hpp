@@ -145,7 +145,7 @@ class DecoderHeads {
     cache_.reserve(tokens, max_rollback_);
     const Index sequences = cache_.shape().sequences, entries = sequences * block_->probes;
     const Index memory = plans_.front().memory_tokens;
-    const Index seen = window_ > 0 ? (std::max)(std::min(tokens, window_), (std::min)(tokens, beginning_)) : tokens;
+    const Index seen = window_ > 0 ? (std::max)((std::min)(tokens, window_), (std::min)(tokens, beginning_)) : tokens;
     const Index keys = entries * (memory + globals_ + 2 * key_block + seen);
     for (std::size_t u = 0; u < plans_.size(); ++u) {
       StepPlan::reserve(plans_[u], distances_[u], entries, keys);

@@ -69,7 +69,7 @@ struct ProbeScratch {
   void reserve(Index queries, Index probes, Index clusters, Index keys) {
     const auto entries = static_cast<std::size_t>(queries * (probes + 1)),
                probed = static_cast<std::size_t>(queries * probes);
-    const auto groups = static_cast<std::size_t>(std::min(queries * probes, clusters) + 1);
+    const auto groups = static_cast<std::size_t>((std::min)(queries * probes, clusters) + 1);
     for (Worker& w : workers) {
       w.members.rows.reserve(probed);
       w.members.begin.reserve(static_cast<std::size_t>(clusters) + 1);

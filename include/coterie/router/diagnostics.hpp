@@ -71,7 +71,7 @@ RouterDrift router_drift(ConstView<T> before, ConstView<T> after, double distanc
     // The chord of unit vectors at the angle t is 2 sin(t / 2): exact for small angles, where the cosine is not.
     double angle = length_a > 0 || length_b > 0 ? std::asin(1.0) : 0.0;
     if (length_a > 0 && length_b > 0)
-      angle = 2 * std::asin(std::min(1.0, std::sqrt(difference(1 / length_a, 1 / length_b)) / 2));
+      angle = 2 * std::asin((std::min)(1.0, std::sqrt(difference(1 / length_a, 1 / length_b)) / 2));
     drift.mean_distance += moved / static_cast<double>(k);
     drift.mean_angle += angle / static_cast<double>(k);
     drift.largest_distance = (std::max)(drift.largest_distance, moved);
