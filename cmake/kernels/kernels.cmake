@@ -1,6 +1,6 @@
-# coterie::kernels: the library, with kernels and heads of layers compiled once in this build instead of in every file that calls
-# them; whoever links it only declares them. Its flags are those of the directory that includes this file, and instruction set
-# flags must be the same in all files that link it.
+# coterie::kernels: the library, with kernels and heads of layers compiled once in this build instead of in every file
+# that calls them; whoever links it only declares them. Its flags are those of the directory that includes this file,
+# and instruction set flags must be the same in all files that link it.
 
 add_library(coterie_kernels STATIC EXCLUDE_FROM_ALL ${CMAKE_CURRENT_LIST_DIR}/kernels.cpp ${CMAKE_CURRENT_LIST_DIR}/heads.cpp)
 add_library(coterie::kernels ALIAS coterie_kernels)

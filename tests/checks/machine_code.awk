@@ -1,10 +1,11 @@
-# awk -v expected="Avx2Micro 2 6 Avx512Micro 4 6" -v single=160 -f machine_code.awk: reads what `objdump -d -C --no-show-raw-insn`
-# prints of the kernels.
+# awk -v expected="Avx2Micro 2 6 Avx512Micro 4 6" -v single=160 -f machine_code.awk: reads what `objdump -d -C
+# --no-show-raw-insn` prints of the kernels.
 #
-# Checks the innermost loops of the micro-kernels, each of which keeps `vectors` x `rows` sums in registers. Per step (a loop may be
-# unrolled to several) the main one must have exactly that many multiply-adds, one broadcast for each row, and `vectors` loads. No
-# loop may move vectors from or to the stack. The kernels of attention, and the functions that they call apart, may have at most
-# `single` moves of single lanes: of vectors that g++ takes apart, comparing lane by lane, there are hundreds.
+# Checks the innermost loops of the micro-kernels, each of which keeps `vectors` x `rows` sums in registers. Per step (a
+# loop may be unrolled to several) the main one must have exactly that many multiply-adds, one broadcast for each row,
+# and `vectors` loads. No loop may move vectors from or to the stack. The kernels of attention, and the functions that
+# they call apart, may have at most `single` moves of single lanes: of vectors that g++ takes apart, comparing lane by
+# lane, there are hundreds.
 
 BEGIN {
   fields = split(expected, field, " ")

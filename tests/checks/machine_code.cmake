@@ -1,5 +1,6 @@
-# cmake -D KERNELS=library -D DISPATCH=dispatch.hpp -D SINGLE=160 -P machine_code.cmake: fails where the innermost loops of the
-# micro-kernels are not what they should be; see machine_code.awk. KERNELS may also be the text that objdump printed.
+# cmake -D KERNELS=library -D DISPATCH=dispatch.hpp -D SINGLE=160 -P machine_code.cmake: fails where the innermost loops
+# of the micro-kernels are not what they should be; see machine_code.awk. KERNELS may also be the text that objdump
+# printed.
 
 cmake_minimum_required(VERSION 3.21)
 

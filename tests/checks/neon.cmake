@@ -1,5 +1,5 @@
-# cmake -D CATCH2=dir -D EIGEN=dir -D SOURCE=dir -D SCRATCH=dir -P neon.cmake: cross-compiles the kernels and their tests for
-# 64-bit ARM and runs them under an emulator. Says "skipped: " and why where that cannot be done.
+# cmake -D CATCH2=dir -D EIGEN=dir -D SOURCE=dir -D SCRATCH=dir -P neon.cmake: cross-compiles the kernels and their
+# tests for 64-bit ARM and runs them under an emulator. Says "skipped: " and why where that cannot be done.
 
 cmake_minimum_required(VERSION 3.21)
 

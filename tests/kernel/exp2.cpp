@@ -18,8 +18,8 @@ using coterie::detail::Lanes;
 
 namespace {
 
-// The largest errors measured, in units in the last place of the exact value, rounded up: over all 2.2 billion floats of
-// [-126, 126] (the hidden test below) and over 10 million random doubles; without and with multiply-adds.
+// The largest errors measured, in units in the last place of the exact value, rounded up: over all 2.2 billion floats
+// of [-126, 126] (the hidden test below) and over 10 million random doubles; without and with multiply-adds.
 constexpr double float_bounds[] = {2.3, 1.9};
 constexpr double double_bounds[] = {2.1, 1.7};
 // The same on the wrong side of a whole power of 2, just beside it, where the polynomials of two n meet.
@@ -115,8 +115,8 @@ struct Worst {
   }
 };
 
-/// Every `stride`-th float from `near` away from 0 to `far`, both of one sign; `each` gets some thousands at a time and the
-/// fraction that is done.
+/// Every `stride`-th float from `near` away from 0 to `far`, both of one sign; `each` gets some thousands at a time and
+//the / fraction that is done.
 template <class Each>
 void every_float(float near, float far, std::uint32_t stride, const Each& each) {
   const auto first = std::bit_cast<std::uint32_t>(near), last = std::bit_cast<std::uint32_t>(far);

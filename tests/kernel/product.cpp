@@ -11,7 +11,8 @@ using namespace test;
 
 namespace {
 
-// Tokens, in, out: few rows, ends inside vectors, panels and strips, more than a block of each, several chunks of tokens.
+// Tokens, in, out: few rows, ends inside vectors, panels and strips, more than a block of each, several chunks of
+// tokens.
 constexpr Index sizes[][3] = {{0, 3, 4},     {3, 0, 4},     {3, 4, 0},       {1, 1, 1},     {1, 64, 17},
                               {6, 40, 100},  {7, 5, 3},     {97, 33, 64},    {200, 70, 49}, {300, 128, 80},
                               {193, 270, 9}, {65, 11, 517}, {200, 300, 530}, {2100, 9, 21}, {1, 20, 600}};

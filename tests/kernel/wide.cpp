@@ -1,4 +1,5 @@
-// The 64-byte tiles of AVX-512, compiled for whatever the compiler's flags allow: tested also where no machine runs them.
+// The 64-byte tiles of AVX-512, compiled for whatever the compiler's flags allow: tested also where no machine runs
+// them.
 #define COTERIE_OPAQUE(x)  // no register holds these vectors
 #include "coterie/kernel/backward.hpp"
 #include "coterie/kernel/forward.hpp"
