@@ -1,6 +1,6 @@
 #!/bin/sh
-# What a small program costs to compile: user seconds of the compiler for four programs, at several levels of optimisation,
-# with kernels compiled into the file and with kernels left to the library coterie::kernels.
+# What a small program costs to compile: user seconds of the compiler for four programs, at several levels of
+# optimisation, with kernels compiled into the file and with kernels left to the library coterie::kernels.
 #
 #     sh benchmarks/compile_time.sh                          g++ at -O0, -O2, -O3 and clang++ at -O2, all programs
 #     sh benchmarks/compile_time.sh "g++ -O2" "clang++ -O3"  these compilers and options instead

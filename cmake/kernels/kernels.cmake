@@ -2,7 +2,8 @@
 # that calls them; whoever links it only declares them. Its flags are those of the directory that includes this file,
 # and instruction set flags must be the same in all files that link it.
 
-add_library(coterie_kernels STATIC EXCLUDE_FROM_ALL ${CMAKE_CURRENT_LIST_DIR}/kernels.cpp ${CMAKE_CURRENT_LIST_DIR}/heads.cpp)
+add_library(coterie_kernels STATIC EXCLUDE_FROM_ALL
+  ${CMAKE_CURRENT_LIST_DIR}/kernels.cpp ${CMAKE_CURRENT_LIST_DIR}/heads.cpp)
 add_library(coterie::kernels ALIAS coterie_kernels)
 target_link_libraries(coterie_kernels PUBLIC coterie::coterie)
 target_compile_definitions(coterie_kernels INTERFACE COTERIE_EXTERN_KERNELS COTERIE_EXTERN_HEADS)

@@ -24,7 +24,8 @@ set(objects)
 function(compile source)
   string(MAKE_C_IDENTIFIER ${source} name)
   execute_process(
-    COMMAND ${COMPILER} -std=c++20 ${ARGN} -I${SOURCE}/include -I${SOURCE}/tests -isystem ${SCRATCH}/include -isystem ${EIGEN}
+    COMMAND ${COMPILER} -std=c++20 ${ARGN} -I${SOURCE}/include -I${SOURCE}/tests
+      -isystem ${SCRATCH}/include -isystem ${EIGEN}
       -c ${source} -o ${SCRATCH}/${name}.o
     COMMAND_ERROR_IS_FATAL ANY)
   set(objects ${objects} ${SCRATCH}/${name}.o PARENT_SCOPE)
