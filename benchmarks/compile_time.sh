@@ -1,12 +1,12 @@
 #!/bin/sh
-# What a small program costs to compile: user seconds of the compiler for four programs, at several levels of optimisation, with
-# kernels compiled into the file and with kernels left to the library coterie::kernels.
+# What a small program costs to compile: user seconds of the compiler for four programs, at several levels of
+# optimisation, with kernels compiled into the file and with kernels left to the library coterie::kernels.
 #
 #     sh benchmarks/compile_time.sh                          g++ at -O0, -O2, -O3 and clang++ at -O2, all programs
 #     sh benchmarks/compile_time.sh "g++ -O2" "clang++ -O3"  these compilers and options instead
 #
-# PROGRAMS="forward attention" chooses programs, LINKING="inlined extern" the ways, INCLUDE another copy of the headers, EIGEN where
-# Eigen is, ROUNDS=3 the least of as many runs.
+# PROGRAMS="forward attention" chooses programs, LINKING="inlined extern" the ways, INCLUDE another copy of the headers,
+# EIGEN where Eigen is, ROUNDS=3 the least of as many runs.
 
 set -eu
 include=${INCLUDE:-$(cd "$(dirname "$0")/../include" && pwd)}
@@ -14,7 +14,8 @@ eigen=${EIGEN:-/usr/include/eigen3}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-layer='RoutingAttention<float> layer({.model_dim = 64, .heads = 4, .routed_heads = 2, .clusters = 16, .window = 32, .causal = true});
+layer='RoutingAttention<float> layer(
+      {.model_dim = 64, .heads = 4, .routed_heads = 2, .clusters = 16, .window = 32, .causal = true});
   RowMatrix<float> x = RowMatrix<float>::Random(1024, 64), y(1024, 64);
   Context context;'
 
@@ -92,7 +93,10 @@ END
 
 # User seconds of a command. dash has no option of time that prints them alone.
 seconds() {
-  LC_ALL=C bash -c 'TIMEFORMAT=%U; time "$@" >&3' seconds "$@" 3>&1 2>"$scratch/seconds" || { cat "$scratch/seconds" >&2; exit 1; }
+  if ! LC_ALL=C bash -c 'TIMEFORMAT=%U; time "$@" >&3' seconds "$@" 3>&1 2>"$scratch/seconds"; then
+    cat "$scratch/seconds" >&2
+    exit 1
+  fi
   tail -n 1 "$scratch/seconds"
 }
 

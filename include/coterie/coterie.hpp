@@ -8,6 +8,7 @@
 #include "coterie/decoder/decoder.hpp"
 #include "coterie/file/safetensors.hpp"
 #include "coterie/file/safetensors_writer.hpp"
+#include "coterie/kernel/nearest.hpp"
 #include "coterie/kernel/product.hpp"
 #include "coterie/kernel/rotary.hpp"
 #include "coterie/layer/presets.hpp"

@@ -1,6 +1,6 @@
-// Every instruction set of the machine, forced by name: that the names choose, that two sets agree, that no head width and
-// no size of a group falls out. tests/attention/forward.cpp and backward.cpp hold each against the reference more closely,
-// over more sizes; this file is what checks.neon runs under an emulator too.
+// Every instruction set of the machine, forced by name: that the names choose, that two sets agree, that no head width
+// and no size of a group falls out. tests/attention/forward.cpp and backward.cpp hold each against the reference more
+// closely, over more sizes; this file is what checks.neon runs under an emulator too.
 #include "coterie/kernel/backward.hpp"
 #include "coterie/kernel/forward.hpp"
 

@@ -1,3 +1,4 @@
+#include "coterie/kernel/nearest.hpp"
 #include "coterie/kernel/product.hpp"
 
 #include <array>

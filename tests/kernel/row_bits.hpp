@@ -1,7 +1,7 @@
 #pragma once
 
-// The row invariant where a tile's path changes with its number of queries: a row has the same bits computed alone, in small
-// groups, and in full tiles.
+// The row invariant where a tile's path changes with its number of queries: a row has the same bits computed alone, in
+// small groups, and in full tiles.
 
 #include <algorithm>
 #include <cmath>

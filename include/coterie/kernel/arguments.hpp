@@ -26,15 +26,16 @@ struct RowSource {
   const T* row(Index i) const { return i < rows ? data + i * stride : memory + (i - rows) * memory_stride; }
 };
 
-/// Rows of a partial sum that belong to keys [begin, end) of the group, from row `row` on. Keys of one block lie in one range.
+/// Rows of a partial sum that belong to keys [begin, end) of the group, from row `row` on. Keys of one block lie in one
+/// range.
 struct PartialRange {
   std::int32_t begin = 0, end = 0;
   Index row = 0;
 };
 
-/// Where the softmaxes of rows stand. reference: subtracted from logits to base 2, the largest one or less than it by at most
-/// max_slack; a row's probabilities are 2^(logit - reference) * inverse. lse: log-sum-exp to base e, minus infinity where nothing
-/// is seen. Arrays of rows x heads; null where not wanted.
+/// Where the softmaxes of rows stand. reference: subtracted from logits to base 2, the largest one or less than it by
+/// at most max_slack; a row's probabilities are 2^(logit - reference) * inverse. lse: log-sum-exp to base e, minus
+/// infinity where nothing is seen. Arrays of rows x heads; null where not wanted.
 template <class T>
 struct SoftmaxStates {
   T *reference = nullptr, *inverse = nullptr, *lse = nullptr;
@@ -96,7 +97,7 @@ struct AttentionArguments {
     states = entry_states.from(first, 0);
   }
 
-  /// The part that this thread will probably turn to next, or null: its first rows are asked for in time.
+  /// The part that this thread will probably turn to next, or null: its first rows are prefetched.
   const AttentionArguments* next = nullptr;
 
   // Copies of the keys and values from rank gathered_first on, side by side; or null. See Tile::gather.
@@ -120,8 +121,8 @@ struct AttentionArguments {
     }
   }
 
-  /// Whether keys that follow each other, and values, leave no gap in memory; and whether those of ranks [begin, end) follow each
-  /// other. The machine finds such rows before they are read.
+  /// Whether keys that follow each other, and values, leave no gap in memory; and whether those of ranks [begin, end)
+  /// follow each other. The machine finds such rows before they are read.
   bool without_gaps() const { return k.stride == d && v.stride == dv; }
   bool side_by_side(Index begin, Index end) const {
     return without_gaps() && keys[end - 1] - keys[begin] == end - 1 - begin;
@@ -178,13 +179,13 @@ struct RowSums {
 /// Keys of a block: key lists are cut at multiples of it.
 inline constexpr int key_block = 64;
 
-/// A row's reference moves, and with it what has been summed, only where a block brings a logit more than this above it: so
-/// blocks after the first one seldom cost a pass over the output.
+/// A row's reference moves, and with it what has been summed, only where a block brings a logit more than this above
+/// it: so blocks after the first one seldom cost a pass over the output.
 template <class T>
 inline constexpr T max_slack = 8;
 
-/// Bytes of one head's keys and values that forward reads in place, however they are scattered. Larger ones do not stay in
-/// caches, and copies pay; for backward, which computes longer with a row, never.
+/// Bytes of one head's keys and values that forward reads in place, however they are scattered. Larger ones do not stay
+/// in caches, and copies pay; for backward, which computes longer with a row, never.
 inline constexpr Index most_in_place = Index(6) << 20;
 
 /// Keys that a part copies at most; see Tile::gather.

@@ -7,7 +7,8 @@
 //     dV[key][c]    += sum_lane P[key][lane] dO[lane][c]
 //     dK[key][d]    += sum_lane dS[key][lane] Q[lane][d]
 //
-// Relative keys and values (see relative.hpp) add to S and dP; dS and P by distance, summed over the keys, give their gradients.
+// Relative keys and values (see relative.hpp) add to S and dP; dS and P by distance, summed over the keys, give their
+// gradients.
 #pragma once
 
 #include <algorithm>

@@ -12,7 +12,8 @@
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
-/// to = sum over t of taps_t * rows[t], element by element, t ascending. Not inlined: forward and decoder have to round alike.
+/// to = sum over t of taps_t * rows[t], element by element, t ascending. Not inlined: forward and decoder have to round
+/// alike.
 template <class T>
 [[gnu::noinline]] void convolve_row(const T* const* rows, Index count, ConstView<T> taps, T* to) {
   const Index d = taps.cols();
@@ -25,7 +26,7 @@ template <class T>
 
 /// A causal depth-wise convolution of every head within its sequence.
 ///
-/// Shapes: x, y n x heads*d; taps heads*count x d, row h*count + t; positions n, a row's place in its sequence.
+/// Shapes: x, y n x heads*d; taps heads*count x d, row h*count + t; positions n, of rows in their sequences.
 /// Formula: y_ih = sum over t < count, t <= position_i of taps_ht * x_(i-t)h, element by element, t ascending.
 /// Overwrites y.
 template <class T>

@@ -1,7 +1,7 @@
 // Picks the instruction set of a kernel at run time.
 //
-// A kernel is written once, as a template over micro-kernels M. At the end of its header COTERIE_KERNEL makes one function of it for
-// every instruction set; a file compiles those of the kernels that it calls, and no others.
+// A kernel is written once, as a template over micro-kernels M. At the end of its header COTERIE_KERNEL makes one
+// function of it for every instruction set; a file compiles those of the kernels that it calls, and no others.
 #pragma once
 
 #include "coterie/core/context.hpp"
@@ -155,10 +155,11 @@ auto with_micro(InstructionSet instructions, const Choose& choose) {
 #define COTERIE_INSTANTIATE(name)
 #endif
 
-// COTERIE_KERNEL(name, implementation, member, parameters, arguments): the struct name<T> with a function of these parameters for
-// every instruction set, which calls implementation<T, M>::member with these arguments; name<T>::on(set) is a pointer to one.
-// Functions are defined outside of the struct, or `extern template` would not keep them from being compiled. Targets are
-// additive, so that everything inlines into them in files built with flags of their own.
+// COTERIE_KERNEL(name, implementation, member, parameters, arguments): the struct name<T> with a function of these
+// parameters for every instruction set, which calls implementation<T, M>::member with these arguments; name<T>::on(set)
+// is a pointer to one.
+// Functions are defined outside of the struct, or `extern template` would not keep them from being compiled. Targets
+// are additive, so that everything inlines into them in files built with flags of their own.
 #define COTERIE_KERNEL(name, implementation, member, parameters, arguments)                                    \
   template <class T>                                                                                           \
   struct name {                                                                                                \

@@ -21,7 +21,7 @@ struct Forward {
   using F = typename L::F;
   using Ints = typename L::Ints;
   static constexpr int lanes = L::count, width = M::width;
-  static constexpr int at_once = 2 * M::most_rows;  // keys of a product between which rows are asked for
+  static constexpr int at_once = 2 * M::most_rows;  // keys of a product between which rows are prefetched
   static constexpr T lowest = std::numeric_limits<T>::lowest();
 
   // reference: the lowest number where a lane has seen nothing.
@@ -147,8 +147,8 @@ struct Forward {
     finish(arguments, first, visibility, f);
   }
 
-  /// S becomes P. Returns whether the reference of a lane that has seen keys before moved; `factor` then rescales what came
-  /// before.
+  /// S becomes P. Returns whether the reference of a lane that has seen keys before moved; `factor` then rescales what
+  /// came before.
   static COTERIE_INLINE bool softmax(const Visibility<T, M>& visibility, int block_begin, const Scratch& f) {
     alignas(64) T block_max[width];
     for (int v = 0; v < visibility.vectors; ++v) L::store(block_max + v * lanes, F{} + lowest);
@@ -222,7 +222,8 @@ struct Forward {
     best = other > best ? other : best;
   }
 
-  /// Where a block's largest logit is above a lane's reference by more than there is room for, it becomes the reference.
+  /// Where a block's largest logit is above a lane's reference by more than there is room for, it becomes the
+  /// reference.
   static COTERIE_INLINE bool move_references(const Visibility<T, M>& visibility, const T* block_max, const Scratch& f) {
     Ints above{}, grew{};
     for (int v = 0; v < visibility.vectors; ++v) {

@@ -65,7 +65,8 @@ inline constexpr T ln_2 = T(0.693147180559945309417232121458176568);
 
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
-/// The vector types of `Bytes` bytes of T: numbers, the same at any address, and integers of the same width (masks: -1 or 0).
+/// The vector types of `Bytes` bytes of T: numbers, the same at any address, and integers of the same width (masks: -1
+/// or 0).
 template <class T, int Bytes>
 struct Lanes {
   static constexpr int count = Bytes / static_cast<int>(sizeof(T));
@@ -90,7 +91,8 @@ struct Lanes {
     store(to, y + x);
   }
 
-  /// Asks for the cache lines of a row before it is read; one more than its length has where it does not begin with a line.
+  /// Prefetches the cache lines of a row; one more than its length has where it does not begin with a
+  /// line.
   static COTERIE_INLINE void fetch(const T* row, Index columns) {
     constexpr Index line = 64 / static_cast<Index>(sizeof(T));
     for (Index c = 0; c < columns; c += line) __builtin_prefetch(row + c, 0, 2);
@@ -99,8 +101,8 @@ struct Lanes {
 
   static COTERIE_INLINE void fill(T value, F& x) { x = F{} + value; }
 
-  /// sum += a x for a number or a vector a: one multiply-add wherever the machine has one. What is hidden is a copy, for g++ does
-  /// not keep an array of sums in registers when their own memory is.
+  /// sum += a x for a number or a vector a: one multiply-add wherever the machine has one. What is hidden is a copy,
+  /// for g++ does not keep an array of sums in registers when their own memory is.
   template <class A>
   static COTERIE_INLINE void add_product(const A& a, const F& x, F& sum) {
     F so_far = sum;
@@ -162,7 +164,8 @@ struct Lanes {
 
   /// y = 2^x for x up to 126; 0 below the smallest normal number; exactly 1 at 0; NaN stays NaN.
   /// Method: x = n + f, n whole, |f| < 1, a polynomial in f, and n added to the exponent bits.
-  /// Error: float at most 1.9 units in the last place (2.3 without fused multiply-adds), all floats tried; double 1.7 (2.1).
+  /// Error: float at most 1.9 units in the last place (2.3 without fused multiply-adds), all floats tried; double 1.7
+  ///   (2.1).
   static COTERIE_INLINE void exp2(const F& x, F& y) {
     constexpr T low = std::numeric_limits<T>::min_exponent - 1;  // -126 or -1022
     Ints n;
@@ -251,7 +254,7 @@ struct Lanes {
     shuffle<Pick>(a, b, y, std::make_integer_sequence<int, count>{});
   }
 
-  /// a, b = the blocks of `Size` numbers of a and b that have even and odd places: a0 b0 a2 b2 .. and a1 b1 a3 b3 ..
+  /// a, b = the blocks of `Size` numbers of a and b that have even and odd positions: a0 b0 a2 b2 .. and a1 b1 a3 b3 ..
   template <int Size>
   static COTERIE_INLINE void exchange_blocks(F& a, F& b) {
     struct Even {
@@ -279,8 +282,8 @@ struct Lanes {
     exchange<Low, High>(a, b);
   }
 
-  /// columns[i][l] = rows[l][i] for `quarter` columns: 16 bytes of every row go straight to their place, where only they are
-  /// left to be transposed.
+  /// columns[i][l] = rows[l][i] for `quarter` columns: 16 bytes of every row go straight to their position, where only
+  /// they are left to be transposed.
   static COTERIE_INLINE void load_columns(const T* const* rows, Index column, F (&columns)[quarter]) {
     COTERIE_UNROLL for (int i = 0; i < quarter; ++i) load_quarters(rows + i, column, columns[i]);
     transpose_quarters<quarter>(columns);

@@ -8,7 +8,8 @@
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
-/// Sums stay in registers, R rows by V vectors of them or as many for fewer vectors. Every sum runs over its terms in order, one multiply-add each, so
+/// Sums stay in registers, R rows by V vectors of them or as many for fewer vectors. Every sum runs over its terms in
+/// order, one multiply-add each, so
 /// its bits do not depend on how rows and vectors are cut into calls.
 template <class T, int Bytes, int V, int R>
 struct Micro {
@@ -16,8 +17,8 @@ struct Micro {
   using F = typename L::F;
   static constexpr int lanes = L::count, width = lanes * V, most_rows = R;
 
-  /// Calls work, which micro-kernels of an instruction set compile as a function of its own: what is rare, or seldom called, is
-  /// kept out of the loops around it, where it would cost registers and compile time.
+  /// Calls work, which micro-kernels of an instruction set compile as a function of its own: what is rare, or seldom
+  /// called, is kept out of the loops around it, where it would cost registers and compile time.
   template <class Work>
   static COTERIE_INLINE void apart(const Work& work) {
     work();
@@ -45,8 +46,9 @@ struct Micro {
         L::store(c + r * c_stride + v * lanes, sum[r][v]);
   }
 
-  /// Rows of sums for N vectors: more where one vector alone would leave the machine waiting, as far as there are registers
-  /// for their addresses; columns, which need one address, up to 2 R. And how many of what is left after so many at a time.
+  /// Rows of sums for N vectors: more where one vector alone would leave the machine waiting, as far as there are
+  /// registers for their addresses; columns, which need one address, up to 2 R. And how many of what is left after so
+  /// many at a time.
   template <int N>
   static constexpr int rows_for = N == 1 ? (R < 6 ? R : 8) : R;
   template <int N>
@@ -96,8 +98,8 @@ struct Micro {
       }
   }
 
-  /// transposed[column][lane] = rows[lane][column] * factor for `vectors` vectors of lanes and any rows of `columns` numbers;
-  /// transposed has rows of `stride` numbers, and more of them up to a whole vector.
+  /// transposed[column][lane] = rows[lane][column] * factor for `vectors` vectors of lanes and any rows of `columns`
+  /// numbers; transposed has rows of `stride` numbers, and more of them up to a whole vector.
   static COTERIE_INLINE void gather_columns(const T* const* rows, int vectors, Index columns, T factor, T* transposed,
                                             Index stride) {
     for (int v = 0; v < vectors; ++v)
@@ -117,7 +119,8 @@ struct Micro {
       }
   }
 
-  /// rows[lane][column] = transposed[column][lane] * factor[lane] for the first `count` lanes and any rows of `columns` numbers.
+  /// rows[lane][column] = transposed[column][lane] * factor[lane] for the first `count` lanes and any rows of `columns`
+  /// numbers.
   static COTERIE_INLINE void scatter_columns(const T* transposed, const T* factor, int count, Index columns,
                                              T* const* rows) {
     for (int first = 0; first < count; first += lanes)
@@ -147,8 +150,8 @@ struct Micro {
   }
 
   /// to[key][c] += sum_l p[key][l] x[l][c] for padded rows of `columns` numbers.
-  /// Checked: returns the first column of a strip of x that is not finite, otherwise `columns`; strips from there on are
-  /// left alone.
+  /// Checked: returns the first column of a strip of x that is not finite, otherwise `columns`; strips from there on
+  /// are left alone.
   static COTERIE_INLINE Index rows(const T* const* p, Index count, Index depth, const T* x, Index columns, T* to,
                                    bool checked) {
     for (Index c = 0; c < columns; c += width) {
@@ -167,7 +170,8 @@ struct Micro {
     return columns;
   }
 
-  // out[c][v] += sum_j rows[j][c] p[j][v], c < Columns: rows by columns. False, and nothing stored, if checked and not finite.
+  // out[c][v] += sum_j rows[j][c] p[j][v], c < Columns: rows by columns. False, and nothing stored, if checked and not
+  // finite.
   template <int Columns, int N>
   static COTERIE_INLINE bool by_columns(const T* const* rows, Index begin, Index end, Index column, const T* p, T* out,
                                         bool checked) {
@@ -201,7 +205,8 @@ struct Micro {
     if constexpr (N > 1) row_strips<N / 2, Add>(x, depth, w, w_stride, y, vectors);
   }
 
-  /// y[v] (+)= sum_l x[l] w[l][v] for any number of vectors: product() of one row, which has registers for longer pieces of w's.
+  /// y[v] (+)= sum_l x[l] w[l][v] for any number of vectors: product() of one row, which has registers for longer
+  /// pieces of w's.
   static COTERIE_INLINE void row_product(const T* x, Index depth, const T* w, Index w_stride, T* y, Index vectors,
                                          bool add) {
     if (add)
@@ -232,7 +237,8 @@ struct Micro {
     COTERIE_UNROLL for (int v = 0; v < N; ++v) L::store(s + v * lanes, sum[v]);
   }
 
-  /// s[key] = sum_d q[d] rows[key][d] for `vectors` vectors of keys: row_product() of one query and transposed keys, of keys as they are.
+  /// s[key] = sum_d q[d] rows[key][d] for `vectors` vectors of keys: row_product() of one query and transposed keys, of
+  /// keys as they are.
   static COTERIE_INLINE void row_dots(const T* const* rows, Index depth, const T* q, T* s, int vectors) {
     int v = 0;
     for (; v + 2 <= vectors; v += 2) row_dots_of<2>(rows + v * lanes, depth, q, s + v * lanes);
@@ -293,7 +299,8 @@ struct Micro {
       return columns;
   }
 
-  /// out[c][lane] += sum over j in [begin, end) of rows[j][c] p[j][lane], for `vectors` <= V vectors of rows of `width`.
+  /// out[c][lane] += sum over j in [begin, end) of rows[j][c] p[j][lane], for `vectors` <= V vectors of rows of
+  /// `width`.
   /// Checked: returns the first column not done, because a row with a non-finite number met it; otherwise `columns`.
   static COTERIE_INLINE Index columns(const T* const* rows, Index begin, Index end, Index columns, const T* p, T* out,
                                       int vectors, bool checked) {
@@ -351,8 +358,9 @@ struct Strips {
     if (r < rows) strip_rows<R - 1, N>(rows - r, strips + r * tokens, panel, tokens, d_w + r * stride, stride);
   }
 
-  /// d_w[r][c] += sum_i x[i][r] d_y[i][c] for `rows` rows and `vectors` <= V vectors. x lies in strips of [token][R], the
-  /// last one of as many rows as are left, d_y in rows of `width`. A sum runs over its tokens in order and is then added.
+  /// d_w[r][c] += sum_i x[i][r] d_y[i][c] for `rows` rows and `vectors` <= V vectors. x lies in strips of [token][R],
+  /// the last one of as many rows as are left, d_y in rows of `width`. A sum runs over its tokens in order and is then
+  /// added.
   static COTERIE_INLINE void run(const T* strips, Index rows, const T* panel, Index tokens, T* d_w, Index stride,
                                  int vectors) {
     if constexpr (V == 4) {

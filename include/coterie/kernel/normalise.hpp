@@ -1,4 +1,4 @@
-// Normalised rows over the head width: what routers and shared queries and keys get. Layer norm, or unit length.
+// Normalised rows over the head width: layer norm or unit length, forward and backward.
 #pragma once
 
 #include <cmath>
@@ -73,14 +73,15 @@ Index check_segments(const char* function, ConstView<T> m, Index width) {
 /// Normalises every `width` columns of every row.
 ///
 /// Shapes: x, y tokens x (segments * width); inverse_deviation tokens x segments, or empty when no backward follows.
-/// Formula, for each segment of each row:  y = (x - mean(x)) r,  r = inverse_deviation = 1 / sqrt(mean((x - mean(x))^2) + 1e-6).
+/// Formula, for each segment of each row:  y = (x - mean(x)) r,  r = inverse_deviation = 1 / sqrt(mean((x - mean(x))^2)
+/// + 1e-6).
 /// So |y| is sqrt(width), or less where x hardly varies; a constant segment gives zeros.
 /// Normalisation::unit_length:  y = x r,  r = 1 / sqrt(x.x + 1e-24); a segment of zeros gives zeros.
 /// Requires: matching shapes, and y's own storage or exactly x's (ShapeError).
 /// Overwrites y and inverse_deviation.
 /// Threads and determinism: a segment's bits depend on that segment alone.
-/// Source: Roy et al. 2021, section 4.1 (layer norm), the routing transformer for PyTorch (unit length); layer norm of a width
-///   below 3 is degenerate and refused by its users.
+/// Source: Roy et al. 2021, section 4.1 (layer norm), the routing transformer for PyTorch (unit length); layer norm of
+///   a width below 3 is degenerate and refused by its users.
 template <class T>
 void normalise_rows(detail::Same<ConstView<T>> x, View<T> y, detail::Same<View<T>> inverse_deviation, Index width,
                     Context& context, Normalisation normalisation = Normalisation::layer_norm) {
@@ -108,8 +109,8 @@ void normalise_rows(detail::Same<ConstView<T>> x, View<T> y, detail::Same<View<T
 /// Gradient of normalise_rows: undoes y = (x - mean(x)) r, or y = x r.
 ///
 /// Shapes: y, d_y, d_x tokens x (segments * width); inverse_deviation tokens x segments.
-/// Formula:  d_x += r (d_y - mean(d_y) - y mean(d_y y)),  of unit length  d_x += r (d_y - y (d_y.y)),  y and r as normalise_rows
-/// wrote them; x itself is not needed.
+/// Formula:  d_x += r (d_y - mean(d_y) - y mean(d_y y)),  of unit length  d_x += r (d_y - y (d_y.y)),  y and r as
+/// normalise_rows wrote them; x itself is not needed.
 /// Requires: matching shapes, d_x's own storage (ShapeError).
 /// Adds into d_x.
 /// Threads and determinism: as normalise_rows.

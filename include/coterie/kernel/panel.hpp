@@ -1,4 +1,22 @@
-// Dense products and nearest centroids on the micro-kernels.
+// Dense products y = x w with w packed into panels.
+//
+// A panel is `width` columns of w, all `depth` rows of them, stored row after row: [panel][depth][width]. That is the
+// order in which the micro-kernel reads it, so its loads are consecutive; zeros fill the last panel up to a whole
+// vector. w^T is packed by transposing squares of lanes x lanes. Only w is packed: rows of x are broadcast number by
+// number and read where they are.
+//
+// The walk, from the outside in: a task has product_rows rows of x (product.hpp); for each panel, for groups of 8 R of
+// those rows, the micro-kernel runs over the whole depth for R rows by `width` columns, and keeps those sums in
+// registers.
+//
+// Caches: the R rows of x and one row of the panel at a time come from the first level; a panel (depth x width numbers,
+// 256 KiB of floats at depth 1024) stays in the second for all rows of a task; w as a whole streams from the third,
+// once for each task.
+//
+// Sums are never cut along the depth: a number of y has the same bits whatever rows are computed with it.
+//
+// Start reading at Micro::by_rows, the loop that does the work, then product() below; the rest moves numbers to where
+// they are read.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +47,8 @@ struct ProductArguments {
   Index y_stride = 0;
   Index rows = 0, depth = 0, columns = 0;
   bool add = false;
-  // Not null: w itself, of which all panels but the last are read, if that ends inside a vector. Then `panels` holds only this one.
+  // Not null: w itself, from which panels are read in place. Only a last panel that ends inside a vector is packed, and
+  // is then all that `panels` holds.
   const T* w = nullptr;
   Index w_stride = 0;
 };
@@ -42,7 +61,7 @@ struct Panel {
   using L = typename M::L;
   using F = typename L::F;
   static constexpr int lanes = L::count, width = M::width, V = width / lanes, R = M::most_rows;
-  static constexpr int pack_rows = 8;
+  static constexpr int pack_rows = 8;  // rows at a time while packing
 
   static COTERIE_INLINE int vectors_of(Index columns) {
     return static_cast<int>(((columns < width ? columns : Index(width)) + lanes - 1) / lanes);
@@ -60,8 +79,8 @@ struct Panel {
   }
 
   // Copies rows of `columns` numbers into blocks of [row][Step], the last one of [row][tail] with zeros behind the last
-  // column up to a whole vector or the row's end. A few rows at a time, and the next ones asked for: rows a power of two
-  // apart share a few sets of a cache, and so do blocks.
+  // column up to a whole vector or the row's end. A few rows at a time, and the next ones prefetched: rows a power of
+  // two apart share a few sets of a cache, and so do blocks.
   template <int Step>
   static COTERIE_INLINE void pack_blocks(const T* from, Index stride, Index rows, Index columns, Index tail, T* to) {
     const Index whole = columns / Step * Step, left = columns - whole;
@@ -81,7 +100,8 @@ struct Panel {
     }
   }
 
-  // to[l][c] = rows[c][l] for `count` <= width rows of `depth` numbers; behind the last one lie zeros up to a whole vector.
+  // to[l][c] = rows[c][l] for `count` <= width rows of `depth` numbers; behind the last one lie zeros up to a whole
+  // vector.
   static COTERIE_INLINE void pack_transposed(const T* rows, Index stride, Index count, Index depth, T* to) {
     const Index squares = count / lanes * lanes, whole = depth / lanes * lanes;
     M::transpose_in(rows, stride, static_cast<int>(count / lanes), whole, to);
@@ -93,8 +113,8 @@ struct Panel {
       for (Index l = 0; l < depth; ++l) to[l * width + c] = 0;
   }
 
-  /// Packs columns [panel * width, (panel + 1) * width) into panels[panel][depth][width], zeros behind the last column up
-  /// to a whole vector.
+  /// Packs columns [panel * width, (panel + 1) * width) into panels[panel][depth][width], zeros behind the last column
+  /// up to a whole vector.
   static COTERIE_INLINE void pack(const PanelSource<T>& source, T* panels) {
     const Index begin = source.panel_begin * width, end = (std::min)(source.panel_end * width, source.columns);
     T* const to = panels + begin * source.depth;

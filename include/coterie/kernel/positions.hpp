@@ -57,8 +57,9 @@ struct TilePositions {
     }
   }
 
-  /// Calls f(at, v, low, high) for the segment's vectors and keys that have a position: `at` is the pairs' place in rows of
-  /// `width` from the block's first key on, `low` and `high` bound their rows in a table whose row 0 is for distance `first`.
+  /// Calls f(at, v, low, high) for the segment's vectors and keys that have a position: `at` is the pairs' place in
+  /// rows of `width` from the block's first key on, `low` and `high` bound their rows in a table whose row 0 is for
+  /// distance `first`.
   template <class F>
   COTERIE_INLINE void each(Index first, const KeySegment& s, int block_begin, const F& f) const {
     const int begin = (std::max)(s.begin, key_begin) - block_begin, end = (std::min)(s.end, key_end) - block_begin;

@@ -9,10 +9,11 @@ namespace coterie {
 namespace detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
-/// Rows of a task of a product.
+/// Rows of a task of a product: a multiple of every micro-kernel's rows (4 and 6), which reads a panel 16 times or
+/// more; and few enough that 1024 tokens make eleven tasks.
 inline constexpr Index product_rows = 96;
 
-/// Panels of a task that packs.
+/// Panels of a task that packs: the rows of w are then read 4 panels, that is 256 numbers with AVX-512, at a time.
 inline constexpr Index packed_panels = 4;
 
 /// Up to so many rows w is read in place: one pass over it, which packing would only double.

@@ -5,12 +5,12 @@
 //     A[c][lane]   += P[key][lane]                   so that the table is read once a tile here too:
 //     Ot[d][lane]  += sum_r rV[r][d] A[r][lane]      columns kernel
 //
-// Most pairs need no look-up of their own. Where all lanes of a vector are at or beyond an end of the table, they share its
-// end row. Where queries ascend by one, lane after lane, they need a diagonal of R: R and A are then kept skewed, lane l of
-// a vector l rows further up, so that a diagonal is one vector.
+// Most pairs need no look-up of their own. Where all lanes of a vector are at or beyond an end of the table, they share
+// its end row. Where queries ascend by one, lane after lane, they need a diagonal of R: R and A are then kept skewed,
+// lane l of a vector l rows further up, so that a diagonal is one vector.
 //
-// The row invariant: a sum R[r][lane] has the same bits whatever else is computed, A[r][lane] adds its pairs in the order of
-// their keys, and rows that a lane does not use add exact zeros.
+// The row invariant: a sum R[r][lane] has the same bits whatever else is computed, A[r][lane] adds its pairs in the
+// order of their keys, and rows that a lane does not use add exact zeros.
 #pragma once
 
 #include <algorithm>
@@ -33,8 +33,8 @@ struct Relative {
   using Ints = typename L::Ints;
   static constexpr int lanes = L::count, width = M::width;
 
-  // Rows of a buffer: the table's first row; its last row; room for what skewing moves up; from here on the rows of `rows`,
-  // ends among them; room behind.
+  // Rows of a buffer: the table's first row; its last row; room for what skewing moves up; from here on the rows of
+  // `rows`, ends among them; room behind.
   static constexpr Index skew_rows = lanes / 2, listed = lanes + skew_rows, room = listed + lanes + skew_rows;
 
   const AttentionArguments<T>* arguments = nullptr;
@@ -54,8 +54,8 @@ struct Relative {
   // Where in a buffer the block's pairs have their numbers: of a vector that has them side by side the first one's, of
   // others every lane's, the first as -1 - it.
   std::int32_t where[key_block * width];
-  // Of a vector whose lanes ascend by one against keys that do, without `where`: keys [run_begin, run_end), counted from the
-  // block's first one, have theirs at run_from, one row further up for every key.
+  // Of a vector whose lanes ascend by one against keys that do, without `where`: keys [run_begin, run_end), counted
+  // from the block's first one, have theirs at run_from, one row further up for every key.
   int run_begin[width / lanes], run_end[width / lanes];
   int last_row_until[width / lanes],
       first_row_from[width / lanes];  // keys before and from there on: all of the last, first row
@@ -177,7 +177,7 @@ struct Relative {
     std::memset(buffer, 0, static_cast<std::size_t>(listed + reached) * row_bytes);
   }
 
-  /// Finds the places of the block's pairs, after Positions::turn_to_block.
+  /// Finds where in a buffer the block's pairs have their numbers, after TilePositions::turn_to_block.
   COTERIE_INLINE void turn_to_block(const Visibility<T, M>& visibility, int block_begin) {
     M::apart([&]() __attribute__((always_inline)) {
       const Index end = count - 1, first = arguments->relative_first;
@@ -234,9 +234,9 @@ struct Relative {
     });
   }
 
-  /// Calls whole(at, place) for vectors of pairs that find their numbers side by side in a buffer, single(at, place) for the
-  /// other pairs, and same(at, keys, place) for vectors of as many keys that find the same ones. `at` is where the block has
-  /// them. Masked pairs are among them.
+  /// Calls whole(at, place) for vectors of pairs that find their numbers side by side in a buffer, single(at, place)
+  /// for the other pairs, and same(at, keys, place) for vectors of as many keys that find the same ones. `at` is where
+  /// the block has them. Masked pairs are among them.
   template <class Whole, class Single, class Same>
   COTERIE_INLINE void each(const KeySegment& s, int block_begin, const Whole& whole, const Single& single,
                            const Same& same) const {
@@ -362,8 +362,8 @@ struct Relative {
     });
   }
 
-  /// to[r][c] += sum_lane A[r][lane] x[lane][c], of straightened rows; `to` has all rows of the table, in rows of `columns`
-  /// numbers as x, which are padded. sums: key_block such rows.
+  /// to[r][c] += sum_lane A[r][lane] x[lane][c], of straightened rows; `to` has all rows of the table, in rows of
+  /// `columns` numbers as x, which are padded. sums: key_block such rows.
   COTERIE_INLINE void add_rows(const Visibility<T, M>& visibility, const T* buffer, const T* x, Index columns, T* sums,
                                T* to) {
     M::apart([&]() __attribute__((always_inline)) {
@@ -409,7 +409,8 @@ struct Relative {
     if constexpr (2 * Bit < lanes) skew_by<2 * Bit>(x, earlier);
   }
 
-  /// Moves lane l of every vector by l rows, up (Step 1) or down (-1), for `inner` rows from `first` on in the step's direction.
+  /// Moves lane l of every vector by l rows, up (Step 1) or down (-1), for `inner` rows from `first` on in the step's
+  /// direction.
   /// The bits of l one after the other, each a choice between two rows; rows stream through registers.
   template <int Step>
   static COTERIE_INLINE void skew(const Visibility<T, M>& visibility, T* buffer, Index first, Index inner) {

@@ -1,4 +1,4 @@
-// Positions in queries and keys: rotary embeddings, forward and backward.
+// Rotary positions: turns of column pairs of queries and keys, forward and backward.
 #pragma once
 
 #include <cmath>

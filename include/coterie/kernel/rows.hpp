@@ -1,4 +1,4 @@
-// Row by row arithmetic: fill, copy, add, biases.
+// Row arithmetic: fill, copy, add, bias.
 #pragma once
 
 #include <algorithm>

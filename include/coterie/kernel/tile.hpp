@@ -1,12 +1,13 @@
 // What the forward and the backward tile share: packing queries, bias by distance, sums down the keys.
 //
-// A tile is up to `width` consecutive entries of a part, one per vector lane: lanes are queries. Their rows are transposed
-// once; keys and values are read in place, block after block of the group's key list.
+// A tile is up to `width` consecutive entries of a part, one per vector lane: lanes are queries. Their rows are
+// transposed once; keys and values are read in place, block after block of the group's key list.
 //
 // Logits are kept to base 2, times log2(e) by way of queries and bias, for 2^x is what machines do best.
 //
 // The row invariant: a lane's numbers come from the same operations in the same order whatever the other lanes see.
-// Blocks are cut at multiples of `key_block` in the group's key list; sums run key by key; a masked key adds an exact zero.
+// Blocks are cut at multiples of `key_block` in the group's key list; sums run key by key; a masked key adds an exact
+// zero.
 #pragma once
 
 #include <algorithm>
@@ -72,9 +73,9 @@ struct Tile {
     return (std::min)(keys, most_gathered) * (padded(d) + padded(dv));
   }
 
-  /// Copies the keys and values that a part sees into `scratch` where they lie far apart and several tiles read them: rows of
-  /// many heads are a power of two apart and fall on few sets of a cache. Rows that lie side by side are copied where
-  /// `bytes_in_place` do not hold all of them: rows of a cluster are on many pages then.
+  /// Copies the keys and values that a part sees into `scratch` where they lie far apart and several tiles read them:
+  /// rows of many heads are a power of two apart and fall on few sets of a cache. Rows that lie side by side are copied
+  /// where `bytes_in_place` do not hold all of them: rows of a cluster are on many pages then.
   static COTERIE_INLINE void gather(AttentionArguments<T>& arguments, Index bytes_in_place, T* scratch) {
     M::apart([&]() __attribute__((always_inline)) {
       if (arguments.entries < 3 * width) return;
@@ -110,9 +111,9 @@ struct Tile {
     L::fetch(arguments.v.row(arguments.keys[rank]), arguments.dv);
   }
 
-  /// The tile that follows the one at `first`, of the same part or of the next one. Rows sorted by cluster lie scattered,
-  /// and the machine cannot guess the next one: while a tile computes, it asks for what the following one reads and writes
-  /// first. A few rows at a time: many wait for each other.
+  /// The tile that follows the one at `first`, of the same part or of the next one. Rows sorted by cluster lie
+  /// scattered, and the machine cannot guess the next one: while a tile computes, it prefetches what the following one
+  /// reads and writes first. A few rows at a time: many wait for each other.
   struct Following {
     const AttentionArguments<T>* arguments;
     Index entry, end, at_once;
@@ -128,7 +129,7 @@ struct Tile {
       at_once = (end - entry + calls - 1) / calls;
     }
 
-    /// Asks for query, output, state, newest key and value of the next entries, and for what also(part, entry) does.
+    /// Prefetches query, output, state, newest key and value of the next entries, and what also(part, entry) does.
     template <class Also>
     COTERIE_INLINE void fetch(const Also& also) {
       for (const Index until = (std::min)(entry + at_once, end); entry < until; ++entry) {
@@ -183,8 +184,8 @@ struct Tile {
       for (T* to = transposed + v * lanes; to < end; to += width) L::store(to, F{});
   }
 
-  /// score = cap tanh(score / cap) of one vector; y = tanh(score / cap). The one formula, so that rows have the same bits in
-  /// tiles and alone.
+  /// score = cap tanh(score / cap) of one vector; y = tanh(score / cap). The one formula, so that rows have the same
+  /// bits in tiles and alone.
   static COTERIE_INLINE void cap(const AttentionArguments<T>& arguments, T* score, F& y) {
     F x;
     L::load(score, x);
@@ -231,15 +232,15 @@ struct Tile {
     });
   }
 
-  /// The bias table, to base 2, with its end columns repeated `width` times on both sides: lanes at or beyond an end, and
-  /// those that ascend by one, find theirs side by side.
+  /// The bias table, to base 2, with its end columns repeated `width` times on both sides: lanes at or beyond an end,
+  /// and those that ascend by one, find theirs side by side.
   static COTERIE_INLINE void pad_bias(const AttentionArguments<T>& arguments, T* table) {
     for (Index i = 0; i < arguments.bias_count + 2 * width; ++i)
       table[i] = arguments.bias[std::clamp<Index>(i - width, 0, arguments.bias_count - 1)] * log2_e<T>;
   }
 
-  /// Calls whole(at, column) for vectors of pairs whose columns of the padded table lie side by side, and single(at, column)
-  /// for the other pairs.
+  /// Calls whole(at, column) for vectors of pairs whose columns of the padded table lie side by side, and single(at,
+  /// column) for the other pairs.
   template <class Whole, class Single>
   static COTERIE_INLINE void each_bias(const AttentionArguments<T>& arguments, const TilePositions<T, M>& positions,
                                        const KeySegment& s, int block_begin, const Whole& whole, const Single& single) {

@@ -89,7 +89,8 @@ struct Visibility {
     return next_key(next) / key_block * key_block;
   }
 
-  /// Which lanes of a vector see a key: two subtractions an interval, for g++ takes comparisons joined by & apart, lane by lane.
+  /// Which lanes of a vector see a key: two subtractions an interval, for g++ takes comparisons joined by & apart, lane
+  /// by lane.
   struct Mask {
     Ints before[2], until[2];
     int intervals;

@@ -10,6 +10,7 @@
 #include "coterie/core/context.hpp"
 #include "coterie/core/finite.hpp"
 #include "coterie/kernel/nearest.hpp"
+#include "coterie/kernel/product.hpp"
 #include "coterie/router/centroids.hpp"
 #include "coterie/router/config.hpp"
 #include "coterie/router/relocation.hpp"
