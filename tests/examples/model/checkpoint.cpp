@@ -99,8 +99,8 @@ TEST_CASE("files of other models and damaged ones are refused, and nothing is wr
   other.vocabulary = 41;
   refuses(other, "embedding");
   other = config;
-  other.attention.clusters = 4;
-  other.attention.window = 17;
+  other.attention.routed.clusters = 4;
+  other.attention.routed.window = 17;
   refuses(other, "clusters: expected 4, got 3; window: expected 17, got 16");
 
   Training<float> same(7);
