@@ -52,6 +52,20 @@ inline std::vector<Kind> causal_kinds() {
   kind.config.kv_heads = 2;
   kind.config.routed.matching.self = Self::never;
   take(kind);
+  Kind blocks{"causal: local, routed and dense heads at once, memory, global tokens", kinds()[0].config};
+  blocks.config.dense = {.heads = 1};
+  blocks.config.memory = 1;
+  blocks.config.globals = 2;
+  take(blocks);
+  blocks.name = "causal: induction in all three blocks, biases";
+  blocks.config.memory = blocks.config.globals = 0;
+  blocks.config.bias = true;
+  for (Matching* matching :
+       {&blocks.config.local.matching, &blocks.config.routed.matching, &blocks.config.dense.matching}) {
+    matching->induction = true;
+    matching->key_taps = 2;
+  }
+  take(blocks);
   return all;
 }
 

@@ -1,4 +1,4 @@
-// What files and layers are after memory has run out while a layer was saved or read: what they were, or what they had to be.
+// What files and layers are after memory has run out while a layer was saved or read: old or new, and whole.
 #include <memory>
 
 #include "allocation.hpp"

@@ -92,7 +92,7 @@ struct Contents {
   }
 };
 
-// What read_layer says of the file of a small layer once it is spoilt; nothing may have been changed in the layer it reads into.
+// What read_layer says of the file of a small layer once it is spoilt; the layer it reads into has to be as it was.
 template <class Spoil>
 std::string saved_fault(Spoil spoil) {
   const RoutingAttention<float> layer = make_layer<float>(saved_config);
