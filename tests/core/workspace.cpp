@@ -85,6 +85,40 @@ TEST_CASE("reserve makes room in an empty arena only") {
   REQUIRE(allocations() == before);
 }
 
+TEST_CASE("clear gives everything back, and room that bytes_for has counted is enough") {
+  Arena arena;
+  for (const Index rows : {100, 3000, 7}) {
+    arena.clear();
+    arena.reserve(Arena::bytes_for<float>(rows * 3) + Arena::bytes_for<double>(5) + Arena::bytes_for<float>(rows));
+    const std::size_t bytes = arena.bytes();
+    const long before = allocations();
+    float* const first = arena.matrix<float>(rows, 3).data();
+    arena.take<double>(5);
+    arena.take<float>(rows);
+    REQUIRE(allocations() == before);
+    REQUIRE(arena.bytes() == bytes);
+    arena.clear();
+    REQUIRE(arena.take<float>(1) == first);
+  }
+  REQUIRE(Arena::bytes_for<float>(0) == 0);
+  REQUIRE(Arena::bytes_for<double>(9) == 128);
+}
+
+TEST_CASE("an arena that moves takes along what was taken, and leaves an empty one") {
+  Arena from;
+  int* const taken = from.take<int>(10);
+  taken[9] = 42;
+  Arena to(std::move(from));
+  REQUIRE(taken[9] == 42);
+  REQUIRE(to.take<int>(10) != taken);
+  REQUIRE(from.bytes() == 0);  // NOLINT: moved from, and empty by contract
+  from.take<int>(3)[2] = 1;
+  to = std::move(from);
+  REQUIRE(to.bytes() > 0);
+  to.clear();
+  REQUIRE(to.take<int>(1) != nullptr);
+}
+
 TEST_CASE("a workspace keeps its workers' arenas where they are, and makes them alike") {
   Workspace workspace;
   workspace.prepare(2);
