@@ -4,8 +4,8 @@
 
 namespace test {
 
-/// How often this process has asked for memory so far, in all threads: by malloc and its kin, so also Eigen, with glibc and
-/// under sanitizers; elsewhere by operator new alone.
+/// How often this process has asked for memory so far, in all threads: by malloc and its kin, so also Eigen, with glibc
+/// and under sanitizers; elsewhere by operator new alone.
 long allocations();
 
 /// While it lives, allocation `n` of this process (the next one is 0) fails, and no other: operator new throws
@@ -22,10 +22,10 @@ class FailAllocation {
   bool failed() const;
 };
 
-/// Runs attempt() with allocation 0, 1, 2, ... failing, until it asks for no more; returns how many attempts had one fail.
-/// prepare() runs before each attempt; check(threw) after each one in which an allocation failed: `threw` says whether the
-/// attempt ended in an exception (std::bad_alloc, or what was made of it). Inside prepare and check no allocation fails.
-/// Call it for at least one failure: a loop that never fails tests nothing.
+/// Runs attempt() with allocation 0, 1, 2, ... failing, until it asks for no more; returns how many attempts had one
+/// fail. prepare() runs before each attempt; check(threw) after each one in which an allocation failed: `threw` says
+/// whether the attempt ended in an exception (std::bad_alloc, or what was made of it). Inside prepare and check no
+/// allocation fails. Call it for at least one failure: a loop that never fails tests nothing.
 template <class Prepare, class Attempt, class Check>
 long fail_each_allocation(Prepare&& prepare, Attempt&& attempt, Check&& check) {
   for (long n = 0;; ++n) {

@@ -17,7 +17,8 @@ TEST_CASE("a striped sum has every term once, at every length") {
 }
 
 TEST_CASE("a striped sum runs in its stated order") {
-  // Eight partial sums, added as ((0+4)+(2+6)) + ((1+5)+(3+7)): 1 is lost beside 1e8 in float only where they meet first.
+  // Eight partial sums, added as ((0+4)+(2+6)) + ((1+5)+(3+7)): 1 is lost beside 1e8 in float only where they meet
+  // first.
   const auto sum = [](std::vector<float> x) {
     return detail::striped_sum<float>(static_cast<Index>(x.size()),
                                       [&](Index i) { return x[static_cast<std::size_t>(i)]; });

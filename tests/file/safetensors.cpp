@@ -50,7 +50,8 @@ TEST_CASE("a file as others write it is read") {
   const std::vector<std::byte> bytes = [] {
     std::vector<std::byte> b = file_bytes(
         R"({"__metadata__":{"format":"pt","\u00e9":"\n"},"w":{"shape":[2,3],"data_offsets":[8,32],"dtype":"F32"},)"
-        R"("n":{"dtype":"I64","shape":[],"data_offsets":[0,8]} , "none":{"dtype":"F16","shape":[0,4],"data_offsets":[8,8]}}   )"
+        R"("n":{"dtype":"I64","shape":[],"data_offsets":[0,8]} , )"
+        R"("none":{"dtype":"F16","shape":[0,4],"data_offsets":[8,8]}}   )"
         "\n");
     append<std::int64_t>(b, {-7});
     append<float>(b, {1, 2, 3, 4, 5.5f, -0.0f});
@@ -201,13 +202,18 @@ TEST_CASE("every dtype is known by its size") {
 }
 
 TEST_CASE("numbers are converted where nothing is lost, else refused") {
-  std::vector<std::byte> bytes = file_bytes(
-      R"({"f64":{"dtype":"F64","shape":[2],"data_offsets":[0,16]},"i64":{"dtype":"I64","shape":[1],"data_offsets":[16,24]},)"
-      R"("f16":{"dtype":"F16","shape":[5],"data_offsets":[24,34]},"bf16":{"dtype":"BF16","shape":[3],"data_offsets":[34,40]},)"
-      R"("i8":{"dtype":"I8","shape":[2],"data_offsets":[40,42]},"u8":{"dtype":"U8","shape":[1],"data_offsets":[42,43]},)"
-      R"("bool":{"dtype":"BOOL","shape":[2],"data_offsets":[43,45]},"u16":{"dtype":"U16","shape":[1],"data_offsets":[45,47]},)"
-      R"("i16":{"dtype":"I16","shape":[1],"data_offsets":[47,49]},"i32":{"dtype":"I32","shape":[1],"data_offsets":[49,53]},)"
-      R"("u32":{"dtype":"U32","shape":[1],"data_offsets":[53,57]},"u64":{"dtype":"U64","shape":[1],"data_offsets":[57,65]}})");
+  std::vector<std::byte> bytes = file_bytes(R"({"f64":{"dtype":"F64","shape":[2],"data_offsets":[0,16]},)"
+                                            R"("i64":{"dtype":"I64","shape":[1],"data_offsets":[16,24]},)"
+                                            R"("f16":{"dtype":"F16","shape":[5],"data_offsets":[24,34]},)"
+                                            R"("bf16":{"dtype":"BF16","shape":[3],"data_offsets":[34,40]},)"
+                                            R"("i8":{"dtype":"I8","shape":[2],"data_offsets":[40,42]},)"
+                                            R"("u8":{"dtype":"U8","shape":[1],"data_offsets":[42,43]},)"
+                                            R"("bool":{"dtype":"BOOL","shape":[2],"data_offsets":[43,45]},)"
+                                            R"("u16":{"dtype":"U16","shape":[1],"data_offsets":[45,47]},)"
+                                            R"("i16":{"dtype":"I16","shape":[1],"data_offsets":[47,49]},)"
+                                            R"("i32":{"dtype":"I32","shape":[1],"data_offsets":[49,53]},)"
+                                            R"("u32":{"dtype":"U32","shape":[1],"data_offsets":[53,57]},)"
+                                            R"("u64":{"dtype":"U64","shape":[1],"data_offsets":[57,65]}})");
   append<double>(bytes, {0.1, -1e300});
   append<std::int64_t>(bytes, {std::numeric_limits<std::int64_t>::min()});
   append<std::uint16_t>(bytes, {0x3C00, 0xC000, 0x3555, 0x0001, 0x7C00});  // 1, -2, 1365/4096, 2^-24, infinity

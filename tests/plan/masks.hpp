@@ -88,7 +88,7 @@ struct Setting {
   }
 };
 
-/// The mask by definition. choose(row, c, first, count): the positions that a query with aligned position c may see among
+/// The mask by definition. choose(row, c, first, count): the positions that a query with aligned position c sees among
 /// the keys [0, count) of its sequence, before the self rule; its keys begin at row `first`.
 template <class Choose>
 Mask expected_mask(const Setting& setting, Choose choose) {

@@ -9,19 +9,19 @@
 
 namespace coterie {
 
-/// A size, stride or overlap of a matrix does not fit.
+/// A size, stride or overlap of a matrix that does not fit.
 class ShapeError : public std::invalid_argument {
  public:
   using std::invalid_argument::invalid_argument;
 };
 
-/// A label, offset or setting has a value that has no meaning.
+/// A label, offset or setting whose value has no meaning.
 class ValueError : public std::invalid_argument {
  public:
   using std::invalid_argument::invalid_argument;
 };
 
-/// A file could not be read or written.
+/// A file that cannot be read or written.
 class FileError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -71,5 +71,5 @@ class Faults {
 }  // namespace detail
 }  // namespace coterie
 
-/// Inside the library: what earlier checks have made sure of. Off with NDEBUG.
+/// Asserts inside the library what earlier checks have established. Off with NDEBUG.
 #define COTERIE_ASSERT(condition) assert(condition)

@@ -10,7 +10,7 @@
 namespace coterie {
 
 /// The instruction set of the kernels. `automatic` takes the widest that the machine has; the others are for tests and
-/// measurements, and a machine that lacks one throws ValueError where it is asked for.
+/// measurements. Requires: a machine that has it, otherwise the constructor of a Context throws ValueError.
 enum class InstructionSet { automatic, baseline, avx2, avx512 };
 
 /// Executor, workspace and instruction set of the calls of one thread.
@@ -51,8 +51,8 @@ class Context {
     workspace_->level();
   }
 
-  /// Calls f(first, last, worker) for [0, count) cut at multiples of `size`, a task each: where it is cut does not depend
-  /// on the workers.
+  /// Calls f(first, last, worker) for [0, count) cut at multiples of `size`, a task each. The cuts do not depend on the
+  /// workers.
   template <class F>
   void for_chunks(Index count, Index size, F&& f) {
     for_each((count + size - 1) / size,

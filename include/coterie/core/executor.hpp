@@ -1,4 +1,4 @@
-// How tasks meet threads: the Executor concept, and the two executors that come with the library.
+// Executors run tasks on threads: the concept, and the two executors that come with the library.
 #pragma once
 
 #include <atomic>
@@ -31,7 +31,8 @@ class TaskRef {
   void (*call_)(void*, Index, Index);
 };
 
-/// What the library asks of an executor, so that a host program can hand in its own threads:
+/// What the library requires of an executor, so that a host program can use its own threads.
+///
 /// `workers()` gives the number of workers, and `for_each(count, f)` calls f(task, worker) once for every task in
 /// [0, count), worker in [0, workers()), no two calls with the same worker at the same time, and returns when all are
 /// done. Tasks may run in any order: results do not depend on it. An exception of a task is rethrown to the caller.

@@ -33,7 +33,7 @@ template <class M>
 struct RowMajorStorage<M, true> {
   using Scalar = typename M::Scalar;
   static constexpr int flags = Eigen::internal::traits<M>::Flags;
-  // A column vector of one column is stored like a column-major matrix: refused, its rows are not contiguous in general.
+  // A column vector is stored like a column-major matrix: refused, for its rows are not contiguous in general.
   static constexpr bool readable = (flags & Eigen::DirectAccessBit) != 0 && (flags & Eigen::RowMajorBit) != 0 &&
                                    int(Eigen::internal::inner_stride_at_compile_time<M>::ret) == 1;
   static constexpr bool writable = readable && (flags & Eigen::LvalueBit) != 0;
@@ -44,7 +44,8 @@ template <class M, class T>
 concept ReadableRows = RowMajorStorage<std::remove_cvref_t<M>>::readable &&
     std::same_as<typename RowMajorStorage<std::remove_cvref_t<M>>::Scalar, T>;
 
-// An lvalue matrix, or a block, map or Ref by value (it refers to somebody's storage); never const, never a temporary owner.
+// An lvalue matrix, or a block, map or Ref by value (it refers to another's storage); never const, never a temporary
+// that owns its numbers.
 template <class M, class T>
 concept WritableRows = RowMajorStorage<std::remove_cvref_t<M>>::writable &&
                        std::same_as<typename RowMajorStorage<std::remove_cvref_t<M>>::Scalar, T> &&
@@ -96,7 +97,7 @@ class ConstView {
   Index rows_ = 0, cols_ = 0, stride_ = 0;
 };
 
-/// A writable view; see ConstView. Converts from what can be written to: a const matrix or a temporary one does not compile.
+/// A writable view; see ConstView. Converts from what can be written to; a const or temporary matrix does not compile.
 template <class T>
 class View {
  public:
@@ -153,7 +154,7 @@ requires detail::ReadableRows<M, typename detail::RowMajorStorage<M>::Scalar> Co
 
 namespace detail {
 
-/// Makes an argument's scalar type follow from the others', so that matrices convert to views in templates.
+/// An argument type from which T is not deduced, so that matrices convert to views in templates.
 template <class T>
 using Same = std::type_identity_t<T>;
 

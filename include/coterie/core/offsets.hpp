@@ -17,7 +17,7 @@ struct RowRange {
   Index count() const { return end - begin; }
 };
 
-/// The sequences of checked offsets; none given: one.
+/// The number of sequences of checked offsets; empty: one.
 inline Index sequence_count(std::span<const Index> offsets) {
   return offsets.empty() ? 1 : static_cast<Index>(offsets.size()) - 1;
 }

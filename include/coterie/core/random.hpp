@@ -24,8 +24,8 @@ constexpr std::uint64_t random_bits(std::uint64_t seed, std::uint64_t stream, st
   return mix_bits(mix_bits(mix_bits(seed + step) + (stream + 1) * step) + (counter + 1) * step);
 }
 
-/// Whether a (query, key) pair is dropped is a function of 32 bits of each of its rows: pair_bits(query ^ key) below a bound.
-/// row_bits: those of a row for one head of one call; pair_bits: an integer hash (C. Wellons's lowbias32).
+/// The bits of a row for one head of one call, and the hash of a pair of rows (C. Wellons's lowbias32): a (query, key)
+/// pair is dropped where pair_bits(query ^ key) is below a bound.
 enum class RowKind : std::uint64_t { query, key, memory };
 constexpr std::uint32_t row_bits(std::uint64_t call, RowKind kind, Index row) {
   return static_cast<std::uint32_t>(

@@ -119,8 +119,7 @@ class Arena {
     if (block == 0 && used == 0 && blocks_.size() > 1) hold(bytes());
   }
 
-  // Holds one block instead of what it holds. Called by destructors: where memory is short it holds none, and take()
-  // throws when it comes to that.
+  // Replaces all blocks by one. Called by destructors: where memory is short there is none, and the next take() throws.
   void hold(std::size_t size) noexcept {
     blocks_.clear();
     try {
@@ -147,16 +146,16 @@ class Workspace {
     while (workers_.size() < static_cast<std::size_t>(workers)) workers_.emplace_back();
   }
 
-  /// Makes all workers' arenas as large as the largest, once all are given back: which worker gets which task is chance,
-  /// and the next call must not have to grow an arena that chance has left small.
+  /// Makes all workers' arenas as large as the largest; call it when nothing is taken. Which worker gets which task is
+  /// chance, and the next call must not have to grow an arena that has had small tasks so far.
   void level() {
     std::size_t most = 0;
     for (const Arena& arena : workers_) most = arena.bytes() > most ? arena.bytes() : most;
     for (Arena& arena : workers_) arena.reserve(most);
   }
 
-  /// The object of type S that lives here, made at its first use: scratch that an arena cannot hold, such as plans. A
-  /// caller finds it as the last one left it.
+  /// The object of type S that lives here, made at its first use: scratch memory that an arena cannot hold, such as
+  /// plans. A caller finds it as the last one left it.
   template <class S>
   S& object() {
     for (const Object& object : objects_)

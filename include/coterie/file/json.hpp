@@ -1,4 +1,4 @@
-// The JSON of safetensors headers: objects, lists, strings and whole numbers; no recursion, whatever a file holds.
+// The JSON of safetensors headers: objects, lists, strings and whole numbers, read without recursion.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ inline bool is_utf8(std::string_view text) {
   return true;
 }
 
-/// Text of a file as an error quotes it: short, and nothing in it that a terminal would obey.
+/// Text of a file as errors quote it: short, without control characters.
 inline std::string in_quotes(std::string_view text) {
   constexpr std::size_t most = 80;
   constexpr char digits[] = "0123456789abcdef";
@@ -73,7 +73,7 @@ inline void append_json_string(std::string& out, std::string_view text) {
 /// Reads JSON from the front. Every fault is a FileError "where: damaged header: byte n: expected ..., got ...".
 class JsonReader {
  public:
-  /// Refers to both.
+  /// Refers to both arguments, which must outlive it.
   JsonReader(std::string_view text, const std::string& where) : text_(text), where_(where) {}
 
   /// Reads an object; member(key) has to read the value.
@@ -122,7 +122,7 @@ class JsonReader {
     }
   }
 
-  /// Reads a null where there is one; whether there was.
+  /// Reads a null where there is one; returns whether there was.
   bool null() {
     skip_space();
     if (text_.substr(at_, 4) != "null") return false;
@@ -151,7 +151,7 @@ class JsonReader {
     if (at_ < text_.size()) fail("nothing but white space");
   }
 
-  /// Throws for what was expected where the reader stands.
+  /// Throws FileError for what was expected at the reader's position.
   [[noreturn]] void fail(std::string_view expected) const {
     throw FileError(join(where_, ": damaged header: byte ", at_, ": expected ", expected, ", got ",
                          at_ < text_.size() ? in_quotes(text_.substr(at_, 1)) : "the end of the header"));
@@ -172,7 +172,7 @@ class JsonReader {
     if (!take(c)) fail(in_quotes({&c, 1}));
   }
 
-  // At a backslash.
+  // Reads an escape, at its backslash.
   void escape(std::string& out) {
     constexpr std::string_view letters = "\"\\/bfnrt", meanings = "\"\\/\b\f\n\r\t";
     if (++at_ == text_.size()) fail("an escape");
@@ -183,7 +183,7 @@ class JsonReader {
     ++at_;
   }
 
-  // At the u of \uXXXX; characters beyond U+FFFF are written as two of them, a high and a low surrogate.
+  // Reads \uXXXX, at its u; characters beyond U+FFFF are two of them, a high and a low surrogate.
   void unicode_escape(std::string& out) {
     std::uint32_t code = four_digits();
     if (code >= 0xDC00 && code <= 0xDFFF) fail("a high surrogate before a low one");

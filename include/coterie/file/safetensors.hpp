@@ -1,4 +1,4 @@
-// The safetensors format: named tensors in one file, written at once and read with every check that a hostile file needs.
+// The reader of safetensors files: named tensors, with every check that a hostile file needs.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@
 
 namespace coterie {
 
-/// Element types of the format, by their names there in lower case.
+/// Element types of the format: its names, in lower case.
 enum class Dtype {
   boolean,
   f4,
@@ -54,7 +54,7 @@ struct DtypeInfo {
   Index bits;
 };
 
-/// In the order of Dtype.
+/// Names and sizes, in the order of Dtype.
 inline constexpr std::array<DtypeInfo, 22> dtypes{
     {{"BOOL", 8},    {"F4", 4},      {"F6_E2M3", 6}, {"F6_E3M2", 6},     {"U8", 8},          {"I8", 8},
      {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8}, {"F8_E5M2FNUZ", 8}, {"I16", 16},
@@ -75,13 +75,13 @@ inline constexpr Dtype dtype_of<std::int64_t> = Dtype::i64;
 template <class T>
 concept Storable = std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, std::int64_t>;
 
-/// The unsigned integer of so many bytes.
+/// The unsigned integer of 1, 2, 4 or 8 bytes.
 template <std::size_t bytes>
 using Bits = std::conditional_t<
     bytes == 1, std::uint8_t,
     std::conditional_t<bytes == 2, std::uint16_t, std::conditional_t<bytes == 4, std::uint32_t, std::uint64_t>>>;
 
-// Numbers of files are little-endian, whatever the machine is; compilers make one move of these loops where it is, too.
+// Numbers of files are little-endian on every machine; on little-endian ones compilers make one move of these loops.
 template <class T>
 T from_little_endian(const std::byte* bytes) {
   Bits<sizeof(T)> bits = 0;
@@ -95,7 +95,7 @@ void to_little_endian(T value, std::byte* bytes) {
   for (std::size_t i = 0; i < sizeof(T); ++i) bytes[i] = static_cast<std::byte>((bits >> (8 * i)) & 0xFF);
 }
 
-/// "[2, 3]"
+/// A shape as errors quote it: "[2, 3]".
 inline std::string shape_text(std::span<const Index> shape) {
   std::string text = "[";
   for (const Index size : shape) text += join(text.size() > 1 ? ", " : "", size);
@@ -108,7 +108,7 @@ inline std::optional<Index> tensor_bytes(Dtype dtype, std::span<const Index> sha
   const bool empty = std::find(shape.begin(), shape.end(), 0) != shape.end();
   Index bits = dtype_info(dtype).bits;
   for (const Index size : shape) {
-    if (size == 0) continue;  // whatever the others are: their product has to make sense as well
+    if (size == 0) continue;  // the product of the others has to fit as well
     if (bits > most / size) return {};
     bits *= size;
   }
@@ -132,15 +132,16 @@ struct SafetensorsTensor {
 
 /// The tensors and metadata of a file, checked; made by parse_safetensors or read_safetensors.
 ///
-/// The latter keeps the bytes of its file as long as it or a copy of it lives, the former refers to its caller's. What a view
-/// lends goes with it: asking a temporary for it does not compile.
+/// A view of read_safetensors keeps the bytes of its file as long as it or a copy of it lives; one of parse_safetensors
+/// refers to its caller's bytes. What tensors(), metadata() and find() return lives as long as the view: calling them
+/// on a temporary does not compile.
 class SafetensorsView {
  public:
   /// All tensors, sorted by name.
   std::span<const SafetensorsTensor> tensors() const& { return tensors_; }
-  /// The strings beside them.
+  /// The strings of the header.
   const std::map<std::string, std::string, std::less<>>& metadata() const& { return metadata_; }
-  /// What errors call the file.
+  /// The name of the file in errors.
   const std::string& source() const { return source_; }
 
   /// The tensor of a name; null if there is none.
@@ -155,8 +156,9 @@ class SafetensorsView {
   void find(std::string_view) const&& = delete;
 
   /// The numbers of a tensor of any shape, row-major.
-  /// Requires: a tensor of this name whose dtype T holds exactly: F16, BF16 and F32 for float, those and F64 for double; BOOL and
-  ///   integers that fit for std::int64_t (FileError).
+  /// Requires: a tensor of this name whose dtype T holds exactly: F16, BF16 and F32 for float, those and F64 for
+  /// double;
+  ///   BOOL and integers that fit for std::int64_t (FileError).
   template <class T>
   std::vector<T> numbers(std::string_view name) const {
     const SafetensorsTensor& tensor = required("SafetensorsView::numbers", name);
@@ -279,7 +281,7 @@ class SafetensorsView {
 
 namespace detail {
 
-/// A tensor of the header, and where its bytes are said to be.
+/// A tensor of the header, and the range of its bytes.
 struct HeaderTensor {
   SafetensorsTensor tensor;
   Index begin = 0, end = 0;
@@ -358,15 +360,15 @@ inline void check_ranges(const std::vector<HeaderTensor>& tensors, Index size, c
 
 }  // namespace detail
 
-/// Reads a file that is in memory. The result refers to `bytes`; `source` is what errors call it.
+/// Reads a file that is in memory. The result refers to `bytes`; `source` is its name in errors.
 ///
-/// Requires: a header length of at most 100 MB and of the bytes that there are; a header of UTF-8 JSON that is one object
-/// of tensors and, as "__metadata__", strings or null; no name twice; known dtypes; shapes that can be counted; data_offsets of the size
-/// of shape and dtype, in the file, without overlaps and holes, to its end. Otherwise FileError, which says "truncated", "not a
-/// safetensors file", "newer than this library" (an unknown dtype) or "damaged".
+/// Requires: a header of at most 100 MB that ends in the file; in it UTF-8 JSON, one object of tensors and, as
+///   "__metadata__", strings or null; no name twice; known dtypes; shapes that can be counted; data_offsets of the size
+///   of shape and dtype, in the file, without overlaps and holes, to its end. Otherwise FileError, which says
+///   "truncated", "not a safetensors file", "newer than this library" (an unknown dtype) or "damaged".
 /// Cost: the header's; the numbers are not touched.
-/// Source: the format of github.com/huggingface/safetensors; unlike its own reader this one refuses names, keys and fields that
-/// occur twice, unknown fields, and a header that does not begin with '{'.
+/// Source: the format of github.com/huggingface/safetensors; unlike its own reader this one refuses names, keys and
+///   fields that occur twice, unknown fields, and a header that does not begin with '{'.
 inline SafetensorsView parse_safetensors(std::span<const std::byte> bytes, std::string source = "memory") {
   const std::string where = detail::join("parse_safetensors: '", source, "'");
   const std::string_view header = detail::header_text(bytes, where);
@@ -407,8 +409,8 @@ inline SafetensorsView parse_safetensors(std::span<const std::byte> bytes, std::
   return view;
 }
 
-/// Reads a file; the result keeps its bytes. Requires: a regular file that can be read, and what parse_safetensors requires
-/// (FileError).
+/// Reads a file; the result keeps its bytes.
+/// Requires: a regular file that can be read and fits in memory; and what parse_safetensors requires (FileError).
 inline SafetensorsView read_safetensors(const std::filesystem::path& path) {
   const detail::FileBytes file = detail::read_file("read_safetensors", path);
   SafetensorsView view = parse_safetensors({file.data.get(), file.size}, path.string());

@@ -25,7 +25,7 @@ namespace coterie {
 ///     writer.write("model.safetensors");
 ///
 /// Matrices are referred to, not copied: they must outlive the writing.
-/// Determinism: the bytes are a function of what was added, and in which order.
+/// Threads and determinism: the bytes are a function of what was added, in which order.
 class SafetensorsWriter {
  public:
   /// Adds a matrix of float or double; temporaries that own their numbers do not compile.
@@ -44,13 +44,15 @@ class SafetensorsWriter {
     add(std::move(name), view(std::as_const(matrix)));
   }
 
-  /// Adds a whole number, as a 1 x 1 tensor of I64. Requires: as add().
+  /// Adds a whole number, as a 1 x 1 tensor of I64.
+  /// Requires: as add().
   void add_number(std::string name, std::int64_t value) {
     add_tensor({std::move(name), Dtype::i64, 1, 1,
                 [value](const Sink& sink) { put(ConstView<std::int64_t>(&value, 1, 1), sink); }});
   }
 
-  /// Sets a string of the metadata, also one that has been set before. Requires: UTF-8 (ValueError).
+  /// Sets a string of the metadata, also one that has been set before.
+  /// Requires: UTF-8 (ValueError).
   void set_metadata(std::string key, std::string value) {
     if (!detail::is_utf8(key) || !detail::is_utf8(value))
       detail::fail<ValueError>("SafetensorsWriter::set_metadata", "text", "UTF-8",
@@ -58,16 +60,20 @@ class SafetensorsWriter {
     metadata_.insert_or_assign(std::move(key), std::move(value));
   }
 
-  /// The file, in memory. Requires: as write().
+  /// The bytes of the file.
+  /// Requires: a header of at most 100 MB (ValueError).
   std::vector<std::byte> bytes() const {
     std::vector<std::byte> result;
     send_to([&](const std::byte* data, std::size_t size) { result.insert(result.end(), data, data + size); });
     return result;
   }
 
-  /// Writes the file, all or nothing: to a temporary file beside it, flushed to the disk, then renamed. An error (FileError) or
-  /// a crash leaves the old file as it was; an error leaves no temporary file either.
-  /// Requires: a header of at most 100 MB (ValueError).
+  /// Writes the file, all or nothing: to a temporary file beside it, flushed to the disk, then renamed.
+  ///
+  /// An error or a crash leaves the old file as it was; an error leaves no temporary file either, a crash may
+  /// ("name.tmp").
+  /// Requires: a header of at most 100 MB (ValueError); a name of a regular file or of none, in a directory that can be
+  ///   written to (FileError).
   void write(const std::filesystem::path& path) const {
     detail::ReplacedFile file("SafetensorsWriter::write", path);
     send_to([&](const std::byte* data, std::size_t size) { file.write(data, size); });
@@ -114,7 +120,7 @@ class SafetensorsWriter {
   }
 
   void send_to(const Sink& sink) const {
-    // Wide elements first: with the header's padding, every tensor begins at a multiple of its elements' size.
+    // Wide elements come first: with the header's padding, every tensor begins at a multiple of its elements' size.
     std::vector<const Tensor*> order;
     for (const Tensor& tensor : tensors_) order.push_back(&tensor);
     const auto bits = [](const Tensor* t) { return detail::dtype_info(t->dtype).bits; };

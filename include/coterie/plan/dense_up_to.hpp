@@ -1,4 +1,4 @@
-// Dense attention up to a length, on top of any pattern: the beginning of causal sequences, all of short two-sided ones.
+// Dense attention up to a length, on top of any pattern.
 #pragma once
 
 #include <algorithm>

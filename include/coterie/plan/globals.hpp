@@ -1,4 +1,4 @@
-// Global tokens, on top of any pattern: the first ones of every sequence, which all others see and which see all others.
+// Global tokens, on top of any pattern: they see all others, and all others see them.
 #pragma once
 
 #include <algorithm>

@@ -13,7 +13,7 @@
 
 namespace coterie {
 
-/// Whether a query sees the key at its own (aligned) position. Where it is left out it still counts in the window.
+/// Whether a query sees the key at its own (aligned) position. A key that is left out still counts in the window.
 enum class Self {
   visible,        ///< like any other key
   only_if_alone,  ///< left out, unless nothing else is visible
@@ -64,7 +64,8 @@ struct Pattern {
   Sequence sequence(Index s) const {
     const RowRange query_rows = sequence_rows(offsets, tokens, s), key_rows = sequence_rows(key_offsets, keys, s);
     Sequence result{query_rows.begin, query_rows.count(), key_rows.begin, key_rows.count()};
-    result.alignment = result.has_equal_lengths() ? Alignment::top_left : alignment;  // all the same, without division
+    result.alignment =
+        result.has_equal_lengths() ? Alignment::top_left : alignment;  // the same positions, without division
     return result;
   }
 
@@ -76,7 +77,7 @@ struct Pattern {
   }
 };
 
-/// Collects the fault of a rule that is none.
+/// Collects the fault of a value that is no rule.
 inline void check_self(Faults& faults, Self self) {
   faults.expect(self == Self::visible || self == Self::only_if_alone || self == Self::never, "self",
                 "visible, only_if_alone or never", static_cast<int>(self));

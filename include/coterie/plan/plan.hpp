@@ -76,14 +76,14 @@ inline bool sees_key(const AttentionPlan& plan, Index entry) {
 
 }  // namespace detail
 
-/// Least, mean and most of some counts; all zero where there are none.
+/// Smallest, mean and largest of some counts; all zero where there are none.
 struct Spread {
   Index min = 0;
   double mean = 0;
   Index max = 0;
 };
 
-/// What statistics() says about a plan.
+/// Sizes and counts of a plan.
 struct PlanStatistics {
   Index groups = 0;
   Index visible_pairs = 0;  ///< (entry, key) pairs: what attention costs; a pair seen through two entries counts twice
@@ -95,9 +95,10 @@ struct PlanStatistics {
   Index most_entries_per_row = 0;
 };
 
-/// Sizes and counts of a completed plan.
+/// Counts what is in a completed plan.
 /// Requires: complete() has been called on the plan, otherwise ValueError.
-/// Cost: linear in tokens, entries and groups; does not allocate.
+/// Allocates: nothing.
+/// Cost: linear in tokens, entries and groups.
 inline PlanStatistics statistics(const AttentionPlan& plan) {
   if (plan.row_begin.size() != static_cast<std::size_t>(plan.tokens) + 1 ||
       plan.row_entries.size() != plan.entries.size())
