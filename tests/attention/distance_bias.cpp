@@ -107,8 +107,8 @@ TEST_CASE("ALiBi's slopes are the published ones, also where the heads are no po
 
 TEST_CASE("ALiBi's table falls with the distance on both sides") {
   RowMatrix<double> causal(2, 5), two_sided(2, 7);
-  alibi_bias<double>(causal);
-  alibi_bias<double>(two_sided, -3);
+  alibi_bias(causal);
+  alibi_bias(two_sided, -3);
   for (Index h = 0; h < 2; ++h) {
     for (Index c = 0; c < 5; ++c) REQUIRE(causal(h, c) == -alibi_slope(h, 2) * static_cast<double>(c));
     for (Index c = 0; c < 7; ++c)
@@ -159,12 +159,12 @@ TEST_CASE("buckets that make no sense, and tables that do not fit, are refused")
   RowMatrix<double> table = RowMatrix<double>::Zero(2, 8), bias = RowMatrix<double>::Constant(2, 9, 3);
   const RowMatrix<double> before = bias;
   const PositionBuckets eight{.buckets = 8};
-  REQUIRE_THROWS_AS(bucket_bias<double>(table, bias, {.buckets = 6}), ShapeError);
-  REQUIRE_THROWS_AS(bucket_bias<double>(table.topRows(1), bias, eight), ShapeError);
-  REQUIRE_THROWS_AS(bucket_bias<double>(bias.leftCols(8), bias, eight), ShapeError);
-  REQUIRE_THROWS_AS(bucket_bias<double>(table, bias, {.buckets = 8, .max_distance = 2}), ValueError);
-  REQUIRE_THROWS_AS(bucket_bias_backward<double>(table.leftCols(7), bias, eight), ShapeError);
-  REQUIRE_THROWS_AS(bucket_bias_backward<double>(bias.leftCols(8), bias, eight), ShapeError);
+  REQUIRE_THROWS_AS(bucket_bias(table, bias, {.buckets = 6}), ShapeError);
+  REQUIRE_THROWS_AS(bucket_bias(table.topRows(1), bias, eight), ShapeError);
+  REQUIRE_THROWS_AS(bucket_bias(bias.leftCols(8), bias, eight), ShapeError);
+  REQUIRE_THROWS_AS(bucket_bias(table, bias, {.buckets = 8, .max_distance = 2}), ValueError);
+  REQUIRE_THROWS_AS(bucket_bias_backward(table.leftCols(7), bias, eight), ShapeError);
+  REQUIRE_THROWS_AS(bucket_bias_backward(bias.leftCols(8), bias, eight), ShapeError);
   REQUIRE(bias == before);
   REQUIRE(table.isZero(0));
 }
@@ -175,8 +175,8 @@ TEST_CASE("expanding a table takes each distance's bucket, its backward adds, an
   const RowMatrix<double> table = Random(1).matrix<double>(3, 8), d_bias = Random(2).matrix<double>(3, count);
   RowMatrix<double> bias(3, count), d_table = RowMatrix<double>::Constant(3, 8, 0.5), expected = d_table;
   const long before = allocations();
-  bucket_bias<double>(table, bias, b, first);
-  bucket_bias_backward<double>(d_table, d_bias, b, first);
+  bucket_bias(table, bias, b, first);
+  bucket_bias_backward(d_table, d_bias, b, first);
   const long made = allocations() - before;
   REQUIRE(made == 0);
   for (Index c = 0; c < count; ++c) {
@@ -198,19 +198,19 @@ TEMPLATE_TEST_CASE("attention with ALiBi and with T5 tables is the reference, de
     Inputs<TestType> in = inputs<TestType>(pattern.plan, heads, 5);
     in.bias_first = pattern.causal ? 0 : 1 - n;
     in.bias.resize(heads, pattern.causal ? n : 2 * n - 1);
-    alibi_bias<TestType>(in.bias, in.bias_first);
+    alibi_bias(in.bias, in.bias_first);
     require_reference(in);
 
     const PositionBuckets b{.buckets = 12, .max_distance = 40, .causal = pattern.causal};
     const RowMatrix<TestType> table = Random(2).matrix<TestType>(heads, 12);
-    bucket_bias<TestType>(table, in.bias, b, in.bias_first);
+    bucket_bias(table, in.bias, b, in.bias_first);
     require_reference(in);
     // A table up to the largest distance gives the bits of one of all distances.
     Context context;
     const Outputs<TestType> all = run(in, context, false);
     in.bias_first = pattern.causal ? 0 : -40;
     in.bias.resize(heads, pattern.causal ? 41 : 81);
-    bucket_bias<TestType>(table, in.bias, b, in.bias_first);
+    bucket_bias(table, in.bias, b, in.bias_first);
     REQUIRE(run(in, context, false).out == all.out);
   }
 }
@@ -231,9 +231,9 @@ TEST_CASE(
       const PositionBuckets b{.buckets = 8, .max_distance = 20, .causal = causal};
       const RowMatrix<double> table = 3 * Random(2).matrix<double>(1, 8);
       if (buckets)
-        bucket_bias<double>(table, in.bias, b, in.bias_first);
+        bucket_bias(table, in.bias, b, in.bias_first);
       else
-        alibi_bias<double>(in.bias, in.bias_first);
+        alibi_bias(in.bias, in.bias_first);
 
       // The formula with loops over tokens, by position or, as the trap has it, by rank.
       const auto formula = [&](bool by_rank) {
@@ -278,14 +278,14 @@ TEST_CASE("gradients of T5's tables are central differences through attention, a
     in.bias.resize(heads, pattern.causal ? 13 : 25);
     Context context;
     const auto loss = [&] {
-      bucket_bias<double>(table, in.bias, b, in.bias_first);
+      bucket_bias(table, in.bias, b, in.bias_first);
       return run(in, context, false).out.cwiseProduct(in.d_out).sum();
     };
     loss();
     const Outputs<double> got = run(in, context);
     const RowMatrix<double> d_bias = got.d_bias.array() - 0.5;  // outputs start from 0.5
     RowMatrix<double> d_table = RowMatrix<double>::Constant(heads, 8, 0.25);
-    bucket_bias_backward<double>(d_table, d_bias, b, in.bias_first);
+    bucket_bias_backward(d_table, d_bias, b, in.bias_first);
     d_table.array() -= 0.25;
     REQUIRE(d_table.cwiseAbs().maxCoeff() > 1e-2);
     require_gradient(table, d_table, loss);

@@ -42,8 +42,8 @@ bool same_bits(const M& a, const M& b) {
          (a.size() == 0 || std::memcmp(a.data(), b.data(), std::size_t(a.size()) * sizeof(*a.data())) == 0);
 }
 
-/// The same attention without relative terms: as many keys for every query as there are distances, each the sum of both.
-/// One head, and every query in a sequence of its own.
+/// The same attention without relative terms: as many keys for every query as there are distances, each the sum of
+/// both. One head, and every query in a sequence of its own.
 template <class T>
 RowMatrix<T> spelled_out(const Inputs<T>& in, Context& context) {
   const Index n = in.plan.tokens, m = in.plan.key_tokens, d = in.q.cols(), dv = in.v.cols();

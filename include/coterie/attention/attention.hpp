@@ -181,30 +181,33 @@ void checked_backward(const Plans& plans, ConstView<T> q, ConstView<T> k, ConstV
 
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
-/// out = softmax(scale q (k + relative keys)^T + bias) (v + relative values) over the keys that the plan lets each query see.
+/// out = softmax(scale q (k + relative keys)^T + bias) (v + relative values) over the keys that each query sees.
 ///
-/// Shapes: q tokens x heads*d, k key_tokens x kv_heads*d, v key_tokens x kv_heads*dv, out tokens x heads*dv; any d and dv.
-/// Formula: out_i = sum_j p_ij v_j, p_i = softmax over visible j of (scale q_i.k_j + bias[i - j]), lse_i its log-sum-exp;
-///   with a soft cap, cap tanh(scale q_i.k_j / cap) in place of scale q_i.k_j. Relative keys and values: k_j +
-///   relative_keys[i - j] for k_j, v_j + relative_values[i - j] for v_j; i - j stands for the distance of the positions, and
-///   takes the nearest row or column where a table has none for it. Dropout: p_ij / (1 - dropout) or 0 in the
-///   sum over v_j, by row numbers (those of a sequence alone differ from those in a batch); the softmax and lse_i know
-///   nothing of it.
+/// Shapes: q tokens x heads*d, k key_tokens x kv_heads*d, v key_tokens x kv_heads*dv, out tokens x heads*dv, for any d
+///   and dv.
+/// Formula: out_i = sum_j p_ij v_j, p_i = softmax over visible j of (scale q_i.k_j + bias[i - j]), lse_i its
+///   log-sum-exp. With a soft cap, cap tanh(scale q_i.k_j / cap) stands for scale q_i.k_j.
+///   Relative keys and values: k_j + relative_keys[i - j] stands for k_j, v_j + relative_values[i - j] for v_j. The
+///   distance of the positions is i - j; one that a table does not have takes the nearest entry.
+///   Dropout: p_ij / (1 - dropout) or 0 in the sum over v_j, by row numbers (those of a sequence alone differ from
+///   those in a batch). The softmax and lse_i know nothing of it.
 ///   A row with several entries: one softmax over all (Combine::lse), or the mean over entries that see a key (mean,
 ///   with mean_epsilon their sum / (number + mean_epsilon)).
-///   A row that sees no key: out 0, lse minus infinity. NaN and infinity reach the rows that see them and no others.
-/// Requires: completed plans; shapes that fit; out overlaps no input; otherwise ShapeError or ValueError, and nothing is
-///   written.
+///   A row that sees no key: the empty state, output 0 and lse minus infinity. NaN and infinity reach the rows that see
+///   them and no others.
+/// Requires: completed plans, shapes that fit, out overlaps no input; otherwise ShapeError or ValueError, and nothing
+///   is written.
 /// Adds or overwrites: overwrites out, and the tape.
 /// Allocates: nothing after warm-up.
-/// Threads and determinism: the same bits for any number of workers. The row invariant: a row's bits depend on its query,
-///   its visible keys and their ranks in the group's key list, the instruction set and the build.
-/// Cost: 4 d operations per visible pair, and index reads; memory beside the arguments does not depend on cluster sizes.
-///   With relative keys and values 4 d more per query and table row that any query near it uses.
-/// Accuracy: that of the plain formula in the same scalar type; measured in float, d 4 to 64, logits up to 40: at most 1.1
-///   times its root mean square error forward (1.4 at d = 1), 1.2 times backward. Sums of values before they are divided may be
-///   2^8 times as large as those of the formula.
-/// Source: Roy et al. 2021 (clusters); Milakov and Gimelshein 2018 (online softmax); Shaw et al. 2018 (relative keys, values).
+/// Threads and determinism: the same bits for any number of workers. The row invariant: a row's bits depend on its
+///   query, its visible keys and their ranks in the group's key list, the instruction set and the build.
+/// Cost: 4 d operations per visible pair, and index reads. With relative keys and values 4 d more per query and table
+///   row that any nearby query uses. Memory beside the arguments does not depend on cluster sizes.
+/// Accuracy: that of the plain formula in the same scalar type. Measured in float, d 4 to 64, logits up to 40: at most
+///   1.1 times its root mean square error forward (1.4 at d = 1), 1.2 times backward. Sums of values before they are
+///   divided may be 2^8 times as large as those of the formula.
+/// Source: Roy et al. 2021 (clusters); Milakov and Gimelshein 2018 (online softmax); Shaw et al. 2018 (relative keys
+///   and values).
 inline void attention_forward(const Plans& plans, ConstView<float> q, ConstView<float> k, ConstView<float> v,
                               View<float> out, AttentionTape<float>& tape, const AttentionConfig& config,
                               Context& context, const AttentionTerms<float>& terms = {}) {
@@ -228,20 +231,23 @@ inline void attention_forward(const Plans& plans, ConstView<double> q, ConstView
   detail::checked_forward<double>(plans, q, k, v, out, nullptr, config, context, terms);
 }
 
-/// Gradients of attention_forward; undoes out = softmax(scale q (k + relative keys)^T + bias) (v + relative values),
-/// recomputing the probabilities from each row's sum and what forward subtracted from its logits.
+/// Gradients of attention_forward; undoes out = softmax(scale q (k + relative keys)^T + bias) (v + relative values).
 ///
+/// Probabilities are recomputed from each row's sum and what forward subtracted from its logits.
 /// Shapes: as in attention_forward; d_out as out, d_q, d_k, d_v as q, k, v.
 /// Formula: dp_ij = d_out_i.v_j, ds_ij = p_ij (dp_ij - d_out_i.out_i + d_lse_i); d_v_j += p_ij d_out_i,
 ///   d_q_i += scale ds_ij k_j, d_k_j += scale ds_ij q_i, d_bias[i - j] += ds_ij, d_scale += ds_ij q_i.k_j,
-///   d_relative_keys[i - j] += scale ds_ij q_i, d_relative_values[i - j] += p_ij d_out_i; k_j and v_j as in attention_forward.
-/// Requires: the arguments, out and tape of the forward call; outputs overlap no input and not each other.
+///   d_relative_keys[i - j] += scale ds_ij q_i, d_relative_values[i - j] += p_ij d_out_i; k_j and v_j as in
+///   attention_forward.
+/// Requires: the arguments, out and tape of the forward call; outputs overlap no input and not each other (ShapeError,
+///   ValueError, and nothing is written).
 /// Adds or overwrites: adds.
-/// Allocates: nothing after warm-up.
+/// Allocates: nothing after warm-up. Scratch memory: gradients of the keys that a task (a part of 512 queries, or small
+///   groups of as many) sees, for one task of every worker, or for more tasks up to 4 Mi numbers.
 /// Threads and determinism: the same bits for any number of workers: partial sums of parts are added in order.
-/// Cost: 10 d operations per visible pair, 10 d more per query and table row with relative keys and values. Scratch memory: gradients of the keys that a task (a part of 512 queries, or
-///   small groups of as many) sees, for one task of every worker, or for more tasks up to 4 Mi numbers.
-/// Source: Dao et al. 2022 (recomputation); from reference and sum rather than log-sum-exp, which rounds once more: ours.
+/// Cost: 10 d operations per visible pair, 10 d more per query and table row with relative keys and values.
+/// Source: Dao et al. 2022 (recomputation); from reference and sum rather than log-sum-exp, which rounds
+///   once more: ours.
 inline void attention_backward(const Plans& plans, ConstView<float> q, ConstView<float> k, ConstView<float> v,
                                ConstView<float> out, const AttentionTape<float>& tape, ConstView<float> d_out,
                                View<float> d_q, View<float> d_k, View<float> d_v, const AttentionConfig& config,

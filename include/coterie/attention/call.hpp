@@ -258,8 +258,8 @@ struct AttentionGradients {
   AttentionTermGradients<T> terms;
 };
 
-/// The arguments of attention_backward beyond those of the forward call: the gradient that it starts from, and what it adds
-/// into. `out` is forward's, or empty where it is not read.
+/// The arguments of attention_backward beyond those of the forward call: the gradient that it starts from, and what it
+/// adds into. `out` is forward's, or empty where it is not read.
 template <class T>
 void check_gradients(const char* function, const AttentionCall<T>& call, Same<ConstView<T>> out,
                      Same<ConstView<T>> d_out, const AttentionGradients<T>& gradients) {

@@ -14,7 +14,8 @@ namespace coterie::detail {
 /// Rows of a task that walks all rows of a call.
 inline constexpr Index row_chunk = 1024;
 
-/// Writes the rows of a head that no single entry has written: those without an entry, and those with several to combine.
+/// Writes the rows of a head that no single entry has written: those without an entry, and those with several to
+/// combine.
 ///
 /// A row that sees no key gets the empty state: output 0, log-sum-exp minus infinity. It is the identity element of
 /// attention_merge, and of combining entries, where those that see no key are left out.

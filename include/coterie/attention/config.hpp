@@ -14,7 +14,8 @@
 
 namespace coterie {
 
-/// Heads and logit scale of a call. q has heads*d columns, head h in columns [h*d, (h+1)*d); k and v have kv_heads of them.
+/// Heads and logit scale of a call. q has heads*d columns, head h in columns [h*d, (h+1)*d); k and v have kv_heads of
+/// them.
 struct AttentionConfig {
   Index heads = 1;     ///< query heads
   Index kv_heads = 0;  ///< key/value heads; 0: as heads. Divides heads; head h reads kv head h / (heads/kv_heads)
@@ -29,7 +30,8 @@ struct AttentionConfig {
   double mean_epsilon = 0;
 };
 
-/// One plan for all heads, or one for every key/value head, or one for every head. Refers to the plans, does not own them.
+/// One plan for all heads, or one for every key/value head, or one for every head. Refers to the plans, does not own
+/// them.
 class Plans {
  public:
   Plans(const AttentionPlan& plan) : plans_(&plan, 1) {}             // NOLINT: converts on purpose
@@ -57,8 +59,9 @@ inline std::uint32_t dropout_bound(const AttentionConfig& config) {
 
 }  // namespace detail
 
-/// A table with an entry for each distance (query position - key position): a column of a bias, a row of relative keys or
-/// values. Distances outside the table take the nearest entry. Converts from a matrix; refers to it, does not own it.
+/// A table with an entry for each distance (query position - key position): a column of a bias, a row of relative keys
+/// or values. Distances outside the table take the nearest entry. Converts from a matrix; refers to it, does not own
+/// it.
 ///
 ///     terms.bias = {matrix, -4};  // the first entry is for distance -4
 template <class T>
@@ -83,7 +86,8 @@ struct AttentionTerms {
   DistanceTable<T> bias = {};
   ConstView<T> memory_keys = {};    ///< memory_tokens x kv_heads*d
   ConstView<T> memory_values = {};  ///< memory_tokens x kv_heads*dv
-  /// distances x (d or heads*d): added to the key of a pair by its distance; none to memory's. d columns are for all heads.
+  /// distances x (d or heads*d): added to the key of a pair by its distance; none to memory's. d columns are for all
+  /// heads.
   DistanceTable<T> relative_keys = {};
   /// distances x (dv or heads*dv): added to the value. Either may be given alone; both have the same distances.
   DistanceTable<T> relative_values = {};

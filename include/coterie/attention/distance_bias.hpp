@@ -47,6 +47,8 @@ void alibi_bias(View<T> bias, Index bias_first = 0) {
     for (Index c = 0; c < bias.cols(); ++c) bias(h, c) = detail::alibi_bias_at<T>(slope, bias_first + c);
   }
 }
+inline void alibi_bias(View<float> bias, Index bias_first = 0) { alibi_bias<float>(bias, bias_first); }
+inline void alibi_bias(View<double> bias, Index bias_first = 0) { alibi_bias<double>(bias, bias_first); }
 
 /// How distances are sorted into buckets, a number of a learned table each.
 ///
@@ -67,7 +69,7 @@ inline Index exact_buckets(const PositionBuckets& b) { return b.buckets / (b.cau
 
 // Texts are put together only where something is wrong: a good call allocates nothing.
 inline void check_buckets(Faults& faults, const char* buckets, const char* max_distance, const PositionBuckets& b) {
-  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
   const bool some = b.buckets <= most && (b.causal ? b.buckets >= 2 : b.buckets >= 4 && b.buckets % 2 == 0);
   faults.expect(some, buckets, b.causal ? "at least 2" : "an even number, at least 4 (half are for later keys)",
                 b.buckets);
@@ -76,20 +78,20 @@ inline void check_buckets(Faults& faults, const char* buckets, const char* max_d
                   join("above ", exact_buckets(b), ", the distances that have a bucket of their own"), b.max_distance);
 }
 
-/// Of buckets that have been checked. Division and product are those of the published code in float32; the logarithm
-/// is rounded from that in double, so that it does not depend on the machine.
+/// The bucket of a distance, for settings that have been checked. Division and product are those of the published code
+/// in float32. The logarithm is rounded from that in double, so that it does not depend on the machine.
 inline Index bucket_of(Index distance, const PositionBuckets& b) {
   const Index count = b.causal ? b.buckets : b.buckets / 2, exact = exact_buckets(b);
   const Index first = !b.causal && distance < 0 ? count : 0;
-  const Index far = b.causal ? std::max<Index>(distance, 0) : std::abs(distance);
-  if (far < exact) return first + far;
+  const Index length = b.causal ? (std::max<Index>)(distance, 0) : std::abs(distance);
+  if (length < exact) return first + length;
   const auto log = [](double x) { return static_cast<float>(std::log(x)); };
-  // exact + log(far / exact) / log(max_distance / exact) * (count - exact)
-  const float ratio = static_cast<float>(far) / static_cast<float>(exact);
+  // exact + log(length / exact) / log(max_distance / exact) * (count - exact)
+  const float ratio = static_cast<float>(length) / static_cast<float>(exact);
   const float share = log(ratio) / log(static_cast<double>(b.max_distance) / static_cast<double>(exact));
   const float more = share * static_cast<float>(count - exact);
   const auto last = static_cast<float>(count - 1 - exact);
-  return first + exact + static_cast<Index>(std::min(more, last));
+  return first + exact + static_cast<Index>((std::min)(more, last));
 }
 
 inline void check_bucket_table(const char* function, const PositionBuckets& b, Index heads, Index table_heads,
@@ -132,6 +134,14 @@ void bucket_bias(detail::Same<ConstView<T>> table, View<T> bias, const PositionB
     for (Index h = 0; h < bias.rows(); ++h) bias(h, c) = table(h, bucket);
   }
 }
+inline void bucket_bias(ConstView<float> table, View<float> bias, const PositionBuckets& buckets,
+                        Index bias_first = 0) {
+  bucket_bias<float>(table, bias, buckets, bias_first);
+}
+inline void bucket_bias(ConstView<double> table, View<double> bias, const PositionBuckets& buckets,
+                        Index bias_first = 0) {
+  bucket_bias<double>(table, bias, buckets, bias_first);
+}
 
 /// Undoes bucket_bias: adds the gradient by distance, in the order of distances, into that of the learned table.
 /// Shapes: d_table heads x buckets, d_bias heads x distances.
@@ -150,6 +160,14 @@ void bucket_bias_backward(View<T> d_table, detail::Same<ConstView<T>> d_bias, co
     const Index bucket = detail::bucket_of(bias_first + c, buckets);
     for (Index h = 0; h < d_bias.rows(); ++h) d_table(h, bucket) += d_bias(h, c);
   }
+}
+inline void bucket_bias_backward(View<float> d_table, ConstView<float> d_bias, const PositionBuckets& buckets,
+                                 Index bias_first = 0) {
+  bucket_bias_backward<float>(d_table, d_bias, buckets, bias_first);
+}
+inline void bucket_bias_backward(View<double> d_table, ConstView<double> d_bias, const PositionBuckets& buckets,
+                                 Index bias_first = 0) {
+  bucket_bias_backward<double>(d_table, d_bias, buckets, bias_first);
 }
 
 }  // namespace coterie

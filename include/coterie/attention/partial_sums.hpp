@@ -73,8 +73,8 @@ struct PartialSums {
     return g;
   }
 
-  /// Rows of `to` += the sums in `from` (d_k or d_v) for the keys in [begin, end) that the part sees: all tokens, or all
-  /// memory, which comes from key `tokens` on.
+  /// Rows of `to` += the sums in `from` (d_k or d_v) for the keys in [begin, end) that the part sees: all tokens, or
+  /// all memory, which comes from key `tokens` on.
   void add_keys(const KernelTable<T>& kernel, const T* from, Index begin, Index end, Index tokens, View<T> to) const {
     const Index columns = to.cols();
     const bool memory = begin >= tokens;
@@ -94,12 +94,13 @@ struct PartialSums {
   }
 };
 
-/// Tasks whose partial sums are in memory together: a few consecutive ones. How tasks are cut into waves changes no bit.
+/// Tasks whose partial sums are in memory together: a few consecutive ones. How tasks are cut into waves changes no
+/// bit.
 template <class T>
 class Wave {
  public:
-  /// Takes tasks from `begin` on until memory for their sums reaches a limit; at least one for every worker. Refers to the
-  /// call, the gradients and the kernel.
+  /// Takes tasks from `begin` on until memory for their sums reaches a limit; at least one for every worker. Refers to
+  /// the call, the gradients and the kernel.
   Wave(const AttentionCall<T>& call, const AttentionGradients<T>& gradients, const KernelTable<T>& kernel,
        const HeadTasks& tasks, Index begin, Index workers, Arena& arena)
       : call_(call), gradients_(gradients), kernel_(kernel) {
@@ -226,8 +227,8 @@ class Wave {
     return plan.task_begin[std::size_t(task) + 1] - plan.task_begin[std::size_t(task)];
   }
 
-  /// The ranks that a part's entries see, as ascending ranges without overlap. Ranges that meet in a block of keys become
-  /// one, so that a kernel finds the rows of any segment side by side.
+  /// The ranks that a part's entries see, as ascending ranges without overlap. Ranges that meet in a block of keys
+  /// become one, so that a kernel finds the rows of any segment side by side.
   static void find_ranges(const AttentionPlan& plan, PartialSums<T>& sums, Arena& arena) {
     const Index entries = sums.part->entry_end - sums.part->entry_begin;
     PartialRange* ranges = arena.take<PartialRange>(2 * entries);

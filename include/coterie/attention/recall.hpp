@@ -1,4 +1,4 @@
-// Recall: how much of the attention that a wider plan would pay a narrower plan keeps. For choosing clusters and windows.
+// Recall: the share of the attention along a wider plan that a narrower one keeps. For choosing clusters and windows.
 #pragma once
 
 #include <algorithm>
@@ -119,13 +119,13 @@ AttentionRecall attention_recall(const Plans& plans, const Plans& full, ConstVie
 
 }  // namespace detail
 
-/// The share of the probability mass of attention along `full` (a dense plan, mostly) that falls on keys which `plan` shows
-/// too, for sampled queries: 1 where nothing is lost.
+/// The share of the probability mass of attention along `full` (mostly a dense plan) on keys that `plan` shows too, for
+/// sampled queries: 1 where nothing is lost.
 ///
-/// Shapes: as in attention_forward; both of the same tokens and keys. How a plan combines several entries does not matter: the
-///   keys of all of them count, once.
-/// Formula: recall_i = sum of p_ij over j that plan shows, p_i the softmax over the keys of full, at full's positions; dropout is left aside.
-///   NaN where a logit is NaN.
+/// Shapes: as in attention_forward; both plans of the same tokens and keys. How a plan combines several entries does
+///   not matter: the keys of all of them count, once.
+/// Formula: recall_i = sum of p_ij over j that plan shows, p_i the softmax over the keys of full, at full's positions;
+///   without dropout. NaN where a logit is NaN.
 /// Requires: as attention_forward, and at least one query (ShapeError, ValueError).
 /// Allocates: its result and marks, key rows for each worker. Not for inner loops.
 /// Threads and determinism: the same numbers for any number of workers.

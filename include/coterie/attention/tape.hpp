@@ -9,7 +9,8 @@
 
 namespace coterie {
 
-/// Made once and reused: forward overwrites it, backward reads it. Holds a few numbers per row and head, nothing quadratic.
+/// Made once and reused: forward overwrites it, backward reads it. Holds a few numbers per row and head, nothing
+/// quadratic.
 template <class T>
 class AttentionTape {
  public:

@@ -15,8 +15,8 @@ namespace coterie::detail {
 
 /// The state of a router, and the ways to change it. Everything is kept in double; the centroids are rounded from it.
 ///
-/// The sums are centroid times count with Average::counts_and_sums (but for a scaling of the centroid), the centroid itself
-/// with the averages of batches.
+/// The sums are centroid times count with Average::counts_and_sums (but for a scaling of the centroid), the centroid
+/// itself with the averages of batches.
 template <class T>
 class Centroids {
  public:
@@ -104,7 +104,7 @@ class Centroids {
     }
   }
 
-  /// Puts a centroid where `row` points, no longer than `length` (renormalised: of the rows' length), with so high a count.
+  /// Puts a centroid where `row` points, no longer than `length` (renormalised: of the rows' length), with this count.
   void place(Index c, const T* row, double length, double count) {
     const double old = norm(row);
     double scale = old > length ? length / old : 1.0;

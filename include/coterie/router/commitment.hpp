@@ -67,17 +67,20 @@ double commitment_loss(ConstView<T> x, std::span<const std::int32_t> labels, Con
 
 }  // namespace detail
 
-/// weight times the mean, over the elements of the labelled rows, of (x_i - centroid_label(i))^2; d_x gets its gradient.
+/// weight times the mean square distance of the labelled rows from their centroids; d_x gets its gradient.
 ///
-/// Call it before OnlineKMeans::update: meant are the centroids by which the rows were labelled. They are constants, without a
-/// gradient (the update moves them). It is a term of the training loss alone: a reported perplexity goes without it.
+/// Call it before OnlineKMeans::update: the rows were labelled by the centroids before it. Centroids are constants
+/// here, without a gradient (the update moves them). It is a term of the training loss alone: a reported perplexity
+/// goes without it.
 /// Shapes: x, d_x tokens x dim, labels tokens, centroids clusters x dim.
-/// Formula:  loss = weight / (m dim) sum_i |x_i - centroid_label(i)|^2,   d_x_i += 2 weight / (m dim) (x_i - centroid_label(i)),
-/// with m the rows that count: those labelled -1 and those with NaN or infinity are left out. Without any the loss is 0.
-/// Requires: those shapes, d_x apart from the others (ShapeError); labels in [0, clusters) or -1, finite centroids and weight
-/// (ValueError).
-/// Adds into d_x; the overload without it gives the loss alone. Allocates: nothing after warm-up.
-/// Threads and determinism: in double, summed in an order that the number of rows alone sets, whatever the number of workers.
+/// Formula: loss = weight / (m dim) sum_i |x_i - centroid_label(i)|^2,
+///   d_x_i += 2 weight / (m dim) (x_i - centroid_label(i)), with m the rows that count: those labelled -1 and those
+///   with NaN or infinity are left out. Without any the loss is 0.
+/// Requires: those shapes, d_x apart from the others (ShapeError); labels in [0, clusters) or -1, finite centroids and
+///   weight (ValueError).
+/// Adds into d_x; the overload without it gives the loss alone.
+/// Allocates: nothing after warm-up.
+/// Threads and determinism: summed in double, in an order that the number of rows alone sets.
 /// Cost: 6 tokens dim operations.
 /// Source: van den Oord et al. 2017 (VQ-VAE), as in the routing transformer's released code, with weight 1e-4.
 inline double commitment_loss(ConstView<float> x, std::span<const std::int32_t> labels, ConstView<float> centroids,

@@ -19,7 +19,8 @@ struct RouterLoad {
   Index empty = 0;        ///< clusters without rows
 };
 
-/// The load of the clusters whose counts are given: of a batch (RouterStatistics::counts) or of the past (OnlineKMeans::counts).
+/// The load of the clusters whose counts are given: of a batch (RouterStatistics::counts) or of the past
+/// (OnlineKMeans::counts).
 inline RouterLoad router_load(std::span<const double> counts) {
   RouterLoad load;
   for (const double count : counts) load.rows += count;
@@ -29,14 +30,15 @@ inline RouterLoad router_load(std::span<const double> counts) {
       continue;
     }
     const double share = count / load.rows;
-    load.largest = std::max(load.largest, share);
+    load.largest = (std::max)(load.largest, share);
     load.entropy -= share * std::log(share);
   }
   if (load.rows > 0) load.perplexity = std::exp(load.entropy);
   return load;
 }
 
-/// How far the centroids of a head moved. Distances are in units of sqrt(dim), the norm of a normalised row; angles in radians.
+/// How far the centroids of a head moved. Distances are in units of sqrt(dim), the norm of a normalised row; angles in
+/// radians.
 struct RouterDrift {
   double mean_distance = 0, largest_distance = 0;
   double mean_angle = 0,
@@ -72,8 +74,8 @@ RouterDrift router_drift(ConstView<T> before, ConstView<T> after, double distanc
       angle = 2 * std::asin(std::min(1.0, std::sqrt(difference(1 / length_a, 1 / length_b)) / 2));
     drift.mean_distance += moved / static_cast<double>(k);
     drift.mean_angle += angle / static_cast<double>(k);
-    drift.largest_distance = std::max(drift.largest_distance, moved);
-    drift.largest_angle = std::max(drift.largest_angle, angle);
+    drift.largest_distance = (std::max)(drift.largest_distance, moved);
+    drift.largest_angle = (std::max)(drift.largest_angle, angle);
     if (moved > distance) ++drift.moved;
   }
   return drift;
@@ -81,11 +83,12 @@ RouterDrift router_drift(ConstView<T> before, ConstView<T> after, double distanc
 
 }  // namespace detail
 
-/// How far the centroids went from `before` to `after`, for instance from a copy taken before an update to the router's own.
+/// How far the centroids went from `before` to `after`, for instance from a copy taken before an update to the router's
+/// own.
 ///
 ///     const RowMatrix<float> before = router.centroids().eigen();
 ///     router.update(statistics, head);
-///     const RouterDrift drift = router_drift(before, router.centroids(), 0.5);   // moved: mostly the revived and the split
+///     const RouterDrift drift = router_drift(before, router.centroids(), 0.5);  // moved: revived or split
 ///
 /// Shapes: both clusters x dim. Requires: those (ShapeError).
 /// `distance`: how far a centroid must have gone, in units of sqrt(dim), to count as moved; 0: at all.

@@ -35,19 +35,20 @@ inline std::uint64_t next_revision() {
 
 /// Spherical k-means of one head, learned from batch to batch by moving averages.
 ///
-/// Rows come in normalised (normalise_rows: zero mean and norm sqrt(dim), or norm 1), so that the largest dot product with a centroid is
-/// the cosine times the centroid's norm. Centroids are means, not normalised again unless RouterConfig::renormalise says so:
-/// one of a tight cluster is longer.
+/// Rows come in normalised (normalise_rows: zero mean and norm sqrt(dim), or norm 1), so that the largest dot product
+/// with a centroid is the cosine times the centroid's norm. Centroids are means, not normalised again unless
+/// RouterConfig::renormalise says so: one of a tight cluster is longer.
 ///
 ///     router.assign(rows, labels, context);                      // const
 ///     router.observe(rows, labels, statistics, head, context);   // const; adds into statistics
 ///     router.update(statistics, head);                           // the only call that moves centroids
 ///     statistics.clear();
 ///
-/// Centroids are state, not parameters: no optimiser or weight decay touches them. The whole state is centroids(), counts(),
-/// sums() and updates(), beside the config; restore() takes them back.
-/// Threads and determinism: everything drawn is a function of the seed, the number of updates and the row's number; no result
-/// depends on the number of workers. const calls may run at the same time; routers of different heads share nothing.
+/// Centroids are state, not parameters: no optimiser or weight decay touches them. The whole state is centroids(),
+/// counts(), sums() and updates(), beside the config; restore() takes them back.
+/// Threads and determinism: everything drawn is a function of the seed, the number of updates and the row's number; no
+/// result depends on the number of workers. const calls may run at the same time; routers of different heads share
+/// nothing.
 /// Source: Roy et al. 2021, section 4.1, in the form of counts and sums of van den Oord et al. 2017 (VQ-VAE); start,
 /// schedule, revival and split are ours;
 /// Average::batch_mean as in the Lingvo library, batch_direction as in the routing transformer for PyTorch.
@@ -79,7 +80,7 @@ class OnlineKMeans {
   /// What the next update keeps of the past: min(decay, (1+t)/(10+t)) after t updates.
   double next_decay() const {
     const double t = static_cast<double>(updates_);
-    return std::min(config().router.decay, (1 + t) / (10 + t));
+    return (std::min)(config().router.decay, (1 + t) / (10 + t));
   }
 
   /// labels[i] = argmax over c of x_i . centroid_c, the lowest c on ties.
@@ -95,7 +96,8 @@ class OnlineKMeans {
 
   /// scores(i, c) = x_i . centroid_c, for memberships other than the nearest.
   ///
-  /// Shapes: x tokens x dim, scores tokens x clusters. Requires: those, and scores apart from x and the centroids (ShapeError).
+  /// Shapes: x tokens x dim, scores tokens x clusters. Requires: those, and scores apart from x and the centroids
+  /// (ShapeError).
   /// Overwrites scores. The largest score of a row, the lowest cluster on ties, is at the label that assign() gives.
   /// Threads and determinism: a row's bits depend on that row, the centroids and the instruction set alone.
   /// Cost: 2 tokens clusters dim operations.
@@ -113,8 +115,10 @@ class OnlineKMeans {
   ///
   /// Shapes: x tokens x dim, labels tokens, statistics of this router's clusters and dim.
   /// Requires: those (ShapeError), labels in [0, clusters) or -1, a head of the statistics (ValueError).
-  /// Adds into statistics. Rows labelled -1 and rows with NaN or infinity are left out: one bad batch spoils no centroid.
-  /// Threads and determinism: every sum runs in row order, so micro-batches one after the other give the bits of one batch.
+  /// Adds into statistics. Rows labelled -1 and rows with NaN or infinity are left out: one bad batch spoils no
+  /// centroid.
+  /// Threads and determinism: every sum runs in row order, so micro-batches one after the other give the bits of one
+  /// batch.
   void observe(ConstView<T> x, std::span<const std::int32_t> labels, RouterStatistics<T>& statistics, Index head,
                Context& context) const {
     check_observe(x, labels, statistics, head);
@@ -140,7 +144,7 @@ class OnlineKMeans {
           }
         return;
       }
-      const Index begin = task * columns, end = std::min(d, begin + columns);
+      const Index begin = task * columns, end = (std::min)(d, begin + columns);
       for (Index i = 0; i < n; ++i)
         if (label[i] >= 0) {
           double* const sum = sums + label[i] * d;
@@ -166,28 +170,33 @@ class OnlineKMeans {
     }
   }
 
-  /// Moves the centroids by what was observed; nothing else does but set_centroids() and restore().
+  /// Moves the centroids by what was observed; nothing else does but set_centroids(), restore() and copy_state().
   ///
-  /// Formula: the first update takes the centroids from the sample (k-means++, then Lloyd steps), with counts and sums scaled
-  /// to the rows observed; where the sample has fewer different rows than clusters, the others keep their random direction.
-  /// Later ones, with n_c rows of sum s_c in cluster c and l = next_decay():
+  /// Formula: the first update takes the centroids from the sample (k-means++, then Lloyd steps), with counts and sums
+  /// scaled to the rows observed. Where the sample has fewer different rows than clusters, the others keep their random
+  /// direction. Later ones, with n_c rows of sum s_c in cluster c and l = next_decay():
   ///     N_c = l N_c + (1-l) n_c,   S_c = l S_c + (1-l) s_c,   and where n_c > 0   centroid_c = S_c / N_c;
-  /// with Average::batch_mean    N_c as above,                  and where n_c > 0   centroid_c = l centroid_c + (1-l) s_c / n_c;
+  /// with Average::batch_mean   N_c as above,   and where n_c > 0   centroid_c = l centroid_c + (1-l) s_c / n_c;
   /// batch_direction takes s_c scaled to the length of normalised rows for s_c / n_c.
-  /// With renormalise, centroids that moved are then scaled to that length; averages of batches go on from the scaled one. Centroids
-  /// of clusters without rows stay. Counts, sums and the centroids behind them are kept in double.
-  /// Split (see split_share): in every eighth update the fullest cluster, if overfull before and after it, gives half its count
-  /// to the least used one, which becomes a row of the sample of its, as long as its centroid.
-  /// Revival (see dead_share): a dead cluster becomes a random row of the sample, cut to the mean length of the live centroids
-  /// (at full length it would win rows far from it), with N_c the mean count and S_c = N_c centroid_c: it lives on where it is.
-  /// A cluster that was split or revived is not split in the next update. Without counts of the past (see set_centroids) no
+  /// With renormalise, centroids that moved are then scaled to that length; averages of batches continue from the
+  /// scaled one. Centroids of clusters without rows stay. Counts, sums and centroids are kept in double.
+  ///
+  /// Split (see split_share): in every eighth update the cluster that is fullest before it, if overfull then and after
+  /// it, gives half its count to the least used one. That moves to a row of the sample that is the fullest
+  /// cluster's, cut to the length of its centroid.
+  /// Revival (see dead_share): a dead cluster becomes a random row of the sample, with N_c the mean count and
+  /// S_c = N_c centroid_c. The row is cut to the mean length of the live centroids: at full length it would win distant
+  /// rows.
+  /// A cluster that was split or revived is not split in the next update. Without counts of the past (set_centroids) no
   /// cluster is dead or overfull, and those without rows get the mean count.
-  /// Requires: statistics of this router's clusters and dim (ShapeError); a head of theirs, all numbers finite, counts not
-  /// negative (ValueError). Without observed rows, or frozen, nothing changes.
-  /// Threads and determinism: a function of the state, the config, the statistics and their sample; several machines that share
-  /// these move to the same bits.
-  /// Allocates in the first update only. Cost: clusters * dim; the first one sample * clusters * dim * (7 + log clusters); a
-  /// split that finds no row to take sample * clusters * dim.
+  ///
+  /// Requires: statistics of this router's clusters and dim (ShapeError); a head of theirs, all numbers finite, counts
+  /// not negative (ValueError). Without observed rows, or frozen, nothing changes.
+  /// Allocates in the first update only.
+  /// Threads and determinism: a function of the state, the config, the statistics and their sample. Several machines
+  /// that share these move to the same bits.
+  /// Cost: clusters * dim; the first one sample * clusters * dim * (7 + log clusters); a split that finds no row to
+  /// take sample * clusters * dim.
   void update(const RouterStatistics<T>& statistics, Index head) {
     check_update(statistics, head);
     update_checked(statistics, head);
@@ -195,8 +204,8 @@ class OnlineKMeans {
 
   /// update() of statistics that check_update() has let pass.
   ///
-  /// With updates() > 0 nothing is allocated and nothing throws. The first update allocates, and what it throws may leave
-  /// this router half written: who must not lose its state updates a copy, then calls copy_state().
+  /// With updates() > 0 nothing is allocated and nothing throws. The first update allocates, and what it throws may
+  /// leave this router half written: who must not lose its state updates a copy, then calls copy_state().
   void update_checked(const RouterStatistics<T>& statistics, Index head) {
     if (frozen_) return;
     const std::span<const double> counts = statistics.counts(head);
@@ -235,29 +244,31 @@ class OnlineKMeans {
       detail::fail<ValueError>(function, "samples", "finite rows", "NaN or infinity");
   }
 
-  /// A warm start: sets the centroids, so that the next update averages on from them instead of taking its own from the sample.
+  /// A warm start: sets the centroids, so that the next update averages on from them instead of taking its own from the
+  /// sample.
   ///
-  /// Shapes: centroids clusters x dim; counts clusters or empty. Requires: those (ShapeError); finite numbers, no negative
-  /// count, `updates` at least 1 (ValueError).
+  /// Shapes: centroids clusters x dim; counts clusters or empty. Requires: those (ShapeError); finite numbers, no
+  /// negative count, `updates` at least 1 (ValueError).
   /// Overwrites the whole state. With renormalise, the centroids are scaled to the length of normalised rows.
-  /// `counts`: how many rows an update has brought to each cluster, which is what the given centroids weigh against rows to
-  /// come. Empty: unknown; with Average::counts_and_sums the next update then moves a cluster to the mean of its rows, with
-  /// batch_mean the given centroid counts as any other; clusters without rows stay, and are not dead yet.
-  /// `updates`: where the schedule of next_decay() goes on.
+  /// `counts`: how many rows an update has brought to each cluster, which is what the given centroids weigh against
+  /// rows to come. Empty: unknown; with Average::counts_and_sums the next update then moves a cluster to the mean of
+  /// its rows, with batch_mean the given centroid counts as any other; clusters without rows stay, and are not dead
+  /// yet.
+  /// `updates`: where the schedule of next_decay() continues.
   void set_centroids(ConstView<T> centroids, std::span<const double> counts = {}, Index updates = 1) {
     const char* const function = "OnlineKMeans::set_centroids";
     check_centroids(function, centroids);
     if (!counts.empty()) check_counts(function, counts);
     if (updates < 1) detail::fail<ValueError>(function, "updates", "at least 1", updates);
     for (Index c = 0; c < clusters(); ++c)
-      state_.place(c, centroids.row(c), std::numeric_limits<double>::max(),
+      state_.place(c, centroids.row(c), (std::numeric_limits<double>::max)(),
                    counts.empty() ? 0.0 : counts[static_cast<std::size_t>(c)]);
     updates_ = updates;
     revision_ = detail::next_revision();
   }
 
-  /// Takes back a state that centroids(), counts(), sums() and updates() of a router of the same config gave: goes on as if it
-  /// had not stopped.
+  /// Takes back a state that centroids(), counts(), sums() and updates() of a router of the same config gave: goes on
+  /// as if it had not stopped.
   /// Requires: their shapes (ShapeError); finite numbers, no negative count or number of updates (ValueError).
   void restore(ConstView<T> centroids, std::span<const double> counts, std::span<const double> sums, Index updates) {
     const char* const function = "OnlineKMeans::restore";

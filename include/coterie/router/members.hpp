@@ -49,8 +49,8 @@ template <class T>
 auto order_key(T score) {
   using Integer = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
   constexpr Integer infinity = std::bit_cast<Integer>(std::numeric_limits<T>::infinity());
-  const Integer bits = std::bit_cast<Integer>(score), size = bits & std::numeric_limits<Integer>::max();
-  if (size > infinity) return std::numeric_limits<Integer>::min();
+  const Integer bits = std::bit_cast<Integer>(score), size = bits & (std::numeric_limits<Integer>::max)();
+  if (size > infinity) return (std::numeric_limits<Integer>::min)();
   return bits >= 0 ? size : -size;
 }
 
@@ -74,17 +74,17 @@ void partition_best(Candidate<T>* candidates, Index all, Index count) {
 template <class T>
 void check_scores(const char* function, Faults& faults, ConstView<T> scores, std::span<const Index> offsets) {
   check_shape<T>(function, "scores", scores, scores.rows(), scores.cols());
-  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
   faults.expect(scores.cols() >= 1, "scores", "at least one column, one for each cluster", scores.cols());
   faults.expect(scores.rows() <= most, "scores", "at most 2147483647 rows", scores.rows());
   if (!offsets.empty()) check_offsets(faults, "offsets", offsets, scores.rows());
 }
 
 inline void check_memberships(const char* function, Index sequences, Index clusters, Index memberships) {
-  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
   if (memberships > most || sequences * clusters >= most)
     fail<ValueError>(function, "scores", join("at most ", most, " clusters and memberships of all sequences together"),
-                     std::max(memberships, sequences * clusters));
+                     (std::max)(memberships, sequences * clusters));
 }
 
 /// The best column of a row, the lowest of equals: of scores, the label that OnlineKMeans::assign() gives.
@@ -120,9 +120,9 @@ void balanced_members(ConstView<T> scores, const BalancedConfig& config, Cluster
   const auto rows_of = [&](Index s) { return sequence_rows(config.offsets, n, s); };
   const auto taken = [&](Index s) {
     const Index all = rows_of(s).count();
-    if (config.share == 0) return std::min(config.members, all);
+    if (config.share == 0) return (std::min)(config.members, all);
     const double rows = config.share * static_cast<double>(all) / static_cast<double>(k);
-    return std::min(all, rows < static_cast<double>(all) ? std::max<Index>(1, static_cast<Index>(rows)) : all);
+    return (std::min)(all, rows < static_cast<double>(all) ? (std::max<Index>)(1, static_cast<Index>(rows)) : all);
   };
   Index memberships = config.unassigned == Unassigned::nearest ? n : 0;
   for (Index s = 0; s < sequences; ++s) memberships += k * taken(s);
@@ -241,10 +241,10 @@ void nearest_members(ConstView<T> scores, const NearestConfig& config, ClusterMe
 
 /// The paper's membership: in every sequence each cluster takes the `members` rows that score highest for its centroid.
 ///
-/// A row may be in several clusters or in none; members times clusters need not be the number of tokens. Rows are ascending,
-/// equal scores go to the lower row, NaN scores lowest.
-/// NOT STRICTLY CAUSAL: whether a row is taken depends on the scores of all rows of its sequence, later ones too, so in a
-/// causal model what earlier rows see changes with later tokens; likelihoods leak and decoding cannot repeat training.
+/// A row may be in several clusters or in none; members times clusters need not be the number of tokens. Rows are
+/// ascending, equal scores go to the lower row, NaN scores lowest.
+/// NOT STRICTLY CAUSAL: whether a row is taken depends on the scores of all rows of its sequence, later ones too. So in
+/// a causal model what earlier rows see changes with later tokens: likelihoods leak, decoding cannot repeat training.
 /// nearest_members() and OnlineKMeans::assign() have no such leak. How much: see the tests of plan_members.
 /// Shapes: scores tokens x clusters.
 /// Requires: what BalancedConfig says; offsets ascending from 0 to tokens (ValueError, one for all faults).
@@ -260,9 +260,10 @@ inline void balanced_members(ConstView<double> scores, const BalancedConfig& con
   detail::balanced_members<double>(scores, config, members, context);
 }
 
-/// Every row goes to the `probes` clusters that it scores highest for: with one probe the labels of OnlineKMeans::assign(),
-/// with more the query side of a multi-probe search, whose keys are in one cluster each.
+/// Every row goes to the `probes` clusters that it scores highest for.
 ///
+/// With one probe these are the labels of OnlineKMeans::assign(); with more, the query side of a multi-probe search,
+/// whose keys are in one cluster each.
 /// A row's clusters depend on that row alone, so nothing leaks from later tokens. Equal scores go to the lower cluster.
 /// Shapes: scores tokens x clusters.
 /// Requires: 1 to clusters probes; offsets ascending from 0 to tokens (ValueError, one for all faults).

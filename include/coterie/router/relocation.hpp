@@ -19,7 +19,8 @@ bool overfull(const Centroids<T>& state, Index c) {
 
 /// The cluster that update number `update` splits if it is overfull after it too; -1: none.
 ///
-/// Being overfull before as well keeps a cluster that the last update revived, with the mean count, from being split in this one.
+/// Being overfull before as well keeps a cluster that the last update revived, with the mean count, from being split in
+/// this one.
 template <class T>
 Index split_candidate(const Centroids<T>& state, Index update) {
   if (!(state.config().router.split_share > 0) || update % split_interval != 0) return -1;
@@ -31,7 +32,8 @@ Index split_candidate(const Centroids<T>& state, Index update) {
 
 /// A row of the sample that is nearest to cluster c but does not coincide with its centroid; -1: none found.
 ///
-/// Draws until one fits, as many times as there are rows: few where c is overfull. A row repeated all over has nothing to split.
+/// Draws until one fits, as many times as there are rows: few where c is overfull. A row repeated all over has nothing
+/// to split.
 template <class T>
 Index draw_member(const Centroids<T>& state, Index c, ConstView<T> samples, std::uint64_t stream) {
   const Index d = state.dim();
@@ -51,11 +53,12 @@ Index draw_member(const Centroids<T>& state, Index c, ConstView<T> samples, std:
   return -1;
 }
 
-/// Splits the candidate: the least used cluster leaves its place for a row of the candidate's, and they share its count.
+/// Splits the candidate: the least used cluster moves to a row of the candidate's, and they share its
+/// count.
 ///
-/// The row is cut to the length of the candidate's centroid, so that both compete by direction. Nothing happens where the
-/// candidate is no longer overfull, no row can be drawn, or the least used cluster has half its count: that would gain nothing.
-/// Returns the cluster that was moved; -1: none.
+/// The row is cut to the length of the candidate's centroid, so that both compete by direction. Nothing happens where
+/// the candidate is no longer overfull, no row can be drawn, or the least used cluster has half its count: that would
+/// gain nothing. Returns the cluster that was moved; -1: none.
 template <class T>
 Index split_cluster(Centroids<T>& state, Index candidate, Index update, ConstView<T> samples) {
   if (candidate < 0 || !overfull(state, candidate)) return -1;
@@ -71,8 +74,8 @@ Index split_cluster(Centroids<T>& state, Index candidate, Index update, ConstVie
   return least;
 }
 
-/// Moves every dead cluster, one without rows in the batch of these counts and below dead_share of the mean count, to a random
-/// row of the sample, cut to the mean length of the live centroids, with the mean count. `kept` is not dead.
+/// Moves every dead cluster, one without rows in the batch of these counts and below dead_share of the mean count, to a
+/// random row of the sample, cut to the mean length of the live centroids, with the mean count. `kept` is not dead.
 template <class T>
 void revive_clusters(Centroids<T>& state, std::span<const double> counts, Index update, ConstView<T> samples,
                      Index kept) {

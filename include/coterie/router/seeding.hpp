@@ -53,13 +53,16 @@ struct SeedingScratch {
   std::vector<T> nearest, candidate, best;  ///< squared distances, one per row of the sample
 };
 
-/// k-means++: every next centroid is a row drawn with probability proportional to its squared distance from those chosen.
+/// k-means++: every next centroid is a row drawn with probability proportional to its squared distance from those
+/// chosen.
 ///
-/// Shapes: rows m x d, centroids k x d. Of 2 + log k rows drawn, the one that leaves the smallest sum is taken (Arthur and
-/// Vassilvitskii's greedy form): it hardly ever misses a cluster of its own. Above 128 centroids one row is drawn: there a
-/// miss matters little, and the time much.
+/// Shapes: rows m x d, centroids k x d. Of 2 + log k rows drawn, the one that leaves the smallest sum is taken (Arthur
+/// and Vassilvitskii's greedy form): it hardly ever misses a cluster of its own. Above 128 centroids one row is drawn:
+/// there a miss matters little, and the time much.
 /// Returns how many centroids were chosen: fewer than k if there are fewer different rows; the others keep their value.
-/// Overwrites the centroids chosen. Allocates until the scratch has grown. Cost: m k d (2 + log k), above 128 centroids m k d.
+/// Overwrites the centroids chosen.
+/// Allocates until the scratch has grown.
+/// Cost: m k d (2 + log k), above 128 centroids m k d.
 template <class T>
 Index seed_centroids(ConstView<T> rows, View<T> centroids, std::uint64_t seed, SeedingScratch<T>& scratch) {
   const Index m = rows.rows(), k = centroids.rows(), d = rows.cols();
@@ -112,8 +115,8 @@ Index seed_centroids(ConstView<T> rows, View<T> centroids, std::uint64_t seed, S
   return k;
 }
 
-/// One Lloyd step: every row joins the centroid of the largest dot product (the lowest on ties), every centroid becomes the
-/// mean of its rows; one without rows stays.
+/// One Lloyd step: every row joins the centroid of the largest dot product (the lowest on ties), every centroid becomes
+/// the mean of its rows; one without rows stays.
 ///
 /// Shapes: rows m x d, centroids k x d, counts k, sums k*d. Overwrites all three; sums are those of the rows.
 /// KeyClusters::settle (retrieval) steps by distance instead, for keys that nobody has normalised.

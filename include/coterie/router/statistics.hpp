@@ -19,15 +19,17 @@ class OnlineKMeans;
 
 /// What the batches since clear() tell the routers of a layer: rows per cluster, their sums, and a sample of the rows.
 ///
-/// Micro-batches observe into the same object. Several machines add their `block()` (sums), and take `sample_block()` and
-/// `sample_counts()` of the first machine (a broadcast; never a sum); then every machine updates to the same centroids.
+/// Micro-batches observe into the same object. Several machines add their `block()` (sums), and take `sample_block()`
+/// and `sample_counts()` of the first machine (a broadcast; never a sum); then every machine updates to the same
+/// centroids.
 /// Allocates in the constructor only.
 template <class T>
 class RouterStatistics {
  public:
   RouterStatistics() = default;
 
-  /// For `heads` routers of `clusters` x `dim`, with a sample of at most `sample` rows a head; 0: max(2048, 8 clusters).
+  /// For `heads` routers of `clusters` x `dim`, with a sample of at most `sample` rows a head; 0: max(2048,
+  /// 8 clusters).
   /// Requires: no negative number, clusters and dim at least 1 (ValueError).
   RouterStatistics(Index heads, Index clusters, Index dim, Index sample = 0)
       : heads_(heads), clusters_(clusters), dim_(dim), sample_(sample) {
@@ -37,7 +39,7 @@ class RouterStatistics {
     faults.expect(dim >= 1, "dim", "at least 1", dim);
     faults.expect(sample >= 0, "sample", "at least 0", sample);
     faults.raise();
-    if (sample_ == 0) sample_ = std::max(Index(2048), 8 * clusters);
+    if (sample_ == 0) sample_ = (std::max)(Index(2048), 8 * clusters);
     block_.assign(static_cast<std::size_t>(heads * head_block()), 0.0);
     samples_ = RowMatrix<T>::Zero(heads * sample_, dim);
     sample_counts_.assign(static_cast<std::size_t>(heads), 0);
@@ -67,7 +69,8 @@ class RouterStatistics {
     return {samples_.data() + head * sample_ * dim_, static_cast<Index>(sample_counts_[static_cast<std::size_t>(head)]),
             dim_, dim_};
   }
-  /// Storage of all samples, heads x sample_limit() x dim, and how many rows of it each head has filled: to be broadcast.
+  /// Storage of all samples, heads x sample_limit() x dim, and how many rows of it each head has filled: to be
+  /// broadcast.
   std::span<T> sample_block() { return {samples_.data(), static_cast<std::size_t>(samples_.size())}; }
   std::span<std::int64_t> sample_counts() { return sample_counts_; }
 
@@ -102,7 +105,7 @@ class RouterStatistics {
                                   static_cast<std::uint64_t>(number));
     if (slot >= sample_) return;
     std::copy(row, row + dim_, samples_.data() + (head * sample_ + slot) * dim_);
-    sample_counts_[h] = std::min<std::int64_t>(number + 1, sample_);
+    sample_counts_[h] = (std::min<std::int64_t>)(number + 1, sample_);
   }
 
   Index heads_ = 0, clusters_ = 0, dim_ = 0, sample_ = 0;
