@@ -332,7 +332,10 @@ TEST_CASE("what makes no sense is refused, naming the setting by its path") {
        [](C& c) { c.routed.membership = {.kind = MembershipKind::balanced, .query_share = 1}; }},
       {"routed.membership.mean_epsilon", [](C& c) { c.routed.membership.mean_epsilon = 0.1; }},
       {"routed.membership.mean_epsilon",
-       [](C& c) { c.routed.membership = {.kind = MembershipKind::balanced, .combine = Combine::lse, .mean_epsilon = 1}; }},
+       [](C& c) {
+         c.routed.membership = {.kind = MembershipKind::balanced, .combine = Combine::lse};
+         c.routed.membership.mean_epsilon = 1;
+       }},
       {"routed.router.decay", [](C& c) { c.routed.router.decay = 1; }},
       {"routed.router.decay", [](C& c) { c.routed.router.decay = -0.1; }},
       {"routed.router.decay", [](C& c) { c.routed.router.decay = std::numeric_limits<double>::quiet_NaN(); }},

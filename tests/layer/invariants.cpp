@@ -254,3 +254,28 @@ TEST_CASE("nothing allocates after warm-up, also not for fewer tokens") {
       REQUIRE(all == 0);
     }
 }
+
+TEST_CASE("a window of the largest number sees what one of the longest sequence sees, in every block") {
+  constexpr Index most = std::numeric_limits<Index>::max();
+  const Index n = 40;
+  const std::vector<Index> offsets = three_sequences(n);
+  const RowMatrix<float> x = 2 * Random(5).matrix<float>(n, 12);
+  for (const bool causal : {true, false})
+    for (const PositionKind kind : {PositionKind::rotary, PositionKind::alibi, PositionKind::none}) {
+      INFO("causal " << causal << ", positions " << static_cast<int>(kind));
+      const auto rows = [&](Index window) {
+        const RoutingAttention<float> layer(
+            {.model_dim = 12,
+             .causal = causal,
+             .seed = 3,
+             .local = {.heads = 1, .window = window, .lookahead = causal ? 0 : window, .positions = {.kind = kind}},
+             .routed = {.heads = 1, .clusters = 2, .window = window, .positions = {.kind = kind}},
+             .dense = {.heads = 1, .positions = {.kind = kind}}});
+        RowMatrix<float> y(n, 12);
+        Context context;
+        layer.forward({x, offsets}, y, context);
+        return y;
+      };
+      REQUIRE(same_bits<float>(rows(most), rows(2 * n)));
+    }
+}

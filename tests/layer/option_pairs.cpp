@@ -1,5 +1,5 @@
-// Every two options of a layer together: they work, and are compared with the oracle and central differences, or they are
-// refused with a reason.
+// Every two options of a layer together: they work, and are compared with the oracle and central differences, or they
+// are refused with a reason.
 #include <cmath>
 #include <functional>
 #include <string>

@@ -98,8 +98,8 @@ Matrix google_head(const Head& h, bool causal, Index window) {
   return sum;
 }
 
-// Lingvo's fast path: one head. Of rows that see no key in a cluster it takes the mean of what it must not see; here they
-// give nothing and do not count.
+// Lingvo's fast path: one head. Of rows that see no key in a cluster it takes the mean of what it must not see; here
+// they give nothing and do not count.
 Matrix lingvo_head(const Head& h, bool causal, Index window) {
   const Matrix q = layer_norm(h.q), k = layer_norm(h.k);
   Matrix sum = Matrix::Zero(preset.n, preset.d);

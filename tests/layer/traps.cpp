@@ -15,10 +15,12 @@
 //   T13 means with an epsilon, padded duplicates
 //
 // Tests have these names; those not said to be here are found by them. Four concern others' code alone:
-//   T14 is what weights of one published checkpoint mean; they are not read here, and presets::google says what it reproduces.
+//   T14 is what weights of one published checkpoint mean; they are not read here, and presets::google says what it
+//   reproduces.
 //   T23 is about hashing in place of centroids, which there is none of.
 //   T24 is a cache of biases with too small a key: there are no such caches; tables are arguments of a call.
-//   T28 are slips in configurations of experiments; ours are checked when a layer is made (config.cpp, option_pairs.cpp).
+//   T28 are slips in configurations of experiments; ours are checked when a layer is made (config.cpp,
+//   option_pairs.cpp).
 #include <cmath>
 
 #include "catch.hpp"

@@ -8,9 +8,11 @@
 #include <string_view>
 #include <type_traits>
 
+#include "coterie/core/check.hpp"
 #include "coterie/core/matrix.hpp"
 #include "coterie/kernel/rotary.hpp"
-#include "coterie/plan/clustered.hpp"
+#include "coterie/plan/pattern.hpp"
+#include "coterie/plan/plan.hpp"
 #include "coterie/router/config.hpp"
 #include "coterie/router/members.hpp"
 

@@ -89,8 +89,8 @@ Parameters<T> zero_parameters(const RoutingAttentionConfig& c) {
 }
 
 /// First values: weights uniform in +-1/sqrt(rows), taps N(0, 1) * 0.9^t, memory N(0, 1), relative keys and values
-/// N(0, 1/head_dim), gains as HeadBlock has them, biases 0. The number at (i, j) is drawn by the counter i * cols + j, in
-/// double: float and double layers of a seed agree up to rounding.
+/// N(0, 1/head_dim), gains as HeadBlock has them, biases 0. The number at (i, j) is drawn by the counter i * cols + j,
+/// in double: float and double layers of a seed agree up to rounding.
 template <class T>
 Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
   Parameters<T> p = zero_parameters<T>(c);

@@ -20,8 +20,8 @@ namespace coterie {
 
 namespace detail {
 
-/// The format of saved layers: of the files that this library writes, and the newest that it reads. A setting, tensor or
-/// enumerator more is a new format.
+/// The format of saved layers: of the files that this library writes, and the newest that it reads. A setting, tensor
+/// or enumerator more is a new format.
 inline constexpr int format_version = 2;
 
 /// The oldest format that this library reads. Format 1 names settings otherwise.
@@ -126,9 +126,9 @@ std::string read_field(std::string_view text, V& value) {
   }
 }
 
-/// Reads the settings of a config from a file of a format: text_of(path) gives the text of one, null where the file has
-/// none. A setting that came with a later format, as first(path) says, keeps its default. Returns what is wrong with the
-/// first one that is, or nothing.
+/// Reads the settings of a config from a file of a format: text_of(path) gives the text of one, null where the file
+/// has none. A setting that came with a later format, as first(path) says, keeps its default. Returns what is wrong
+/// with the first one that is, or nothing.
 template <class C, class TextOf, class First>
 std::string read_settings(C& config, int format, TextOf&& text_of, First&& first) {
   std::string fault;

@@ -140,7 +140,8 @@ void fill_layer(const char* function, const SafetensorsView& file, std::string_v
 
 /// Adds a layer to what will be written: its parameters as "<prefix>w_q" and so on, the state of the router of routed
 /// (key/value) head h (centroids, counts, sums, updates, frozen) as "<prefix>routers.<h>.centroids" and so on, its
-/// config as metadata "<prefix>config.<path>", such as config.routed.window, and the format. Nothing else of a layer changes when it is trained.
+/// config as metadata "<prefix>config.<path>", such as config.routed.window, and the format. Nothing else of a layer
+/// changes when it is trained.
 ///
 ///     SafetensorsWriter writer;
 ///     for (std::size_t i = 0; i < layers.size(); ++i)
@@ -173,9 +174,9 @@ void add_layer(SafetensorsWriter& writer, std::string_view prefix, const Routing
 /// Makes the layer that add_layer wrote under this prefix; it goes on bit-identically to one that was never stopped.
 ///
 /// Requires: a format from 2 on (files of coterie 0.1 have format 1) that is not newer than this library; settings that
-///   came after it take their defaults; a config with all the others, no others, and values that make sense; under the prefix all tensors of the layer and no others, in the
-///   shapes of its config (FileError). Files of float make layers of float only, those of double of double: nothing is
-///   rounded.
+///   came after it take their defaults; a config with all of the others, nothing else, and values that make sense;
+///   under the prefix all tensors of the layer and no others, in the shapes of its config (FileError). Files of float
+///   make layers of float only, those of double of double: nothing is rounded.
 /// Allocates: the layer, and only after its config has been found to fit the tensors in the file.
 template <class T>
 RoutingAttention<T> read_layer(const SafetensorsView& file, std::string_view prefix = {}) {

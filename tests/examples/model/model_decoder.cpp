@@ -46,7 +46,6 @@ bool same_bits(const RowMatrix<float>& p, Index row, const RowMatrix<float>& exp
 }  // namespace
 
 TEST_CASE("a model token by token gives evaluate's rows bit for bit, at every position, with and without prefill") {
-  using coterie::Routing;
   const ModelConfig config = GENERATE(small_model("routed", true, 50), small_model("routed", false, 0),
                                       small_model("dense", true, 50), small_model("random", true, 50));
   const Model<float> model(config);
