@@ -16,10 +16,19 @@
 
 namespace {
 std::atomic<long> count{0};
+std::atomic<long> until_failure{-1};  // allocations before the one that fails; negative: none fails
 void note() { count.fetch_add(1, std::memory_order_relaxed); }
+bool fails() {
+  return until_failure.load(std::memory_order_relaxed) >= 0 &&
+         until_failure.fetch_sub(1, std::memory_order_relaxed) == 0;
+}
 }  // namespace
 
 long test::allocations() { return count.load(); }
+
+test::FailAllocation::FailAllocation(long n) { until_failure.store(n); }
+test::FailAllocation::~FailAllocation() { until_failure.store(-1); }
+bool test::FailAllocation::failed() const { return until_failure.load() < 0; }
 
 #if defined(SANITIZED)
 
@@ -35,6 +44,13 @@ namespace {
 #elif defined(__GLIBC__)
 
 // The program's own malloc goes before the C library's; operator new, std::vector and Eigen all end here.
+namespace {
+void* refuse() {
+  errno = ENOMEM;
+  return nullptr;
+}
+}  // namespace
+
 extern "C" {
 void* __libc_malloc(std::size_t);
 void* __libc_calloc(std::size_t, std::size_t);
@@ -43,41 +59,56 @@ void* __libc_memalign(std::size_t, std::size_t);
 
 void* malloc(std::size_t size) noexcept {
   note();
+  if (fails()) return refuse();
   return __libc_malloc(size);
 }
 void* calloc(std::size_t number, std::size_t size) noexcept {
   note();
+  if (fails()) return refuse();
   return __libc_calloc(number, size);
 }
 void* realloc(void* p, std::size_t size) noexcept {
   note();
+  if (fails()) return refuse();
   return __libc_realloc(p, size);
 }
 void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept {
   note();
+  if (fails()) return refuse();
   return __libc_memalign(alignment, size);
 }
 void* memalign(std::size_t alignment, std::size_t size) noexcept {
   note();
+  if (fails()) return refuse();
   return __libc_memalign(alignment, size);
 }
 int posix_memalign(void** p, std::size_t alignment, std::size_t size) noexcept {
   note();
-  *p = __libc_memalign(alignment, size);
+  *p = fails() ? nullptr : __libc_memalign(alignment, size);
   return *p == nullptr ? ENOMEM : 0;
 }
 }
 
-#else
+#endif
+
+#if defined(SANITIZED) || !defined(__GLIBC__)
 
 namespace {
+#if defined(SANITIZED)
+void note_new() {}  // the hook counts it
+#else
+void note_new() { note(); }
+#endif
+
 void* take(std::size_t size) {
-  note();
+  note_new();
+  if (fails()) throw std::bad_alloc();
   if (void* p = std::malloc(size == 0 ? 1 : size)) return p;
   throw std::bad_alloc();
 }
 void* take(std::size_t size, std::align_val_t alignment) {
-  note();
+  note_new();
+  if (fails()) throw std::bad_alloc();
   const auto a = static_cast<std::size_t>(alignment);
 #if defined(_WIN32)
   void* const p = _aligned_malloc(size == 0 ? 1 : size, a);
@@ -101,12 +132,12 @@ void* operator new[](std::size_t size) { return take(size); }
 void* operator new(std::size_t size, std::align_val_t alignment) { return take(size, alignment); }
 void* operator new[](std::size_t size, std::align_val_t alignment) { return take(size, alignment); }
 void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
-  note();
-  return std::malloc(size == 0 ? 1 : size);
+  note_new();
+  return fails() ? nullptr : std::malloc(size == 0 ? 1 : size);
 }
 void* operator new[](std::size_t size, const std::nothrow_t&) noexcept {
-  note();
-  return std::malloc(size == 0 ? 1 : size);
+  note_new();
+  return fails() ? nullptr : std::malloc(size == 0 ? 1 : size);
 }
 void operator delete(void* p) noexcept { std::free(p); }
 void operator delete[](void* p) noexcept { std::free(p); }

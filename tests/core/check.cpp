@@ -23,12 +23,12 @@ TEST_CASE("fail names function, argument, what was expected and what was there")
 
 TEST_CASE("faults come together, or not at all") {
   detail::Faults none("f");
-  none.require(true, "a", 1, 2);
+  none.expect(true, "a", 1, 2);
   none.raise();
   detail::Faults two("f");
-  two.require(false, "a", 1, 2);
-  two.require(true, "b", 1, 2);
-  two.require(false, "c", "at least 1", -1.5);
+  two.expect(false, "a", 1, 2);
+  two.expect(true, "b", 1, 2);
+  two.expect(false, "c", "at least 1", -1.5);
   REQUIRE(message_of<ValueError>([&] { two.raise(); }) == "f: a: expected 1, got 2; c: expected at least 1, got -1.5");
 }
 

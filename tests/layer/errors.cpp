@@ -13,14 +13,12 @@ namespace {
 using Layer = RoutingAttention<float>;
 
 const RoutingAttentionConfig called_config{.model_dim = 10,
-                                           .heads = 3,
                                            .head_dim = 4,
-                                           .routed_heads = 2,
-                                           .clusters = 5,
-                                           .window = 8,
                                            .causal = true,
                                            .bias = true,
-                                           .seed = 3};
+                                           .seed = 3,
+                                           .local = {.heads = 1, .window = 8},
+                                           .routed = {.heads = 2, .clusters = 5, .window = 8}};
 
 // Everything that a call could write, and the arguments of a good call, which a test spoils.
 struct Call {
@@ -116,15 +114,15 @@ TEST_CASE("routes are refused where nothing is routed by labels") {
     const auto spoil = [](const RoutingAttentionConfig& other) {
       return [other](Call& c) {
         c.layer = Layer(other);
-        c.routes.assign(static_cast<std::size_t>(c.n * other.routed_heads), 0);
+        c.routes.assign(static_cast<std::size_t>(c.n * other.routed.heads), 0);
         if (c.routes.empty()) c.routes.assign(12, 0);
       };
     };
     RoutingAttentionConfig other = called_config;
-    other.routing = Routing::dense;
+    make_dense(other);
     refuses(Expected::value, "routes", spoil(other), act);
     other = called_config;
-    other.routed_heads = 0;
+    other.routed = {};
     refuses(Expected::value, "routes", spoil(other), act);
   }
 }
@@ -144,7 +142,7 @@ TEST_CASE("outputs that do not fit or share memory are refused, and nothing is w
 
 TEST_CASE("sources that do not fit are refused, and nothing is written") {
   RoutingAttentionConfig separate = called_config;
-  separate.shared_qk = false;
+  separate.routed.matching.shared_qk = false;
   const auto with_source = [&](auto spoil) {
     return [=](Call& c) {
       c.layer = Layer(separate);

@@ -95,16 +95,13 @@ TEST_CASE("a token whose value an induction head has not reached yet does not le
   // Every token is alike, so every key matches; the value of the next position is all there is to see.
   const Index n = 12;
   for (const bool local : {false, true}) {
-    const RoutingAttention<double> layer({.model_dim = 8,
-                                          .heads = 2,
-                                          .routed_heads = local ? 0 : 2,
-                                          .clusters = 1,
-                                          .window = n,
-                                          .causal = true,
-                                          .induction = true,
-                                          .local_induction = true,
-                                          .key_taps = 2,
-                                          .seed = 3});
+    RoutingAttentionConfig c{.model_dim = 8, .causal = true, .seed = 3};
+    const Matching induction{.induction = true, .key_taps = 2};
+    if (local)
+      c.local = {.heads = 2, .window = n, .matching = induction};
+    else
+      c.routed = {.heads = 2, .clusters = 1, .window = n, .matching = induction};
+    const RoutingAttention<double> layer(c);
     const std::vector<Index> offsets = {0, 5, 6, n};
     const RowMatrix<double> x = Random(1).matrix<double>(n, 8);
     RowMatrix<double> y(n, 8), changed_y(n, 8);

@@ -14,7 +14,7 @@ namespace {
 
 std::vector<Kind> member_kinds() {
   const RoutingAttentionConfig two{
-      .model_dim = 10, .heads = 2, .head_dim = 4, .routed_heads = 2, .clusters = 3, .window = 5, .seed = 3};
+      .model_dim = 10, .head_dim = 4, .seed = 3, .routed = {.heads = 2, .clusters = 3, .window = 5}};
   std::vector<Kind> all;
   const auto add = [&](const char* name, auto change) {
     Kind kind{name, two};
@@ -23,28 +23,29 @@ std::vector<Kind> member_kinds() {
   };
   add("balanced, shared, causal", [](auto& c) {
     c.causal = true;
-    c.membership = Membership::balanced;
+    c.routed.membership.kind = MembershipKind::balanced;
   });
   add("balanced, separate, two-sided, lse", [](auto& c) {
-    c.membership = Membership::balanced;
-    c.combine = Combine::lse;
+    c.routed.membership.kind = MembershipKind::balanced;
+    c.routed.membership.combine = Combine::lse;
   });
   add("balanced, all joined, mixed heads", [](auto& c) {
     c.causal = true;
-    c.routed_heads = 1;
-    c.membership = Membership::balanced;
-    c.unassigned = Unassigned::nearest;
-    c.self = Self::visible;
+    set_heads(c, 1, 1);
+    c.local.window = 5;
+    c.routed.membership.kind = MembershipKind::balanced;
+    c.routed.membership.unassigned = Unassigned::nearest;
+    c.routed.matching.self = Self::visible;
   });
   add("two probes, shared, causal", [](auto& c) {
     c.causal = true;
-    c.probes = 2;
+    c.routed.membership.probes = 2;
   });
-  add("two probes, separate, two-sided", [](auto& c) { c.probes = 2; });
+  add("two probes, separate, two-sided", [](auto& c) { c.routed.membership.probes = 2; });
   add("two probes, induction", [](auto& c) {
-    c.causal = c.induction = true;
-    c.probes = 2;
-    c.key_taps = 3;
+    c.causal = c.routed.matching.induction = true;
+    c.routed.membership.probes = 2;
+    c.routed.matching.key_taps = 3;
   });
   return all;
 }
@@ -64,7 +65,7 @@ bool same_plan(const AttentionPlan& a, const AttentionPlan& b) {
 TEST_CASE("the layer's plans are those of its routers' scores") {
   // Values of queries that are their rows: identity weights show the router's rows from outside.
   RoutingAttentionConfig c{
-      .model_dim = 6, .heads = 1, .head_dim = 6, .routed_heads = 1, .clusters = 4, .window = 7, .seed = 2};
+      .model_dim = 6, .head_dim = 6, .seed = 2, .routed = {.heads = 1, .clusters = 4, .window = 7}};
   Context context;
   Random random(3);
   const Index n = 40;
@@ -73,10 +74,10 @@ TEST_CASE("the layer's plans are those of its routers' scores") {
   for (const bool causal : {false, true})
     for (const bool balanced : {false, true}) {
       c.causal = causal;
-      c.shared_qk = true;
-      c.self = Self::visible;
-      c.membership = balanced ? Membership::balanced : Membership::nearest;
-      c.probes = balanced ? 1 : 3;
+      c.routed.matching.shared_qk = true;
+      c.routed.matching.self = Self::visible;
+      c.routed.membership.kind = balanced ? MembershipKind::balanced : MembershipKind::nearest;
+      c.routed.membership.probes = balanced ? 1 : 3;
       RoutingAttention<double> layer(c);
       layer.parameters().w_q = RowMatrix<double>::Identity(6, 6);
       RoutingAttention<double>::Tape tape;
@@ -174,7 +175,7 @@ TEST_CASE("several probes stay strictly causal, balanced membership does not") {
     layer.forward(x, other, context);
     Index changed = 0;
     for (Index i = 0; i < n / 2; ++i) changed += !same_bits<float>(y.row(i), other.row(i));
-    if (kind.config.membership == Membership::balanced)
+    if (kind.config.routed.membership.kind == MembershipKind::balanced)
       changed_balanced += changed;
     else
       REQUIRE(changed == 0);
@@ -187,11 +188,11 @@ TEST_CASE("cross-attention of layers with members: the formula, and gradients of
   const std::vector<Index> offsets = {0, 3, 3, 4, 12, n}, source_offsets = {0, 2, 4, 4, 18, m};
   for (const Kind& kind : member_kinds())
     for (const bool causal : {false, true}) {
-      if (kind.config.induction) continue;
+      if (kind.config.routed.matching.induction) continue;
       RoutingAttentionConfig config = kind.config;
       config.causal = causal;
-      config.shared_qk = false;
-      config.self = Self::visible;
+      config.routed.matching.shared_qk = false;
+      config.routed.matching.self = Self::visible;
       INFO(kind.name << ", causal " << causal);
       RoutingAttention<double> layer = make_layer<double>(config);
       Random random(7);
@@ -226,16 +227,13 @@ TEST_CASE("cross-attention of layers with members: the formula, and gradients of
 TEST_CASE("T18: the commitment loss reaches x and the weights, with centroids as constants") {
   const Index n = 20;
   for (const bool shared : {true, false}) {
-    RoutingAttentionConfig c{.model_dim = 8,
-                             .heads = 3,
-                             .head_dim = 4,
-                             .routed_heads = 2,
-                             .clusters = 3,
-                             .window = 6,
-                             .causal = true,
-                             .shared_qk = shared,
-                             .commitment = 0.7,
-                             .seed = 5};
+    RoutingAttentionConfig c{
+        .model_dim = 8,
+        .head_dim = 4,
+        .causal = true,
+        .seed = 5,
+        .local = {.heads = 1, .window = 6},
+        .routed = {.heads = 2, .clusters = 3, .window = 6, .commitment = 0.7, .matching = {.shared_qk = shared}}};
     RoutingAttention<double> layer(c);
     Random random(3);
     RowMatrix<double> x = 2 * random.matrix<double>(n, 8);
@@ -260,12 +258,12 @@ TEST_CASE("T18: the commitment loss reaches x and the weights, with centroids as
     // The loss itself, from its parts: more of the same weight.
     loss();
     const double once = layer.commitment_loss(tape, context);
-    c.commitment = 1.4;
+    c.routed.commitment = 1.4;
     const RoutingAttention<double> twice(c);
     RoutingAttention<double>::Tape other;
     twice.forward(x, y, other, context);
     REQUIRE(twice.commitment_loss(other, context) == Approx(2 * once));
-    c.commitment = 0;
+    c.routed.commitment = 0;
     const RoutingAttention<double> none(c);
     none.forward(x, y, other, context);
     REQUIRE(none.commitment_loss(other, context) == 0);
@@ -274,27 +272,29 @@ TEST_CASE("T18: the commitment loss reaches x and the weights, with centroids as
 
 TEST_CASE("the routers of a layer have its settings") {
   const RoutingAttention<float> layer({.model_dim = 8,
-                                       .heads = 1,
-                                       .routed_heads = 1,
-                                       .clusters = 3,
-                                       .window = 4,
-                                       .decay = 0.9,
-                                       .average = Average::batch_mean,
-                                       .renormalise = true,
-                                       .dead_share = 0.2,
-                                       .split_share = 3});
+                                       .routed = {.heads = 1,
+                                                  .clusters = 3,
+                                                  .window = 4,
+                                                  .router = {.decay = 0.9,
+                                                             .average = Average::batch_mean,
+                                                             .renormalise = true,
+                                                             .dead_share = 0.2,
+                                                             .split_share = 3}}});
   const KMeansConfig& k = layer.routers()[0].config();
-  REQUIRE(k.decay == 0.9);
-  REQUIRE(k.average == Average::batch_mean);
-  REQUIRE(k.renormalise);
-  REQUIRE(k.dead_share == 0.2);
-  REQUIRE(k.split_share == 3);
+  REQUIRE(k.router.decay == 0.9);
+  REQUIRE(k.router.average == Average::batch_mean);
+  REQUIRE(k.router.renormalise);
+  REQUIRE(k.router.dead_share == 0.2);
+  REQUIRE(k.router.split_share == 3);
 }
 
 TEST_CASE("dropout: in training only, by seed and step, with its gradients; soft cap: in both") {
   const Index n = 24;
-  RoutingAttentionConfig c{
-      .model_dim = 8, .heads = 2, .routed_heads = 1, .clusters = 2, .window = 9, .causal = true, .seed = 6};
+  RoutingAttentionConfig c{.model_dim = 8,
+                           .causal = true,
+                           .seed = 6,
+                           .local = {.heads = 1, .window = 9},
+                           .routed = {.heads = 1, .clusters = 2, .window = 9}};
   const RoutingAttention<double> plain(c);
   c.dropout = 0.3;
   RoutingAttention<double> layer(c);
@@ -336,36 +336,40 @@ TEST_CASE("dropout: in training only, by seed and step, with its gradients; soft
 }
 
 TEST_CASE("membership settings that mean nothing together are refused, all at once") {
-  const RoutingAttentionConfig good{.model_dim = 8, .heads = 2, .routed_heads = 1, .clusters = 4, .window = 8};
+  const RoutingAttentionConfig good{
+      .model_dim = 8, .local = {.heads = 1, .window = 8}, .routed = {.heads = 1, .clusters = 4, .window = 8}};
   const auto refused = [&](auto change, const char* argument) {
     RoutingAttentionConfig c = good;
     change(c);
     INFO(argument);
     CHECK(contains(message_of<ValueError>([&] { RoutingAttention<float> layer(c); }), argument));
   };
-  refused([](auto& c) { c.routing = Routing::random, c.membership = Membership::balanced; }, "membership");
-  refused([](auto& c) { c.routed_heads = 0, c.clusters = 0, c.membership = Membership::balanced; }, "membership");
-  refused([](auto& c) { c.membership = static_cast<Membership>(5); }, "membership");
-  refused([](auto& c) { c.probes = 0; }, "probes");
-  refused([](auto& c) { c.probes = 5; }, "probes");
-  refused([](auto& c) { c.probes = 2, c.routing = Routing::random; }, "probes");
-  refused([](auto& c) { c.probes = 2, c.membership = Membership::balanced; }, "probes");
-  refused([](auto& c) { c.unassigned = Unassigned::nearest; }, "unassigned");
-  refused([](auto& c) { c.combine = Combine::lse; }, "combine");
-  refused([](auto& c) { c.combine = Combine::single; }, "combine");
-  refused([](auto& c) { c.memory = -1; }, "memory");
-  refused([](auto& c) { c.memory = 1, c.self = Self::never; }, "self");
-  refused([](auto& c) { c.dropout = 1, c.soft_cap = -1; }, "dropout");
-  refused([](auto& c) { c.dropout = 1, c.soft_cap = -1; }, "soft_cap");
-  refused([](auto& c) { c.routing = Routing::random, c.commitment = 1; }, "commitment");
-  refused([](auto& c) { c.commitment = -1; }, "commitment");
-  refused([](auto& c) { c.split_share = 0.5; }, "split_share");
-  refused([](auto& c) { c.routing = Routing::random, c.split_share = 2; }, "split_share");
-  refused([](auto& c) { c.dead_share = 1; }, "dead_share");
-  refused([](auto& c) { c.average = static_cast<Average>(9); }, "average");
-  refused([](auto& c) { c.routing = Routing::dense, c.renormalise = true; }, "renormalise");
+  refused([](auto& c) { c.routed.routing = Routing::random, c.routed.membership.kind = MembershipKind::balanced; },
+          "routed.membership.kind: ");
+  refused([](auto& c) { c.routed = {.membership = {.kind = MembershipKind::balanced}}; }, "routed: ");
+  refused([](auto& c) { c.routed.membership.kind = static_cast<MembershipKind>(5); }, "routed.membership.kind: ");
+  refused([](auto& c) { c.routed.membership.probes = 0; }, "routed.membership.probes: ");
+  refused([](auto& c) { c.routed.membership.probes = 5; }, "routed.membership.probes: ");
+  refused([](auto& c) { c.routed.membership.probes = 2, c.routed.routing = Routing::random; },
+          "routed.membership.probes: ");
+  refused([](auto& c) { c.routed.membership = {.kind = MembershipKind::balanced, .probes = 2}; },
+          "routed.membership.probes: ");
+  refused([](auto& c) { c.routed.membership.unassigned = Unassigned::nearest; }, "routed.membership.unassigned: ");
+  refused([](auto& c) { c.routed.membership.combine = Combine::lse; }, "routed.membership.combine: ");
+  refused([](auto& c) { c.routed.membership.combine = Combine::single; }, "routed.membership.combine: ");
+  refused([](auto& c) { c.memory = -1; }, "memory: ");
+  refused([](auto& c) { c.memory = 1, c.routed.matching.self = Self::never; }, "routed.matching.self: ");
+  refused([](auto& c) { c.dropout = 1, c.soft_cap = -1; }, "dropout: ");
+  refused([](auto& c) { c.dropout = 1, c.soft_cap = -1; }, "soft_cap: ");
+  refused([](auto& c) { c.routed.routing = Routing::random, c.routed.commitment = 1; }, "routed.commitment: ");
+  refused([](auto& c) { c.routed.commitment = -1; }, "routed.commitment: ");
+  refused([](auto& c) { c.routed.router.split_share = 0.5; }, "routed.router.split_share: ");
+  refused([](auto& c) { c.routed.routing = Routing::random, c.routed.router.split_share = 2; }, "routed.router: ");
+  refused([](auto& c) { c.routed.router.dead_share = 1; }, "routed.router.dead_share: ");
+  refused([](auto& c) { c.routed.router.average = static_cast<Average>(9); }, "routed.router.average: ");
+  refused([](auto& c) { c.routed.routing = Routing::random, c.routed.router.renormalise = true; }, "routed.router: ");
   RoutingAttentionConfig c = good;
-  c.probes = 2;
+  c.routed.membership.probes = 2;
   const RoutingAttention<float> layer(c);
   const RowMatrix<float> x = RowMatrix<float>::Zero(3, 8);
   RowMatrix<float> y = x;

@@ -13,37 +13,30 @@ constexpr PositionKind all_positions[] = {PositionKind::rotary, PositionKind::bi
 // Routed heads alone, with positions; narrow clusters.
 RoutingAttentionConfig routed(PositionKind positions, bool causal, bool shared) {
   RoutingAttentionConfig c{.model_dim = 10,
-                           .heads = 2,
                            .head_dim = 4,
-                           .routed_heads = 2,
-                           .clusters = 3,
-                           .window = 50,
                            .causal = causal,
-                           .shared_qk = shared,
-                           .routed_positions = positions,
-                           .position_buckets = 8,
-                           .max_distance = 12,
-                           .seed = 3};
-  if (positions == PositionKind::bias || positions == PositionKind::shaw) c.routed_distances = 20;
+                           .seed = 3,
+                           .routed = {.heads = 2,
+                                      .clusters = 3,
+                                      .window = 50,
+                                      .matching = {.shared_qk = shared},
+                                      .positions = {.kind = positions, .buckets = 8, .max_distance = 12}}};
+  if (positions == PositionKind::bias || positions == PositionKind::shaw) c.routed.positions.distances = 20;
   return c;
 }
 
 }  // namespace
 
 TEST_CASE("tables hold the distances that their heads can tell apart") {
-  RoutingAttentionConfig c{.model_dim = 8,
-                           .heads = 2,
-                           .routed_heads = 1,
-                           .clusters = 2,
-                           .window = 6,
-                           .lookahead = 3,
-                           .position_buckets = 8,
-                           .max_distance = 10,
-                           .routed_distances = 5};
+  RoutingAttentionConfig c{
+      .model_dim = 8,
+      .local = {.heads = 1, .window = 6, .lookahead = 3, .positions = {.buckets = 8, .max_distance = 10}},
+      .routed = {
+          .heads = 1, .clusters = 2, .window = 6, .positions = {.buckets = 8, .max_distance = 10, .distances = 5}}};
   const auto range = [&](PositionKind positions, bool is_routed, Index longest) {
-    c.routed_distances = positions == PositionKind::bias ? 5 : 0;
-    c.local_positions = positions;
-    c.routed_positions = positions;
+    c.routed.positions.distances = positions == PositionKind::bias ? 5 : 0;
+    c.local.positions.kind = positions;
+    c.routed.positions.kind = positions;
     const RoutingAttentionConfig resolved = detail::resolve(c);
     const detail::Heads heads(resolved);
     const auto r = detail::table_distances(resolved, is_routed ? heads.routed : heads.local, longest);
@@ -57,7 +50,7 @@ TEST_CASE("tables hold the distances that their heads can tell apart") {
   REQUIRE(range(PositionKind::alibi, true, 100) == Range(-99, 99));
   REQUIRE(range(PositionKind::t5_buckets, true, 100) == Range(-10, 10));
   c.causal = true;
-  c.lookahead = 0;
+  c.local.lookahead = 0;
   REQUIRE(range(PositionKind::bias, false, 100) == Range(0, 5));
   REQUIRE(range(PositionKind::bias, true, 100) == Range(0, 4));
   REQUIRE(range(PositionKind::alibi, false, 100) == Range(0, 5));
@@ -142,17 +135,14 @@ TEST_CASE("T19: rotary turns no value: a token that sees itself alone gives its 
   const RowMatrix<double> x = Random(5).matrix<double>(n, 10);
   for (const bool local : {true, false})
     for (const RotaryLayout layout : {RotaryLayout::halves, RotaryLayout::interleaved}) {
-      const RoutingAttention<double> layer({.model_dim = 10,
-                                            .heads = 2,
-                                            .head_dim = 4,
-                                            .routed_heads = local ? 0 : 2,
-                                            .clusters = local ? 0 : 3,
-                                            .window = 1,
-                                            .causal = true,
-                                            .self = Self::visible,
-                                            .routed_positions = local ? PositionKind::none : PositionKind::rotary,
-                                            .rotary_layout = layout,
-                                            .seed = 3});
+      RoutingAttentionConfig c{.model_dim = 10, .head_dim = 4, .causal = true, .seed = 3};
+      const Positions positions{.kind = PositionKind::rotary, .layout = layout};
+      if (local)
+        c.local = {.heads = 2, .window = 1, .positions = positions};
+      else
+        c.routed = {
+            .heads = 2, .clusters = 3, .window = 1, .matching = {.self = Self::visible}, .positions = positions};
+      const RoutingAttention<double> layer(c);
       RowMatrix<double> y(n, 10);
       Context context;
       layer.forward(x, y, context);
@@ -164,16 +154,16 @@ TEST_CASE("T19: rotary turns no value: a token that sees itself alone gives its 
 TEST_CASE("rotary layers of both layouts agree once their columns are permuted") {
   const Index n = 50, d = 6;
   RoutingAttentionConfig c{.model_dim = 12,
-                           .heads = 2,
-                           .routed_heads = 1,
-                           .clusters = 1,
-                           .window = n,
                            .causal = true,
-                           .shared_qk = false,
-                           .routed_positions = PositionKind::rotary,
-                           .seed = 3};
+                           .seed = 3,
+                           .local = {.heads = 1, .window = n},
+                           .routed = {.heads = 1,
+                                      .clusters = 1,
+                                      .window = n,
+                                      .matching = {.shared_qk = false},
+                                      .positions = {.kind = PositionKind::rotary}}};
   const RoutingAttention<double> halves(c);
-  c.rotary_layout = RotaryLayout::interleaved;
+  c.local.positions.layout = c.routed.positions.layout = RotaryLayout::interleaved;
   RoutingAttention<double> interleaved(c);
   for (Index h = 0; h < 2; ++h)
     for (Index j = 0; j < d / 2; ++j)

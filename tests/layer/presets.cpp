@@ -125,23 +125,31 @@ Matrix lingvo_head(const Head& h, bool causal, Index window) {
   return sum;
 }
 
-// The PyTorch port: one head.
-Matrix pytorch_head(const Head& h, bool causal, bool shared, Index window) {
-  const Matrix k = shared ? unit_rows(h.q) : h.k;
-  const Matrix q_scores = dot_products(unit_rows(h.q), h.centroids), k_scores = dot_products(unit_rows(k), h.centroids);
+// The PyTorch port: one head. Memory is behind the keys of every cluster, and no mask reaches it.
+Matrix pytorch_head(const Head& h, bool causal, bool shared, Index window,
+                    const Matrix& memory_keys = Matrix(0, preset.d),
+                    const Matrix& memory_values = Matrix(0, preset.d)) {
+  const Matrix own_k = shared ? unit_rows(h.q) : h.k;
+  const Matrix q_scores = dot_products(unit_rows(h.q), h.centroids),
+               k_scores = dot_products(unit_rows(own_k), h.centroids);
+  Matrix k(preset.n + memory_keys.rows(), preset.d), v(preset.n + memory_keys.rows(), preset.d);
+  k << own_k, memory_keys;
+  v << h.v, memory_values;
   Matrix sum = Matrix::Zero(preset.n, preset.d);
   Eigen::VectorXd count = Eigen::VectorXd::Zero(preset.n);
   for (Index c = 0; c < preset.clusters; ++c) {
-    const Rows queries = top_rows(q_scores.col(c), window), keys = top_rows(k_scores.col(c), window);
-    Matrix logits(window, window);
+    const Rows queries = top_rows(q_scores.col(c), window);
+    Rows keys = top_rows(k_scores.col(c), window);
+    for (Index m = 0; m < memory_keys.rows(); ++m) keys.push_back(preset.n + m);
+    Matrix logits(window, Index(keys.size()));
     for (Index a = 0; a < window; ++a)
-      for (Index b = 0; b < window; ++b) {
+      for (Index b = 0; b < logits.cols(); ++b) {
         const Index i = queries[std::size_t(a)], j = keys[std::size_t(b)];
         logits(a, b) = h.q.row(i).dot(k.row(j)) / std::sqrt(double(preset.d));
         if (shared && i == j) logits(a, b) = -5e4;
-        if (causal && j > i) logits(a, b) = minus_infinity;
+        if (causal && j > i && j < preset.n) logits(a, b) = minus_infinity;
       }
-    add_cluster(logits, queries, keys, h.v, sum);
+    add_cluster(logits, queries, keys, v, sum);
     for (const Index i : queries) count(i) += 1;
   }
   for (Index i = 0; i < preset.n; ++i) sum.row(i) /= count(i) + 1e-5;
@@ -173,13 +181,10 @@ void require_preset(const RoutingAttentionConfig& config, double tolerance, Rest
 
 RoutingAttentionConfig sizes(bool causal, Index window) {
   return {.model_dim = preset.model_dim,
-          .heads = preset.heads,
           .head_dim = preset.d,
-          .routed_heads = preset.heads,
-          .clusters = preset.clusters,
-          .window = window,
           .causal = causal,
-          .seed = 21};
+          .seed = 21,
+          .routed = {.heads = preset.heads, .clusters = preset.clusters, .window = window}};
 }
 
 }  // namespace
@@ -207,16 +212,61 @@ TEST_CASE("the pytorch preset computes what the PyTorch port does") {
 }
 
 TEST_CASE("presets: the commitment loss is a mean over routers, and nothing is left of induction") {
-  RoutingAttentionConfig config = sizes(false, 10);
-  config.causal = config.induction = config.local_induction = true;
-  config.key_taps = 3;
-  REQUIRE(presets::google(config).commitment == 1e-4);  // two routers, counted twice
-  REQUIRE_FALSE(presets::pytorch(config).local_induction);
+  RoutingAttentionConfig config = sizes(true, 10);
+  config.routed.matching = {.induction = true, .key_taps = 3};
+  REQUIRE(presets::google(config).routed.commitment == 1e-4);  // two routers, counted twice
+  REQUIRE_FALSE(presets::pytorch(config).routed.matching.induction);
   const RoutingAttention<float> layer(presets::google(config));
   config = sizes(false, 10);
   config.kv_heads = 1;
-  REQUIRE(presets::google(config).commitment == 1e-4);
-  REQUIRE(presets::pytorch(config).commitment == 0.5e-4);
+  REQUIRE(presets::google(config).routed.commitment == 1e-4);
+  REQUIRE(presets::pytorch(config).routed.commitment == 0.5e-4);
+}
+
+TEST_CASE("presets change the routed block and leave the rest alone") {
+  RoutingAttentionConfig config = sizes(true, 10);
+  config.local = {.heads = 2, .window = 5, .matching = {.induction = true, .key_taps = 3}};
+  config.dense = {.heads = 2, .matching = {.shared_qk = true}};
+  config.routed.positions.kind = PositionKind::alibi;
+  config.memory = 2;
+  for (RoutingAttentionConfig (*preset_of)(RoutingAttentionConfig) :
+       {presets::google, presets::lingvo, presets::pytorch}) {
+    RoutingAttentionConfig changed = preset_of(config);
+    REQUIRE(changed.routed.membership.kind == MembershipKind::balanced);
+    REQUIRE(changed.routed.heads == config.routed.heads);
+    REQUIRE(changed.routed.clusters == config.routed.clusters);
+    REQUIRE(changed.routed.window == config.routed.window);
+    REQUIRE(changed.routed.positions == config.routed.positions);
+    const RoutingAttention<float> layer(changed);
+    changed.routed = config.routed;
+    REQUIRE(changed == config);
+  }
+}
+
+TEST_CASE("the pytorch preset with memory: beside it a token never sees itself") {
+  // The code writes a logit of -50000 for a token's own key and leaves memory alone.
+  RoutingAttentionConfig config = sizes(true, 10);
+  REQUIRE(presets::pytorch(config).routed.matching.self == Self::only_if_alone);
+  config.memory = 2;
+  config = presets::pytorch(config);
+  REQUIRE(config.routed.matching.self == Self::never);
+  RoutingAttentionConfig two_sided = sizes(false, 10);
+  two_sided.memory = 2;
+  REQUIRE(presets::pytorch(two_sided).routed.matching.self == Self::visible);
+
+  const RoutingAttention<double> layer(config);
+  const Parameters<double>& p = layer.parameters();
+  const Matrix x = 2 * Random(5).matrix<double>(preset.n, preset.model_dim);
+  Matrix y(preset.n, preset.model_dim), expected = Matrix::Zero(preset.n, preset.model_dim);
+  Context context;
+  layer.forward(x, y, context);
+  for (Index h = 0; h < preset.heads; ++h) {
+    const auto columns = [&](const Matrix& w) -> Matrix { return w.middleCols(h * preset.d, preset.d); };
+    const Head head{x * columns(p.w_q), {}, x * columns(p.w_v), layer.routers()[std::size_t(h)].centroids().eigen()};
+    expected += pytorch_head(head, true, true, 10, columns(p.memory_keys), columns(p.memory_values)) *
+                p.w_o.middleRows(h * preset.d, preset.d);
+  }
+  REQUIRE((y - expected).cwiseAbs().maxCoeff() < 1e-11);
 }
 
 TEST_CASE("presets: how centroids follow a batch") {
@@ -235,7 +285,7 @@ TEST_CASE("presets: how centroids follow a batch") {
     layer.forward(x, y, tape, context);
     layer.update_router(tape, context);
     std::vector<Matrix> rows = {x * layer.parameters().w_q.leftCols(preset.d)};
-    if (!*layer.config().shared_qk) rows.push_back(x * layer.parameters().w_k.leftCols(preset.d));
+    if (!*layer.config().routed.matching.shared_qk) rows.push_back(x * layer.parameters().w_k.leftCols(preset.d));
     for (Index c = 0; c < preset.clusters; ++c) {
       Eigen::RowVectorXd sum = Eigen::RowVectorXd::Zero(preset.d);
       double count = 0;

@@ -9,15 +9,13 @@ using namespace test;
 
 namespace {
 
-const RoutingAttentionConfig shared_config{.model_dim = 10,
-                                           .heads = 3,
-                                           .head_dim = 4,
-                                           .routed_heads = 2,
-                                           .clusters = 5,
-                                           .window = 8,
-                                           .causal = true,
-                                           .decay = 0.9,
-                                           .seed = 3};
+const RoutingAttentionConfig shared_config{
+    .model_dim = 10,
+    .head_dim = 4,
+    .causal = true,
+    .seed = 3,
+    .local = {.heads = 1, .window = 8},
+    .routed = {.heads = 2, .clusters = 5, .window = 8, .router = {.decay = 0.9}}};
 
 RoutingAttentionConfig separate_config() {
   RoutingAttentionConfig c = shared_config;
@@ -87,7 +85,7 @@ TEST_CASE("statistics count the queries, and the keys that are not shared, by th
         }
       };
       add(layer.parameters().w_q, 1 + h, tape.labels(h));
-      if (!*layer.config().shared_qk) add(layer.parameters().w_k, 1 + h, tape.key_labels(h));
+      if (!*layer.config().routed.matching.shared_qk) add(layer.parameters().w_k, 1 + h, tape.key_labels(h));
       for (Index c = 0; c < 5; ++c) {
         REQUIRE(statistics.counts(h)[static_cast<std::size_t>(c)] == counts[static_cast<std::size_t>(c)]);
         for (Index j = 0; j < 4; ++j)
@@ -179,9 +177,13 @@ TEST_CASE("T27: centroids are no parameters: what an optimiser does to every wei
 }
 
 TEST_CASE("routing that is not learned has no routers and nothing to update") {
-  for (const Routing routing : {Routing::random, Routing::dense}) {
+  for (const bool dense : {false, true}) {
     RoutingAttentionConfig config = shared_config;
-    config.routing = routing;
+    config.routed.router = {};
+    if (dense)
+      make_dense(config);
+    else
+      config.routed.routing = Routing::random;
     RoutingAttention<float> layer(config);
     REQUIRE(layer.routers().empty());
     REQUIRE(layer.zero_statistics().heads() == 0);
@@ -195,15 +197,16 @@ TEST_CASE("routing that is not learned has no routers and nothing to update") {
     layer.observe(tape, statistics, context);
     layer.update_router(statistics);
     layer.freeze_router(true);
-    REQUIRE(tape.plans().size() == (routing == Routing::dense ? 1u : 2u));
+    REQUIRE(tape.plans().size() == (dense ? 1u : 2u));
     REQUIRE(tape.local_plans().size() == 1);
-    REQUIRE(tape.labels(1).size() == (routing == Routing::dense ? 0u : 20u));
+    REQUIRE(tape.labels(1).size() == (dense ? 0u : 20u));
   }
 }
 
 TEST_CASE("random routes are a function of seed, step, head and position") {
   RoutingAttentionConfig config = shared_config;
-  config.routing = Routing::random;
+  config.routed.router = {};
+  config.routed.routing = Routing::random;
   const Index n = 4000;
   const auto labels = [&](std::uint64_t seed, std::uint64_t step, Index head, const std::vector<Index>& offsets = {}) {
     config.seed = seed;

@@ -15,7 +15,7 @@ double largest_difference(const RowMatrix<T>& y, const RowMatrix<double>& expect
 // Labels of every routed head on the tape, as lists.
 template <class T>
 void read_labels(const RoutingAttentionTape<T>& tape, const RoutingAttentionConfig& c, Oracle& oracle) {
-  if (c.routing == Routing::dense) return;
+  if (c.routed.heads == 0) return;
   for (Index h = 0; h < detail::routed_kv_heads(c); ++h) {
     oracle.query_labels.emplace_back(tape.labels(h).begin(), tape.labels(h).end());
     oracle.key_labels.emplace_back(tape.key_labels(h).begin(), tape.key_labels(h).end());
@@ -24,8 +24,8 @@ void read_labels(const RoutingAttentionTape<T>& tape, const RoutingAttentionConf
 
 // Labels for all routed heads, head by head, some of them none.
 std::vector<std::int32_t> some_routes(const RoutingAttentionConfig& c, Index n) {
-  if (c.routed_heads == 0 || c.routing == Routing::dense) return {};
-  return Random(23).labels(detail::routed_kv_heads(c) * n, c.clusters, -1);
+  if (c.routed.heads == 0) return {};
+  return Random(23).labels(detail::routed_kv_heads(c) * n, c.routed.clusters, -1);
 }
 
 }  // namespace
@@ -74,9 +74,12 @@ TEST_CASE("cross-attention computes its formula and gradients") {
                            several_source = {0, 2, 4, 4, 18, m};
   for (const Kind& kind : kinds()) {
     Kind cross = kind;
-    cross.config.shared_qk = false;
-    cross.config.self = Self::visible;
-    if (kind.config.induction || kind.config.local_induction || kind.config.globals > 0) continue;
+    for_each_block(cross.config, [](auto& block) {
+      block.matching.shared_qk = false;
+      block.matching.self = Self::visible;
+    });
+    if (any_block(kind.config, [](const auto& block) { return block.matching.induction; }) || kind.config.globals > 0)
+      continue;
     for (const bool ragged : {false, true}) {
       INFO(kind.name << ", ragged " << ragged);
       RoutingAttention<double> layer = make_layer<double>(cross.config);
@@ -134,8 +137,9 @@ TEST_CASE("cross-attention computes its formula and gradients") {
 TEST_CASE("cross-attention to itself has the bits of self-attention") {
   const Index n = 37;
   for (const Kind& kind : kinds()) {
-    if (kind.config.causal && kind.config.shared_qk != false && kind.config.routed_heads > 0) continue;
-    if (kind.config.shared_qk == true || kind.config.self == Self::never || kind.config.local_induction) continue;
+    if (any_block(detail::resolve(kind.config),
+                  [](const auto& block) { return *block.matching.shared_qk || block.matching.self == Self::never; }))
+      continue;
     if (kind.config.globals > 0) continue;
     INFO(kind.name);
     const RoutingAttention<float> layer = make_layer<float>(kind.config);
@@ -153,7 +157,9 @@ TEST_CASE("routed heads go to the nearest centroid of their normalised queries a
   const Index n = 40;
   for (const bool shared : {true, false}) {
     const RoutingAttention<double> layer(
-        {.model_dim = 8, .heads = 2, .routed_heads = 2, .clusters = 4, .window = 5, .shared_qk = shared, .seed = 9});
+        {.model_dim = 8,
+         .seed = 9,
+         .routed = {.heads = 2, .clusters = 4, .window = 5, .matching = {.shared_qk = shared}}});
     const RowMatrix<double> x = Random(3).matrix<double>(n, 8);
     RowMatrix<double> y(n, 8);
     Context context;
@@ -247,7 +253,7 @@ TEST_CASE("gradients of x and of every parameter are central differences, of eve
 }
 
 TEST_CASE("x is read through blocks, maps and strided views, and gradients go there") {
-  const RoutingAttention<float> layer({.model_dim = 6, .heads = 2, .window = 4, .causal = true, .seed = 2});
+  const RoutingAttention<float> layer({.model_dim = 6, .causal = true, .seed = 2, .local = {.heads = 2, .window = 4}});
   RowMatrix<float> wide = Random(1).matrix<float>(9, 20), y_wide = wide, d_wide = RowMatrix<float>::Zero(9, 20);
   const RowMatrix<float> x = wide.middleCols(3, 6), d_y = Random(2).matrix<float>(9, 6);
   RowMatrix<float> y(9, 6), d_x = RowMatrix<float>::Zero(9, 6);

@@ -35,7 +35,6 @@ namespace {
 template <class T>
 RoutingAttention<T> plain_head(RoutingAttentionConfig c) {
   c.model_dim = c.head_dim = 6;
-  c.heads = 1;
   RoutingAttention<T> layer(c);
   layer.parameters().w_v.setIdentity();
   layer.parameters().w_o.setIdentity();
@@ -46,8 +45,8 @@ RoutingAttention<T> plain_head(RoutingAttentionConfig c) {
 
 TEST_CASE("T5: where queries are keys, a token sees itself only if alone: no logit of its own swamps the others") {
   const Index n = 30;
-  const RoutingAttention<double> layer =
-      plain_head<double>({.routed_heads = 1, .clusters = 1, .window = n, .causal = true, .gain = 40.0, .seed = 2});
+  const RoutingAttention<double> layer = plain_head<double>(
+      {.causal = true, .seed = 2, .routed = {.heads = 1, .clusters = 1, .window = n, .matching = {.gain = 40.0}}});
   RowMatrix<double> x = Random(3).matrix<double>(n, 6), y(n, 6);
   Context context;
   layer.forward(x, y, context);
@@ -62,7 +61,7 @@ TEST_CASE("T5: where queries are keys, a token sees itself only if alone: no log
 TEST_CASE("T10: centroids move when they are told to, once, by the passes that there were") {
   const Index n = 40;
   const RoutingAttentionConfig c{
-      .model_dim = 8, .heads = 2, .routed_heads = 2, .clusters = 3, .window = 8, .causal = true, .seed = 4};
+      .model_dim = 8, .causal = true, .seed = 4, .routed = {.heads = 2, .clusters = 3, .window = 8}};
   RoutingAttention<double> layer(c), other(c);
   const RowMatrix<double> x = Random(1).matrix<double>(n, 8), d_y = Random(2).matrix<double>(n, 8);
   RowMatrix<double> y(n, 8), d_x = RowMatrix<double>::Zero(n, 8);
@@ -88,7 +87,10 @@ TEST_CASE("T11: there is no padding: a ragged batch brings the statistics of its
   const std::vector<Index> offsets = {0, 9, 9, 30, n};
   for (const bool shared : {true, false}) {
     const RoutingAttention<float> layer(
-        {.model_dim = 8, .heads = 2, .routed_heads = 1, .clusters = 4, .window = 6, .shared_qk = shared, .seed = 4});
+        {.model_dim = 8,
+         .seed = 4,
+         .local = {.heads = 1, .window = 6},
+         .routed = {.heads = 1, .clusters = 4, .window = 6, .matching = {.shared_qk = shared}}});
     const RowMatrix<float> x = Random(1).matrix<float>(n, 8);
     RowMatrix<float> y(n, 8);
     Context context;
@@ -115,7 +117,7 @@ TEST_CASE("T16: a sequence shorter than the window costs what it has pairs, howe
   for (const Index n : {1, 2, 7, 16})
     for (const bool causal : {true, false}) {
       const RoutingAttention<float> layer(
-          {.model_dim = 6, .heads = 1, .routed_heads = 1, .clusters = 32, .window = 16, .causal = causal, .seed = 1});
+          {.model_dim = 6, .causal = causal, .seed = 1, .routed = {.heads = 1, .clusters = 32, .window = 16}});
       const RowMatrix<float> x = Random(1).matrix<float>(n, 6);
       RowMatrix<float> y(n, 6);
       Context context;
@@ -130,21 +132,19 @@ TEST_CASE("T17: any length, windows beyond it: one cluster and dense are the sam
     for (const Index window : {n, n + 1, 5 * n})
       for (const bool causal : {true, false}) {
         INFO("n " << n << ", window " << window << ", causal " << causal);
-        RoutingAttentionConfig c{.model_dim = 6,
-                                 .heads = 1,
-                                 .routed_heads = 1,
-                                 .clusters = 1,
-                                 .window = causal ? window : 2 * window,  // centred
-                                 .causal = causal,
-                                 .seed = 1};
+        RoutingAttentionConfig c{
+            .model_dim = 6,
+            .causal = causal,
+            .seed = 1,
+            .routed = {.heads = 1, .clusters = 1, .window = causal ? window : 2 * window}};  // centred
         const RowMatrix<float> x = Random(1).matrix<float>(n, 6);
         RowMatrix<float> y(n, 6), dense_y(n, 6), balanced_y(n, 6);
         Context context;
         RoutingAttention<float>(c).forward(x, y, context);
         RoutingAttentionConfig balanced = c;
-        balanced.membership = Membership::balanced;
+        balanced.routed.membership.kind = MembershipKind::balanced;
         RoutingAttention<float>(balanced).forward(x, balanced_y, context);
-        c.routing = Routing::dense;
+        make_dense(c);
         RoutingAttention<float>(c).forward(x, dense_y, context);
         REQUIRE(same_bits<float>(y, dense_y));
         REQUIRE((y - balanced_y).cwiseAbs().maxCoeff() < 1e-6f);

@@ -16,7 +16,7 @@ TEST_CASE("after the first update the router allocates nothing, revivals include
   ThreadPool pool(3);
   Workspace workspace;
   Context context(pool, workspace);
-  OnlineKMeans<float> kmeans({.clusters = k, .dim = d, .decay = 0.5});
+  OnlineKMeans<float> kmeans({.clusters = k, .dim = d, .router = {.decay = 0.5}});
   RouterStatistics<float> statistics(1, k, d);
   const auto step = [&](const RowMatrix<float>& rows) {
     statistics.clear();
@@ -46,7 +46,7 @@ TEST_CASE("splits, scores and drift allocate nothing after warm-up") {
   Workspace workspace;
   Context context(pool, workspace);
   OnlineKMeans<float> kmeans(
-      {.clusters = k, .dim = d, .decay = 0.5, .average = Average::batch_mean, .split_share = 1.5});
+      {.clusters = k, .dim = d, .router = {.decay = 0.5, .average = Average::batch_mean, .split_share = 1.5}});
   RouterStatistics<float> statistics(1, k, d);
   RouterDrift drift;
   const std::vector<double> counts{500, 40, 40, 40, 40, 1};

@@ -34,12 +34,10 @@ TEST_CASE("later updates are moving averages of counts and sums") {
 TEST_CASE("T8, T9: batch means are averaged, and the old centroid is kept where the batch has none") {
   const Index k = 4, d = 5;
   const bool renormalise = GENERATE(false, true);
-  Router<double> router({.clusters = k,
-                         .dim = d,
-                         .decay = 0.3,
-                         .average = Average::batch_mean,
-                         .renormalise = renormalise,
-                         .dead_share = 0});
+  Router<double> router(
+      {.clusters = k,
+       .dim = d,
+       .router = {.decay = 0.3, .average = Average::batch_mean, .renormalise = renormalise, .dead_share = 0}});
   router.step(random_rows<double>(200, d, 11));
   for (int t = 1; t <= 6; ++t) {
     const RowMatrix<double> rows = random_rows<double>(90, d, 20 + static_cast<std::uint64_t>(t));
@@ -67,7 +65,7 @@ TEST_CASE("T8, T9: batch means are averaged, and the old centroid is kept where 
 TEST_CASE("batches weigh by their rows, or the same") {
   // The centroid at (1, 0, 0) of weight 10; then a batch of 90 rows at (0, 1, 0), with l = 0.5.
   const auto after = [](Average average) {
-    Router<double> router({.clusters = 1, .dim = 3, .decay = 0.5, .average = average});
+    Router<double> router({.clusters = 1, .dim = 3, .router = {.decay = 0.5, .average = average}});
     RowMatrix<double> start(1, 3), rows = RowMatrix<double>::Zero(90, 3);
     start << 1, 0, 0;
     rows.col(1).setOnes();
@@ -89,7 +87,7 @@ TEMPLATE_TEST_CASE("T9: centroids have norm sqrt(dim) where that is asked for, a
   for (Index i = 0; i < 600; i += 3) rows.row(i) = broad.row(i);  // one blob is broad: its mean is short
   int differ = 0;
   for (const bool renormalise : {true, false}) {
-    Router<TestType> router({.clusters = k, .dim = d, .average = average, .renormalise = renormalise});
+    Router<TestType> router({.clusters = k, .dim = d, .router = {.average = average, .renormalise = renormalise}});
     for (int t = 0; t < 5; ++t) {
       router.step(rows);
       double shortest = 1e9;
@@ -115,7 +113,7 @@ TEMPLATE_TEST_CASE("T9: centroids have norm sqrt(dim) where that is asked for, a
 TEST_CASE("T9: renormalised counts and sums keep the means' directions") {
   const RowMatrix<double> rows = random_rows<double>(300, 8, 3);
   Router<double> plain(Router<double>({.clusters = 1, .dim = 8})),
-      scaled({.clusters = 1, .dim = 8, .renormalise = true});
+      scaled({.clusters = 1, .dim = 8, .router = {.renormalise = true}});
   for (int t = 0; t < 4; ++t) {
     plain.step(rows.middleRows(t * 60, 60)), scaled.step(rows.middleRows(t * 60, 60));
     REQUIRE(same_bits(plain.kmeans.sums(), scaled.kmeans.sums()));
@@ -124,7 +122,7 @@ TEST_CASE("T9: renormalised counts and sums keep the means' directions") {
 }
 
 TEST_CASE("T9: a centroid of length zero stays zero") {
-  Router<double> router({.clusters = 1, .dim = 4, .decay = 0, .renormalise = true});
+  Router<double> router({.clusters = 1, .dim = 4, .router = {.decay = 0, .renormalise = true}});
   RowMatrix<double> rows(2, 4);
   rows << 1, -1, 1, -1, -1, 1, -1, 1;
   for (int t = 0; t < 3; ++t) router.step(rows);
@@ -133,7 +131,7 @@ TEST_CASE("T9: a centroid of length zero stays zero") {
 
 TEST_CASE("T22: averages are kept in double, so that small steps add up in float") {
   const Average average = GENERATE(Average::counts_and_sums, Average::batch_mean);
-  Router<float> router({.clusters = 1, .dim = 4, .decay = 0.9999, .average = average});
+  Router<float> router({.clusters = 1, .dim = 4, .router = {.decay = 0.9999, .average = average}});
   const RowMatrix<float> start = RowMatrix<float>::Ones(1, 4), rows = RowMatrix<float>::Constant(1, 4, 1.0001f);
   router.kmeans.set_centroids(start, std::vector<double>{1}, 100000);
   // A step is 1e-8, a sixth of what moves a float of 1.
@@ -146,13 +144,10 @@ TEMPLATE_TEST_CASE("T6: restored state of every setting goes on as if it had not
   const Index k = 6, d = 8;
   const Average average = GENERATE(Average::counts_and_sums, Average::batch_mean);
   const bool renormalise = GENERATE(false, true);
-  const KMeansConfig config{.clusters = k,
-                            .dim = d,
-                            .decay = 0.8,
-                            .average = average,
-                            .renormalise = renormalise,
-                            .dead_share = 0.5,
-                            .split_share = 1.1};
+  const KMeansConfig config{
+      .clusters = k,
+      .dim = d,
+      .router = {.decay = 0.8, .average = average, .renormalise = renormalise, .dead_share = 0.5, .split_share = 1.1}};
   const auto batch = [&](std::uint64_t t) { return random_rows<TestType>(40, d, t); };
   Router<TestType> a(config);
   for (std::uint64_t t = 0; t < 20; ++t) {
@@ -166,7 +161,7 @@ TEMPLATE_TEST_CASE("T6: restored state of every setting goes on as if it had not
 
 TEST_CASE("without a sample the first update averages, and clusters without rows stay") {
   const Average average = GENERATE(Average::counts_and_sums, Average::batch_mean);
-  Router<double> router({.clusters = 3, .dim = 4, .average = average});
+  Router<double> router({.clusters = 3, .dim = 4, .router = {.average = average}});
   const RowMatrix<double> before = router.copy(), rows = random_rows<double>(5, 4, 2);
   router.kmeans.observe(rows, std::vector<std::int32_t>(5, 1), router.statistics, 0, router.context);
   router.statistics.sample_counts()[0] = 0;

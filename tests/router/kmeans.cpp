@@ -261,7 +261,7 @@ TEMPLATE_TEST_CASE("T8: a warm start is not thrown away", "", float, double) {
   const Index k = 4, d = 8;
   const Average average = GENERATE(Average::counts_and_sums, Average::batch_mean);
   const RowMatrix<TestType> given = random_rows<TestType>(k, d, 31);
-  Router<TestType> router({.clusters = k, .dim = d, .average = average});
+  Router<TestType> router({.clusters = k, .dim = d, .router = {.average = average}});
   router.kmeans.set_centroids(given);
   REQUIRE(router.kmeans.updates() == 1);
   REQUIRE(same_bits<TestType>(router.kmeans.centroids(), given));
@@ -278,7 +278,7 @@ TEMPLATE_TEST_CASE("T8: a warm start is not thrown away", "", float, double) {
 }
 
 TEST_CASE("a warm start weighs as its counts say, from the update that is named") {
-  Router<double> router({.clusters = 2, .dim = 4, .decay = 0.9});
+  Router<double> router({.clusters = 2, .dim = 4, .router = {.decay = 0.9}});
   const RowMatrix<double> given = random_rows<double>(2, 4, 3), rows = random_rows<double>(10, 4, 4);
   router.kmeans.freeze(true);  // stops updates alone
   router.kmeans.set_centroids(given, std::vector<double>{30, 0}, 1000);
@@ -291,7 +291,7 @@ TEST_CASE("a warm start weighs as its counts say, from the update that is named"
 }
 
 TEST_CASE("T9: a warm start is renormalised too") {
-  Router<float> router({.clusters = 3, .dim = 16, .renormalise = true});
+  Router<float> router({.clusters = 3, .dim = 16, .router = {.renormalise = true}});
   router.kmeans.set_centroids(RowMatrix<float>(random_rows<float>(3, 16, 3) * 0.1f));
   for (Index c = 0; c < 3; ++c) REQUIRE(router.norm(c) == Approx(4));
 }

@@ -86,7 +86,7 @@ TEST_CASE("T8: the share below which a cluster is dead is a setting; zero turns 
   // The victim's average count falls to 2/11, then to 3/12 of that, then by l = 0.3: 0.18, 0.045, 0.014 of what it was.
   const RowMatrix<float> directions = random_rows<float>(4, 8, 31);
   const auto revived_after = [&](double share) {
-    Router<float> router({.clusters = 4, .dim = 8, .decay = 0.3, .dead_share = share});
+    Router<float> router({.clusters = 4, .dim = 8, .router = {.decay = 0.3, .dead_share = share}});
     router.step(blob_rows<float>(400, directions, {0, 1, 2, 3}, 0.05, 32));
     const std::int32_t victim = router.assign(directions)[3];
     const RowMatrix<float> before = router.copy();
@@ -106,7 +106,7 @@ TEMPLATE_TEST_CASE("T8: revived clusters live on with batch means too", "", floa
   const bool renormalise = GENERATE(false, true);
   const RowMatrix<TestType> directions = random_rows<TestType>(4, 8, 31);
   Router<TestType> router(
-      {.clusters = 4, .dim = 8, .decay = 0.9, .average = Average::batch_mean, .renormalise = renormalise});
+      {.clusters = 4, .dim = 8, .router = {.decay = 0.9, .average = Average::batch_mean, .renormalise = renormalise}});
   router.step(blob_rows<TestType>(400, directions, {0, 1, 2, 3}, 0.05, 32));
   const std::int32_t victim = router.assign(directions)[3];
   const RowMatrix<TestType> before = router.copy(), rows = blob_rows<TestType>(300, directions, {0, 1, 2}, 0.05, 33);
@@ -126,13 +126,11 @@ TEMPLATE_TEST_CASE("an overfull cluster is split until the load is even enough",
   const Average average = GENERATE(Average::counts_and_sums, Average::batch_mean);
   const bool renormalise = GENERATE(false, true);
   const auto perplexity = [&](double share) {
-    Router<TestType> router({.clusters = 8,
-                             .dim = 16,
-                             .decay = 0.7,
-                             .average = average,
-                             .renormalise = renormalise,
-                             .dead_share = 0,
-                             .split_share = share});
+    Router<TestType> router(
+        {.clusters = 8,
+         .dim = 16,
+         .router = {
+             .decay = 0.7, .average = average, .renormalise = renormalise, .dead_share = 0, .split_share = share}});
     router.kmeans.set_centroids(one_each<TestType>());
     for (std::uint64_t t = 0; t < 60; ++t) router.step(uneven_rows<TestType>(500, t));
     return router.load(uneven_rows<TestType>(2000, 99));
@@ -147,11 +145,11 @@ TEMPLATE_TEST_CASE("an overfull cluster is split until the load is even enough",
 TEST_CASE("a split shares the count, leaves the centroid and puts the other at a row of its own") {
   const Average average = GENERATE(Average::counts_and_sums, Average::batch_mean);
   Router<double> router(
-      {.clusters = 3, .dim = 6, .decay = 0.5, .average = average, .dead_share = 0, .split_share = 1.5});
+      {.clusters = 3, .dim = 6, .router = {.decay = 0.5, .average = average, .dead_share = 0, .split_share = 1.5}});
   RowMatrix<double> centroids(3, 6);
   centroids << 1, -1, 0, 0, 0, 0, -1, 1, 0, 0, 0, 0, 0, 0, 1, -1, 0, 0;
   router.kmeans.set_centroids(centroids, std::vector<double>{80, 15, 5}, 8);
-  Router<double> same({.clusters = 3, .dim = 6, .decay = 0.5, .average = average, .dead_share = 0});
+  Router<double> same({.clusters = 3, .dim = 6, .router = {.decay = 0.5, .average = average, .dead_share = 0}});
   same.kmeans.set_centroids(centroids, std::vector<double>{80, 15, 5}, 8);
   const RowMatrix<double> rows = random_rows<double>(100, 6, 7);
   std::vector<std::int32_t> labels(100, 0);
@@ -178,7 +176,7 @@ TEST_CASE("a split shares the count, leaves the centroid and puts the other at a
 
 TEST_CASE("splits are a function of the seed and the number of updates") {
   const auto run = [](std::uint64_t seed) {
-    Router<float> router({.clusters = 8, .dim = 16, .decay = 0.7, .split_share = 2, .seed = seed});
+    Router<float> router({.clusters = 8, .dim = 16, .seed = seed, .router = {.decay = 0.7, .split_share = 2}});
     router.kmeans.set_centroids(one_each<float>(), std::vector<double>(8, 60.0));
     for (std::uint64_t t = 0; t < 20; ++t) router.step(uneven_rows<float>(500, t));
     return router.copy();
@@ -188,7 +186,7 @@ TEST_CASE("splits are a function of the seed and the number of updates") {
 }
 
 TEST_CASE("a split cluster is not split again at once") {
-  Router<double> router({.clusters = 16, .dim = 6, .decay = 0.9, .dead_share = 0, .split_share = 1.5});
+  Router<double> router({.clusters = 16, .dim = 6, .router = {.decay = 0.9, .dead_share = 0, .split_share = 1.5}});
   const RowMatrix<double> start = random_rows<double>(16, 6, 5), rows = blob_rows<double>(200, start, {0}, 0.3, 4);
   router.kmeans.set_centroids(start, std::vector<double>(16, 1.0), 200);
   int splits = 0;
@@ -210,8 +208,8 @@ TEST_CASE("a cluster must be overfull before an update and after it, and split_s
   const RowMatrix<double> rows = random_rows<double>(100, 6, 8);
   const std::vector<std::int32_t> first(100, 0), second(100, 1);
   const auto split = [&](double share, Index updates, const std::vector<std::int32_t>& labels) {
-    Router<double> router({.clusters = 2, .dim = 6, .decay = 0.5, .split_share = share});
-    Router<double> off({.clusters = 2, .dim = 6, .decay = 0.5});
+    Router<double> router({.clusters = 2, .dim = 6, .router = {.decay = 0.5, .split_share = share}});
+    Router<double> off({.clusters = 2, .dim = 6, .router = {.decay = 0.5}});
     RowMatrix<double> centroids(2, 6);
     centroids << 1, -1, 0, 0, 0, 0, -1, 1, 0, 0, 0, 0;
     for (auto* kmeans : {&router.kmeans, &off.kmeans})
@@ -229,7 +227,7 @@ TEST_CASE("a cluster must be overfull before an update and after it, and split_s
 
 TEST_CASE("a revived cluster is not split in the next update, however many rows it gets") {
   // Update 7 revives the second cluster, update 8 would split the fullest.
-  Router<double> router({.clusters = 3, .dim = 6, .decay = 0.01, .split_share = 1.2});
+  Router<double> router({.clusters = 3, .dim = 6, .router = {.decay = 0.01, .split_share = 1.2}});
   RowMatrix<double> centroids(3, 6);
   centroids << 1, -1, 0, 0, 0, 0, -1, 1, 0, 0, 0, 0, 0, 0, 1, -1, 0, 0;
   router.kmeans.set_centroids(centroids, std::vector<double>(3, 100.0), 7);
@@ -247,9 +245,9 @@ TEST_CASE("a revived cluster is not split in the next update, however many rows 
 }
 
 TEST_CASE("a row repeated all over is not split") {
-  const KMeansConfig config{.clusters = 4, .dim = 6, .decay = 0.5, .split_share = 1.5};
+  const KMeansConfig config{.clusters = 4, .dim = 6, .router = {.decay = 0.5, .split_share = 1.5}};
   KMeansConfig never = config;
-  never.split_share = 0;
+  never.router.split_share = 0;
   Router<float> router(config), off(never);
   RowMatrix<float> rows(100, 6);
   const RowMatrix<float> row = random_rows<float>(1, 6, 4);
@@ -262,7 +260,7 @@ TEST_CASE("a row repeated all over is not split") {
 }
 
 TEST_CASE("one cluster alone is never split") {
-  Router<double> router({.clusters = 1, .dim = 6, .split_share = 1.01});
+  Router<double> router({.clusters = 1, .dim = 6, .router = {.split_share = 1.01}});
   for (std::uint64_t t = 0; t < 10; ++t) router.step(random_rows<double>(30, 6, t));
   REQUIRE(router.copy().allFinite());
 }

@@ -12,7 +12,7 @@ namespace router_test {
 template <class T>
 struct Router {
   Router(Index clusters, Index dim, double decay = 0.9, std::uint64_t seed = 1, Index sample = 0)
-      : Router({.clusters = clusters, .dim = dim, .decay = decay, .seed = seed}, sample) {}
+      : Router({.clusters = clusters, .dim = dim, .seed = seed, .router = {.decay = decay}}, sample) {}
   explicit Router(const coterie::KMeansConfig& config, Index sample = 0)
       : kmeans(config), statistics(1, config.clusters, config.dim, sample) {}
 

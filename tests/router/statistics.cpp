@@ -75,8 +75,9 @@ TEST_CASE("T7: machines that add blocks and share a sample move to the same cent
   const Index n = 400, k = 6, d = 9;
   const KMeansConfig config = GENERATE_COPY(
       KMeansConfig{.clusters = k, .dim = d},
-      KMeansConfig{.clusters = k, .dim = d, .average = Average::batch_mean, .renormalise = true, .dead_share = 0.8},
-      KMeansConfig{.clusters = k, .dim = d, .decay = 0.5, .dead_share = 0.8, .split_share = 1.05});
+      KMeansConfig{
+          .clusters = k, .dim = d, .router = {.average = Average::batch_mean, .renormalise = true, .dead_share = 0.8}},
+      KMeansConfig{.clusters = k, .dim = d, .router = {.decay = 0.5, .dead_share = 0.8, .split_share = 1.05}});
   OnlineKMeans<double> one(config), two(config), whole(config);
   RouterStatistics<double> first(1, k, d), second(1, k, d), all(1, k, d);
   std::vector<std::int32_t> labels(static_cast<std::size_t>(n));

@@ -43,21 +43,21 @@ class AttentionCall {
         heads_(config.heads),
         kv_heads_(config.kv_heads == 0 ? config.heads : config.kv_heads) {
     Faults faults(function);
-    faults.require(heads_ >= 1, "heads", "at least 1", heads_);
-    faults.require(heads_ < 1 || (kv_heads_ >= 1 && heads_ % kv_heads_ == 0), "kv_heads", "a divisor of heads",
-                   kv_heads_);
-    faults.require(std::isfinite(static_cast<T>(config.scale)), "scale", "a finite number", config.scale);
-    faults.require(config.scales.empty() || Index(config.scales.size()) == heads_, "scales",
-                   "none, or one for each head", config.scales.size());
+    faults.expect(heads_ >= 1, "heads", "at least 1", heads_);
+    faults.expect(heads_ < 1 || (kv_heads_ >= 1 && heads_ % kv_heads_ == 0), "kv_heads", "a divisor of heads",
+                  kv_heads_);
+    faults.expect(std::isfinite(static_cast<T>(config.scale)), "scale", "a finite number", config.scale);
+    faults.expect(config.scales.empty() || Index(config.scales.size()) == heads_, "scales",
+                  "none, or one for each head", config.scales.size());
     for (const double scale : config.scales)
       if (!std::isfinite(static_cast<T>(scale))) {
-        faults.require(false, "scales", "finite numbers", scale);
+        faults.expect(false, "scales", "finite numbers", scale);
         break;
       }
-    faults.require(is_soft_cap<T>(config.soft_cap), "soft_cap", "0, or a positive number", config.soft_cap);
-    faults.require(config.dropout >= 0 && config.dropout < 1, "dropout", "at least 0 and below 1", config.dropout);
-    faults.require(config.mean_epsilon >= 0 && std::isfinite(config.mean_epsilon), "mean_epsilon",
-                   "0, or a positive number", config.mean_epsilon);
+    faults.expect(is_soft_cap<T>(config.soft_cap), "soft_cap", "0, or a positive number", config.soft_cap);
+    faults.expect(config.dropout >= 0 && config.dropout < 1, "dropout", "at least 0 and below 1", config.dropout);
+    faults.expect(config.mean_epsilon >= 0 && std::isfinite(config.mean_epsilon), "mean_epsilon",
+                  "0, or a positive number", config.mean_epsilon);
     faults.raise();
     if (plans.size() != 1 && plans.size() != kv_heads_ && plans.size() != heads_)
       fail<ShapeError>(

@@ -69,11 +69,11 @@ inline Index exact_buckets(const PositionBuckets& b) { return b.buckets / (b.cau
 inline void check_buckets(Faults& faults, const char* buckets, const char* max_distance, const PositionBuckets& b) {
   constexpr Index most = std::numeric_limits<std::int32_t>::max();
   const bool some = b.buckets <= most && (b.causal ? b.buckets >= 2 : b.buckets >= 4 && b.buckets % 2 == 0);
-  faults.require(some, buckets, b.causal ? "at least 2" : "an even number, at least 4 (half are for later keys)",
-                 b.buckets);
+  faults.expect(some, buckets, b.causal ? "at least 2" : "an even number, at least 4 (half are for later keys)",
+                b.buckets);
   if (some && (b.max_distance <= exact_buckets(b) || b.max_distance > most))
-    faults.require(false, max_distance,
-                   join("above ", exact_buckets(b), ", the distances that have a bucket of their own"), b.max_distance);
+    faults.expect(false, max_distance,
+                  join("above ", exact_buckets(b), ", the distances that have a bucket of their own"), b.max_distance);
 }
 
 /// Of buckets that have been checked. Division and product are those of the published code in float32; the logarithm

@@ -24,16 +24,16 @@ class Reference {
         heads_(config.heads),
         kv_heads_(config.kv_heads == 0 ? config.heads : config.kv_heads) {
     Faults faults(function);
-    faults.require(heads_ >= 1, "heads", "at least 1", heads_);
-    faults.require(kv_heads_ >= 1 && (heads_ < 1 || heads_ % kv_heads_ == 0), "kv_heads", "a divisor of heads",
-                   kv_heads_);
-    faults.require(config.scales.empty() || Index(config.scales.size()) == heads_, "scales", "none or one per head",
-                   config.scales.size());
-    faults.require(config.soft_cap >= 0, "soft_cap", "0, or a positive number", config.soft_cap);
-    faults.require(config.dropout >= 0 && config.dropout < 1, "dropout", "at least 0 and below 1", config.dropout);
+    faults.expect(heads_ >= 1, "heads", "at least 1", heads_);
+    faults.expect(kv_heads_ >= 1 && (heads_ < 1 || heads_ % kv_heads_ == 0), "kv_heads", "a divisor of heads",
+                  kv_heads_);
+    faults.expect(config.scales.empty() || Index(config.scales.size()) == heads_, "scales", "none or one per head",
+                  config.scales.size());
+    faults.expect(config.soft_cap >= 0, "soft_cap", "0, or a positive number", config.soft_cap);
+    faults.expect(config.dropout >= 0 && config.dropout < 1, "dropout", "at least 0 and below 1", config.dropout);
     faults.raise();
-    faults.require(plans.size() == 1 || plans.size() == kv_heads_ || plans.size() == heads_, "plans",
-                   "1, kv_heads or heads of them", plans.size());
+    faults.expect(plans.size() == 1 || plans.size() == kv_heads_ || plans.size() == heads_, "plans",
+                  "1, kv_heads or heads of them", plans.size());
     faults.raise();
     for (Index p = 0; p < plans.size(); ++p)
       if (static_cast<Index>(plans[p].row_begin.size()) != plans[p].tokens + 1)

@@ -51,7 +51,7 @@ class Faults {
   explicit Faults(const char* function) : function_(function) {}
 
   template <class Expected, class Got>
-  void require(bool good, const char* argument, const Expected& expected, const Got& got) {
+  void expect(bool good, const char* argument, const Expected& expected, const Got& got) {
     if (good) return;
     text_ += text_.empty() ? join(function_, ": ") : std::string("; ");
     text_ += join(argument, ": expected ", expected, ", got ", got);

@@ -36,7 +36,7 @@ inline bool check_offsets(Faults& faults, const char* argument, std::span<const 
     if (i == 0 ? offsets[0] != 0 : offsets[i] < offsets[i - 1]) got = join(offsets[i], " at ", i);
   if (got.empty() && offsets.back() != rows) got = join(offsets.back(), " at the end");
   if (got.empty()) return true;
-  faults.require(false, argument, join("ascending values from 0 to ", rows), got);
+  faults.expect(false, argument, join("ascending values from 0 to ", rows), got);
   return false;
 }
 

@@ -41,14 +41,14 @@ class Decoder {
   explicit Decoder(const RoutingAttention<T>& layer, const DecoderConfig& config = {}) : layer_(&layer) {
     const RoutingAttentionConfig& c = layer.config();
     detail::Faults faults("Decoder");
-    faults.require(c.causal, "layer", "a causal one (a later token changes earlier rows of others)", "a two-sided one");
-    faults.require(c.membership == Membership::nearest, "layer",
-                   "nearest membership (with balanced a later token changes the clusters of earlier ones)", "balanced");
+    faults.expect(c.causal, "layer", "a causal one (a later token changes earlier rows of others)", "a two-sided one");
+    faults.expect(c.membership == Membership::nearest, "layer",
+                  "nearest membership (with balanced a later token changes the clusters of earlier ones)", "balanced");
     constexpr Index most = std::numeric_limits<std::int32_t>::max();
-    faults.require(config.sequences >= 1 && config.sequences <= most, "sequences", "at least 1", config.sequences);
-    faults.require(config.max_rollback >= 0 && config.max_rollback <= most, "max_rollback", "at least 0",
-                   config.max_rollback);
-    faults.require(config.reserve >= 0 && config.reserve <= most, "reserve", "at least 0", config.reserve);
+    faults.expect(config.sequences >= 1 && config.sequences <= most, "sequences", "at least 1", config.sequences);
+    faults.expect(config.max_rollback >= 0 && config.max_rollback <= most, "max_rollback", "at least 0",
+                  config.max_rollback);
+    faults.expect(config.reserve >= 0 && config.reserve <= most, "reserve", "at least 0", config.reserve);
     faults.raise();
     const detail::LayerState<T>& parts = layer.parts_;
     local_ = detail::DecoderHeads<T>(parts, parts.heads.local, config);

@@ -4,16 +4,18 @@
 #include <array>
 #include <string_view>
 
-#include "coterie/layer/config.hpp"
+#include "coterie/core/check.hpp"
+#include "coterie/core/matrix.hpp"
 
 namespace coterie {
 
 /// Weights or gradients of one layer; a tensor that the layer does not have is empty and not visited.
 ///
-/// Shapes, in the order of visit(), with D = model_dim, H = heads, V = kv_heads, d = head_dim, L local and R routed heads, K key/value
-/// heads that have keys of their own (all but those that share them with queries), G heads with a learned gain (local induction
-/// heads, and routed ones as config.learned_gain says), I induction heads; a product is y = x w, head h owns the columns
-/// [h*d, (h+1)*d), and lists of heads keep the order local, routed:
+/// Shapes, in the order of visit(), with D = model_dim, H = heads of all blocks, V = kv_heads, d = head_dim, K
+/// key/value heads that have keys of their own (not matching.shared_qk), G heads of the blocks with
+/// matching.learned_gain, I heads of those with matching.induction; B heads of one block, whose name is a prefix:
+/// local, routed, dense. A product is y = x w, head h owns the columns [h*d, (h+1)*d), and lists of heads keep the
+/// order local, routed, dense:
 ///
 ///     w_q     D x H*d      queries
 ///     w_k     D x K*d      keys of the heads that have their own
@@ -24,21 +26,27 @@ namespace coterie {
 ///     b_v     1 x V*d      with config.bias
 ///     b_o     1 x D        with config.bias
 ///     gain    1 x G        logits are gain/sqrt(d) * q.k
-///     taps    I*key_taps x d   row i*key_taps + t: factors of the query t positions back, of the i-th induction head
-///     distance_bias         L x (local_window + lookahead)   column c: distance c - lookahead; PositionKind::bias
-///     bucket_bias           L x position_buckets   PositionKind::t5_buckets
-///     routed_distance_bias  R x routed_distances   column c: distance c; two-sided R x (2 * routed_distances - 1),
-///                           distance c + 1 - routed_distances; PositionKind::bias
-///     routed_bucket_bias    R x position_buckets   PositionKind::t5_buckets
-///     relative_keys, relative_values  distances x d   row c: distance c - lookahead, as distance_bias; PositionKind::shaw
-///     routed_relative_keys, routed_relative_values   distances x d   rows as columns of routed_distance_bias; PositionKind::shaw
+///     taps    rows x d     per induction head key_taps of its block: factors of the query t positions back
+///     local_distance_bias    B x (window + lookahead)   column c: distance c - lookahead; PositionKind::bias
+///     local_bucket_bias      B x buckets   PositionKind::t5_buckets
+///     routed_distance_bias   B x distances   column c: distance c; two-sided B x (2 * distances - 1), distance
+///                            c + 1 - distances; PositionKind::bias
+///     routed_bucket_bias     B x buckets   PositionKind::t5_buckets
+///     dense_distance_bias, dense_bucket_bias   as the routed ones
+///     local_relative_keys, local_relative_values     distances x d   rows as columns of local_distance_bias;
+///                                                    PositionKind::shaw
+///     routed_relative_keys, routed_relative_values   distances x d   rows as columns of routed_distance_bias
+///     dense_relative_keys, dense_relative_values     distances x d   rows as columns of dense_distance_bias
 ///     memory_keys    memory x V*d   keys as attention reads them: beside normalised ones where those are normalised
 ///     memory_values  memory x V*d
 template <class T>
 struct Parameters {
-  RowMatrix<T> w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, gain, taps, distance_bias, bucket_bias, routed_distance_bias,
-      routed_bucket_bias, relative_keys, relative_values, routed_relative_keys, routed_relative_values, memory_keys,
-      memory_values;
+  RowMatrix<T> w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, gain, taps;
+  RowMatrix<T> local_distance_bias, local_bucket_bias, routed_distance_bias, routed_bucket_bias, dense_distance_bias,
+      dense_bucket_bias;
+  RowMatrix<T> local_relative_keys, local_relative_values, routed_relative_keys, routed_relative_values,
+      dense_relative_keys, dense_relative_values;
+  RowMatrix<T> memory_keys, memory_values;
 
   /// Name and member of a tensor.
   struct Tensor {
@@ -46,7 +54,7 @@ struct Parameters {
     RowMatrix<T> Parameters::*member;
   };
   /// All tensors that a layer can have, in the order above.
-  static constexpr std::array<Tensor, 20> tensors() {
+  static constexpr std::array<Tensor, 24> tensors() {
     return {{{"w_q", &Parameters::w_q},
              {"w_k", &Parameters::w_k},
              {"w_v", &Parameters::w_v},
@@ -57,14 +65,18 @@ struct Parameters {
              {"b_o", &Parameters::b_o},
              {"gain", &Parameters::gain},
              {"taps", &Parameters::taps},
-             {"distance_bias", &Parameters::distance_bias},
-             {"bucket_bias", &Parameters::bucket_bias},
+             {"local_distance_bias", &Parameters::local_distance_bias},
+             {"local_bucket_bias", &Parameters::local_bucket_bias},
              {"routed_distance_bias", &Parameters::routed_distance_bias},
              {"routed_bucket_bias", &Parameters::routed_bucket_bias},
-             {"relative_keys", &Parameters::relative_keys},
-             {"relative_values", &Parameters::relative_values},
+             {"dense_distance_bias", &Parameters::dense_distance_bias},
+             {"dense_bucket_bias", &Parameters::dense_bucket_bias},
+             {"local_relative_keys", &Parameters::local_relative_keys},
+             {"local_relative_values", &Parameters::local_relative_values},
              {"routed_relative_keys", &Parameters::routed_relative_keys},
              {"routed_relative_values", &Parameters::routed_relative_values},
+             {"dense_relative_keys", &Parameters::dense_relative_keys},
+             {"dense_relative_values", &Parameters::dense_relative_values},
              {"memory_keys", &Parameters::memory_keys},
              {"memory_values", &Parameters::memory_values}}};
   }

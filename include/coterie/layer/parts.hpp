@@ -28,11 +28,11 @@ struct LayerState {
 template <class T>
 void check_numbers(const RoutingAttentionConfig& c, const Heads& heads) {
   Faults faults("RoutingAttentionConfig");
-  faults.require(is_soft_cap<T>(c.soft_cap), "soft_cap", "0, or a positive number that the scalar type can hold",
-                 c.soft_cap);
+  faults.expect(is_soft_cap<T>(c.soft_cap), "soft_cap", "0, or a positive number that the scalar type can hold",
+                c.soft_cap);
   for (const HeadBlock* group : {&heads.local, &heads.routed})
     if (group->count > 0 && !std::isfinite(static_cast<T>(group->gain))) {
-      faults.require(false, "gain", "a number that the scalar type can hold", group->gain);
+      faults.expect(false, "gain", "a number that the scalar type can hold", group->gain);
       break;
     }
   faults.raise();

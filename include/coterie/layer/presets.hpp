@@ -2,101 +2,101 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "coterie/layer/config.hpp"
+#include "coterie/layer/resolve.hpp"
 
 namespace coterie {
 
-/// Presets set what concerns routing, membership, logits and routers; sizes, the split of heads, positions, causality and the
-/// seed are those of the config that they are given. They reproduce what the code computes, not its faults: lists go by real
-/// positions, a query that sees no key gives zero and its cluster counts as absent, distances are never ranks, values are
-/// never rotated. Balanced membership is not strictly causal (see balanced_members). Centroids start and follow the schedule
-/// of OnlineKMeans.
+/// Presets set routing, membership, matching and routers of the routed block. Its size and positions, and all that is
+/// outside of it, stay as they are given.
 ///
-///     RoutingAttention<float> layer(presets::google({.model_dim = 256, .heads = 8, .routed_heads = 8,
-///                                                    .clusters = 16, .window = 512, .causal = true}));
+/// They reproduce what the code computes, not its faults: lists go by real positions, a query that sees no key gives
+/// zero and its cluster counts as absent, distances are never ranks, values are never rotated. Balanced membership is
+/// not strictly causal (see balanced_members). Centroids start and follow the schedule of OnlineKMeans.
+///
+///     RoutingAttention<float> layer(presets::google(
+///         {.model_dim = 256, .causal = true, .routed = {.heads = 8, .clusters = 16, .window = 512}}));
 namespace presets {
 
 namespace detail {
 
-/// What the three have in common: the paper's membership, no revival, no splits.
-inline RoutingAttentionConfig balanced(RoutingAttentionConfig c) {
-  c.routing = Routing::learned;
-  c.membership = Membership::balanced;
-  c.probes = 1;
-  c.unassigned = Unassigned::left_out;
-  c.combine = Combine::mean;
-  c.query_share = 0;
-  c.induction = c.local_induction = false;
-  c.key_taps = 0;
-  c.learned_gain = false;
-  c.decay = 0.999;
-  c.renormalise = false;
-  c.dead_share = 0;
-  c.split_share = 0;
-  return c;
+/// What the three have in common: the paper's membership, no induction, no revival, no splits.
+inline RoutedHeads balanced(RoutedHeads routed) {
+  routed.routing = Routing::learned;
+  routed.membership = {.kind = MembershipKind::balanced};
+  routed.router = {.decay = 0.999, .dead_share = 0};
+  routed.matching = {.shared_qk = routed.matching.shared_qk, .learned_gain = false};
+  return routed;
 }
 
 /// The weight of a loss that is the mean over routers, for ours is their sum.
 inline double over_routers(double weight, const RoutingAttentionConfig& c) {
-  const Index each = c.kv_heads > 0 ? c.heads / c.kv_heads : 1, routers = each > 0 ? c.routed_heads / each : 0;
+  const std::int64_t each = c.kv_heads > 0 ? coterie::detail::all_heads(c) / c.kv_heads : 1;
+  const std::int64_t routers = each > 0 ? c.routed.heads / each : 0;
   return routers > 0 ? weight / static_cast<double>(routers) : 0.0;
 }
 
 }  // namespace detail
 
-/// The paper's own code (google-research, routing_transformer): queries and keys shared if causal, layer norm without affine
-/// for routing and logits, no temperature (logits are q.k of vectors of norm sqrt(d)), every token sees itself, the `window`
-/// best tokens of every centroid, sums over clusters divided by their number + 0.01, moving counts and sums, commitment 1e-4
-/// (counted for queries and keys, also where they are the same).
+/// The paper's own code (google-research, routing_transformer): queries and keys shared if causal, layer norm without
+/// affine for routing and logits, no temperature (logits are q.k of vectors of norm sqrt(d)), every token sees itself,
+/// the `window` best tokens of every centroid, sums over clusters divided by their number + 0.01, moving counts and
+/// sums, commitment 1e-4 (counted for queries and keys, also where they are the same).
 /// Source: Roy et al. 2021, and its released code.
 inline RoutingAttentionConfig google(RoutingAttentionConfig c) {
-  c = detail::balanced(c);
-  c.shared_qk = c.causal;
-  c.self = Self::visible;
-  c.normalisation = Normalisation::layer_norm;
-  c.logits = Logits::normalised;
-  const Index d = c.head_dim > 0 ? c.head_dim : c.heads > 0 ? c.model_dim / c.heads : 0;
-  c.gain = std::sqrt(static_cast<double>(d));
-  c.mean_epsilon = 0.01;
-  c.average = Average::counts_and_sums;
-  c.commitment = detail::over_routers(*c.shared_qk ? 2e-4 : 1e-4, c);
+  c.routed = detail::balanced(c.routed);
+  const std::int64_t heads = coterie::detail::all_heads(c);
+  const std::int64_t d = c.head_dim > 0 ? c.head_dim : heads > 0 ? c.model_dim / heads : 0;
+  Matching& m = c.routed.matching;
+  m.shared_qk = c.causal;
+  m.self = Self::visible;
+  m.normalisation = Normalisation::layer_norm;
+  m.logits = Logits::normalised;
+  m.gain = std::sqrt(static_cast<double>(d));
+  c.routed.membership.mean_epsilon = 0.01;
+  c.routed.router.average = Average::counts_and_sums;
+  c.routed.commitment = detail::over_routers(*m.shared_qk ? 2e-4 : 1e-4, c);
   return c;
 }
 
-/// Lingvo's RoutingAttention, its fast path: queries and keys of their own, layer norm for routing and logits, scaled by
-/// 1/sqrt(d), the `window` best keys and the 1.2 tokens / clusters best queries of every centroid, the mean over clusters,
-/// centroids that follow the batch's means; no loss.
+/// Lingvo's RoutingAttention, its fast path: queries and keys of their own, layer norm for routing and logits, scaled
+/// by 1/sqrt(d), the `window` best keys and the 1.2 tokens / clusters best queries of every centroid, the mean over
+/// clusters, centroids that follow the batch's means; no loss.
 /// Source: the Lingvo library, batch_major_attention.
 inline RoutingAttentionConfig lingvo(RoutingAttentionConfig c) {
-  c = detail::balanced(c);
-  c.shared_qk = false;
-  c.self = Self::visible;
-  c.normalisation = Normalisation::layer_norm;
-  c.logits = Logits::normalised;
-  c.gain = 1;
-  c.mean_epsilon = 0;
-  c.query_share = 1.2;
-  c.average = Average::batch_mean;
-  c.commitment = 0;
+  c.routed = detail::balanced(c.routed);
+  Matching& m = c.routed.matching;
+  m.shared_qk = false;
+  m.self = Self::visible;
+  m.normalisation = Normalisation::layer_norm;
+  m.logits = Logits::normalised;
+  m.gain = 1;
+  c.routed.membership.query_share = 1.2;
+  c.routed.router.average = Average::batch_mean;
+  c.routed.commitment = 0;
   return c;
 }
 
-/// The routing transformer for PyTorch: unit length for routing; raw queries against unit keys where they are shared (if
-/// causal), which see themselves only if alone, and raw ones of both otherwise; scaled by 1/sqrt(d); sums over clusters divided
-/// by their number + 1e-5; centroids follow the batch's directions; commitment 1e-4 (the mean over queries and keys). Its causal
-/// heads with keys of their own need memory; ours is per head, not per cluster.
+/// The routing transformer for PyTorch: unit length for routing; raw queries against unit keys where they are shared
+/// (if causal), which see themselves only if alone (never beside memory), and raw ones of both otherwise; scaled by
+/// 1/sqrt(d); sums over clusters divided by their number + 1e-5; centroids follow the batch's directions; commitment
+/// 1e-4 (the mean over queries and keys). Its causal heads with keys of their own need memory; ours is per head, not
+/// per cluster.
 /// Source: the package routing-transformer 1.6.
 inline RoutingAttentionConfig pytorch(RoutingAttentionConfig c) {
-  c = detail::balanced(c);
-  if (!c.shared_qk) c.shared_qk = c.causal;
-  c.self = *c.shared_qk ? Self::only_if_alone : Self::visible;
-  c.normalisation = Normalisation::unit_length;
-  c.logits = *c.shared_qk ? Logits::normalised_keys : Logits::raw;
-  c.gain = 1;
-  c.mean_epsilon = 1e-5;
-  c.average = Average::batch_direction;
-  c.commitment = detail::over_routers(*c.shared_qk ? 1e-4 : 0.5e-4, c);
+  c.routed = detail::balanced(c.routed);
+  Matching& m = c.routed.matching;
+  if (!m.shared_qk) m.shared_qk = c.causal;
+  // A token beside memory is not alone there, whatever its cluster: ours would see both.
+  m.self = !*m.shared_qk ? Self::visible : c.memory > 0 ? Self::never : Self::only_if_alone;
+  m.normalisation = Normalisation::unit_length;
+  m.logits = *m.shared_qk ? Logits::normalised_keys : Logits::raw;
+  m.gain = 1;
+  c.routed.membership.mean_epsilon = 1e-5;
+  c.routed.router.average = Average::batch_direction;
+  c.routed.commitment = detail::over_routers(*m.shared_qk ? 1e-4 : 0.5e-4, c);
   return c;
 }
 

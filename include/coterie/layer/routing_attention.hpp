@@ -221,23 +221,23 @@ class RoutingAttention {
     detail::Faults faults(function);
     if (!input.offsets.empty()) detail::check_offsets(faults, "offsets", input.offsets, n);
     if (input.crosses()) check_source(function, faults, input);
-    faults.require(input.crosses() || input.source_offsets.empty(), "source_offsets", "none without a source", "some");
+    faults.expect(input.crosses() || input.source_offsets.empty(), "source_offsets", "none without a source", "some");
     // Phrases are put together where something is wrong only: a good call allocates nothing.
     const Index labels = static_cast<Index>(input.routes.size()), expected = detail::routed_kv_heads(config()) * n;
     if (labels > 0 && input.crosses())
-      faults.require(false, "routes", "none with a source (they would label its keys as well)", labels);
+      faults.expect(false, "routes", "none with a source (they would label its keys as well)", labels);
     else if (labels > 0 && (config().routed_heads == 0 || config().routing == Routing::dense))
-      faults.require(false, "routes", "none without learned or random routing", labels);
+      faults.expect(false, "routes", "none without learned or random routing", labels);
     else if (labels > 0 && detail::has_members(config()))
-      faults.require(false, "routes", "none with balanced membership or several probes (a label is one cluster)",
-                     labels);
+      faults.expect(false, "routes", "none with balanced membership or several probes (a label is one cluster)",
+                    labels);
     else if (labels > 0 && labels != expected)
-      faults.require(false, "routes", detail::join("routed key/value heads * tokens = ", expected, " labels"), labels);
+      faults.expect(false, "routes", detail::join("routed key/value heads * tokens = ", expected, " labels"), labels);
     else
       for (std::size_t i = 0; i < input.routes.size(); ++i)
         if (input.routes[i] < -1 || input.routes[i] >= config().clusters) {
-          faults.require(false, "routes", detail::join("labels in [-1, ", config().clusters, ")"),
-                         detail::join(input.routes[i], " at ", i));
+          faults.expect(false, "routes", detail::join("labels in [-1, ", config().clusters, ")"),
+                        detail::join(input.routes[i], " at ", i));
           break;
         }
     faults.raise();
@@ -247,17 +247,17 @@ class RoutingAttention {
     const Index rows = input.source.rows();
     detail::check_shape<T>(function, "source", input.source, rows, config().model_dim);
     detail::check_count(function, "source", rows);
-    faults.require(rows > 0, "source", "at least one row", rows);
+    faults.expect(rows > 0, "source", "at least one row", rows);
     const bool share = (parts_.heads.local.count > 0 && parts_.heads.local.shared) ||
                        (parts_.heads.routed.count > 0 && parts_.heads.routed.shared);
-    faults.require(!share, "source", "a layer whose heads have keys of their own (shared_qk = false)",
-                   "one whose heads share them with queries");
-    faults.require(config().globals == 0, "source", "a layer without global tokens, for they are queries and keys",
-                   "one with some");
-    faults.require(config().routed_heads == 0 || *config().self == Self::visible, "source",
-                   "a layer with Self::visible, for queries of x have no self there", "another");
-    faults.require(input.source_offsets.size() == input.offsets.size(), "source_offsets", "as many as offsets",
-                   input.source_offsets.size());
+    faults.expect(!share, "source", "a layer whose heads have keys of their own (shared_qk = false)",
+                  "one whose heads share them with queries");
+    faults.expect(config().globals == 0, "source", "a layer without global tokens, for they are queries and keys",
+                  "one with some");
+    faults.expect(config().routed_heads == 0 || *config().self == Self::visible, "source",
+                  "a layer with Self::visible, for queries of x have no self there", "another");
+    faults.expect(input.source_offsets.size() == input.offsets.size(), "source_offsets", "as many as offsets",
+                  input.source_offsets.size());
     if (!input.source_offsets.empty()) detail::check_offsets(faults, "source_offsets", input.source_offsets, rows);
   }
 

@@ -80,8 +80,8 @@ struct Pattern {
 
 /// Collects the fault of a rule that is none.
 inline void check_self(Faults& faults, Self self) {
-  faults.require(self == Self::visible || self == Self::only_if_alone || self == Self::never, "self",
-                 "visible, only_if_alone or never", static_cast<int>(self));
+  faults.expect(self == Self::visible || self == Self::only_if_alone || self == Self::never, "self",
+                "visible, only_if_alone or never", static_cast<int>(self));
 }
 
 /// Reads and checks the fields that all configs share.
@@ -97,16 +97,16 @@ Pattern read_pattern(Faults& faults, const Config& config, Index tokens, Index k
   pattern.key_offsets = config.key_offsets;
 
   const int alignment = static_cast<int>(pattern.alignment);
-  faults.require(alignment >= 0 && alignment <= 2, "alignment", "bottom_right, top_left or proportional", alignment);
+  faults.expect(alignment >= 0 && alignment <= 2, "alignment", "bottom_right, top_left or proportional", alignment);
   check_self(faults, config.self);
   bool good = tokens >= 0 && tokens <= most && keys >= 0 && keys <= most;
-  faults.require(tokens >= 0 && tokens <= most, "tokens", "0 to 2147483647", tokens);
-  faults.require(keys == tokens || (keys >= 0 && keys <= most), "keys", "0 to 2147483647", keys);
+  faults.expect(tokens >= 0 && tokens <= most, "tokens", "0 to 2147483647", tokens);
+  faults.expect(keys == tokens || (keys >= 0 && keys <= most), "keys", "0 to 2147483647", keys);
   if (good && !config.offsets.empty()) {
     good = check_offsets(faults, "offsets", config.offsets, tokens);
     if (config.key_offsets.empty()) {
-      faults.require(tokens == keys, "key_offsets", "offsets of the keys, for they are not as many as the tokens",
-                     "none");
+      faults.expect(tokens == keys, "key_offsets", "offsets of the keys, for they are not as many as the tokens",
+                    "none");
       good = good && tokens == keys;
       pattern.key_offsets = config.offsets;
     }
@@ -114,14 +114,14 @@ Pattern read_pattern(Faults& faults, const Config& config, Index tokens, Index k
   if (good && !config.key_offsets.empty()) {
     const std::size_t bounds = config.offsets.empty() ? 2 : config.offsets.size();
     good = config.key_offsets.size() == bounds;
-    if (!good) faults.require(false, "key_offsets", join(bounds, " values, as offsets"), config.key_offsets.size());
+    if (!good) faults.expect(false, "key_offsets", join(bounds, " values, as offsets"), config.key_offsets.size());
     good = good && check_offsets(faults, "key_offsets", config.key_offsets, keys);
   }
   if (good && config.self != Self::visible && pattern.alignment == Alignment::proportional)
     for (Index s = 0; s < pattern.sequences(); ++s)
       if (!pattern.sequence(s).has_equal_lengths()) {
-        faults.require(false, "self", "Self::visible, for proportional alignment of unequal lengths has no self",
-                       join("another rule in sequence ", s));
+        faults.expect(false, "self", "Self::visible, for proportional alignment of unequal lengths has no self",
+                      join("another rule in sequence ", s));
         break;
       }
   return pattern;

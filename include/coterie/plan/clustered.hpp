@@ -36,8 +36,8 @@ template <class Config>
 Pattern read_clustered(Faults& faults, const Config& config, const char* argument, Index clusters, Index tokens,
                        Index keys) {
   constexpr Index most = std::numeric_limits<std::int32_t>::max();
-  faults.require(clusters >= 1 && clusters <= most, argument, "1 to 2147483647", clusters);
-  faults.require(config.window >= 0, "window", "at least 0", config.window);
+  faults.expect(clusters >= 1 && clusters <= most, argument, "1 to 2147483647", clusters);
+  faults.expect(config.window >= 0, "window", "at least 0", config.window);
   Pattern pattern = read_pattern(faults, config, tokens, keys);
   faults.raise();
   pattern.clusters = clusters;

@@ -26,10 +26,10 @@ namespace detail {
 inline void plan_dense_up_to(const DenseUpToConfig& config, AttentionPlan& plan, AttentionPlan& made) {
   const char* const function = "plan_dense_up_to";
   Faults faults(function);
-  faults.require(config.length >= 0, "length", "at least 0", config.length);
-  faults.require(static_cast<Index>(plan.row_begin.size()) == plan.tokens + 1, "plan", "a completed plan",
-                 "one without row_begin");
-  faults.require(plan.memory_tokens == 0, "plan", "one without memory (it is added afterwards)", plan.memory_tokens);
+  faults.expect(config.length >= 0, "length", "at least 0", config.length);
+  faults.expect(static_cast<Index>(plan.row_begin.size()) == plan.tokens + 1, "plan", "a completed plan",
+                "one without row_begin");
+  faults.expect(plan.memory_tokens == 0, "plan", "one without memory (it is added afterwards)", plan.memory_tokens);
   const Pattern pattern = read_pattern(faults, config, plan.tokens, plan.key_tokens);
   faults.raise();
   if (config.length == 0) return;

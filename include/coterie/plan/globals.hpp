@@ -25,14 +25,14 @@ inline void plan_add_globals(const GlobalsConfig& config, AttentionPlan& plan, A
   const char* const function = "plan_add_globals";
   const Index n = plan.tokens;
   Faults faults(function);
-  faults.require(config.globals >= 0, "globals", "at least 0", config.globals);
+  faults.expect(config.globals >= 0, "globals", "at least 0", config.globals);
   check_self(faults, config.self);
   const bool completed = plan.row_begin.size() == static_cast<std::size_t>(n) + 1;
-  faults.require(completed, "plan", "a completed plan", "one without row_begin");
-  faults.require(plan.key_tokens == n && plan.query_positions.empty() && plan.key_positions.empty(), "plan",
-                 "self-attention", "keys of their own, or positions");
-  faults.require(plan.combine == Combine::single, "plan", "one entry for a row", "several");
-  faults.require(plan.memory_tokens == 0, "plan", "one without memory (it is added afterwards)", plan.memory_tokens);
+  faults.expect(completed, "plan", "a completed plan", "one without row_begin");
+  faults.expect(plan.key_tokens == n && plan.query_positions.empty() && plan.key_positions.empty(), "plan",
+                "self-attention", "keys of their own, or positions");
+  faults.expect(plan.combine == Combine::single, "plan", "one entry for a row", "several");
+  faults.expect(plan.memory_tokens == 0, "plan", "one without memory (it is added afterwards)", plan.memory_tokens);
   if (!config.offsets.empty()) check_offsets(faults, "offsets", config.offsets, n);
   faults.raise();
   if (config.globals == 0 || n == 0) return;

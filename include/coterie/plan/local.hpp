@@ -23,9 +23,9 @@ struct LocalConfig {
 /// Cost: linear in tokens, keys and sequences.
 inline void plan_local(const LocalConfig& config, AttentionPlan& plan) {
   detail::Faults faults("plan_local");
-  faults.require(config.window >= 1, "window", "at least 1", config.window);
-  faults.require(config.lookahead >= 0, "lookahead", "at least 0", config.lookahead);
-  faults.require(!config.causal || config.lookahead <= 0, "lookahead", "0 where causal", config.lookahead);
+  faults.expect(config.window >= 1, "window", "at least 1", config.window);
+  faults.expect(config.lookahead >= 0, "lookahead", "at least 0", config.lookahead);
+  faults.expect(!config.causal || config.lookahead <= 0, "lookahead", "0 where causal", config.lookahead);
   detail::Pattern pattern =
       detail::read_pattern(faults, config, config.tokens, config.keys == 0 ? config.tokens : config.keys);
   faults.raise();

@@ -83,9 +83,9 @@ inline void plan_members(const ClusterMembers& queries, const ClusterMembers& ke
                          AttentionPlan& plan) {
   const char* const function = "plan_members";
   detail::Faults faults(function);
-  faults.require(config.combine == Combine::single || config.combine == Combine::mean || config.combine == Combine::lse,
-                 "combine", "single, mean or lse", static_cast<int>(config.combine));
-  faults.require(keys.clusters == queries.clusters, "keys.clusters", queries.clusters, keys.clusters);
+  faults.expect(config.combine == Combine::single || config.combine == Combine::mean || config.combine == Combine::lse,
+                "combine", "single, mean or lse", static_cast<int>(config.combine));
+  faults.expect(keys.clusters == queries.clusters, "keys.clusters", queries.clusters, keys.clusters);
   const detail::Pattern pattern =
       detail::read_clustered(faults, config, "queries.clusters", queries.clusters, queries.tokens, keys.tokens);
   detail::check_members(function, "queries", queries, pattern, false);

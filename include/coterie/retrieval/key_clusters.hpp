@@ -43,15 +43,15 @@ class KeyClusters {
 
   explicit KeyClusters(const KeyIndexConfig& config) : config_(config) {
     Faults faults("KeyIndex");
-    faults.require(config.kv_heads >= 1, "kv_heads", "at least 1", config.kv_heads);
-    faults.require(config.clusters >= 1, "clusters", "at least 1", config.clusters);
-    faults.require(config.sinks >= 0, "sinks", "at least 0", config.sinks);
-    faults.require(config.recent >= 0, "recent", "at least 0", config.recent);
-    faults.require(config.sample >= 0, "sample", "at least 0", config.sample);
-    faults.require(config.steps >= 0, "steps", "at least 0", config.steps);
+    faults.expect(config.kv_heads >= 1, "kv_heads", "at least 1", config.kv_heads);
+    faults.expect(config.clusters >= 1, "clusters", "at least 1", config.clusters);
+    faults.expect(config.sinks >= 0, "sinks", "at least 0", config.sinks);
+    faults.expect(config.recent >= 0, "recent", "at least 0", config.recent);
+    faults.expect(config.sample >= 0, "sample", "at least 0", config.sample);
+    faults.expect(config.steps >= 0, "steps", "at least 0", config.steps);
     constexpr Index most = std::numeric_limits<std::int32_t>::max() / 64;  // so that no product of settings overflows
     for (const auto& [name, value] : {std::pair{"clusters", config.clusters}, std::pair{"sinks", config.sinks}})
-      faults.require(value <= most, name, join("at most ", most), value);
+      faults.expect(value <= most, name, join("at most ", most), value);
     faults.raise();
     heads_.resize(static_cast<std::size_t>(config.kv_heads));
   }

@@ -226,10 +226,10 @@ class KeyIndex {
     const Index kv_heads = this->config().kv_heads, heads = config.heads == 0 ? kv_heads : config.heads;
     detail::Faults faults(function);
     if (heads < 1 || heads % kv_heads != 0)
-      faults.require(false, "heads", detail::join("0, or a positive multiple of kv_heads = ", kv_heads), heads);
+      faults.expect(false, "heads", detail::join("0, or a positive multiple of kv_heads = ", kv_heads), heads);
     if (config.probes < 0 || config.probes > this->config().clusters)
-      faults.require(false, "probes", detail::join("0 to clusters = ", this->config().clusters), config.probes);
-    faults.require(std::isfinite(static_cast<T>(config.scale)), "scale", "a finite number", config.scale);
+      faults.expect(false, "probes", detail::join("0 to clusters = ", this->config().clusters), config.probes);
+    faults.expect(std::isfinite(static_cast<T>(config.scale)), "scale", "a finite number", config.scale);
     faults.raise();
     // Before the first keys are known any width will do.
     const Index d = clusters_.dim() > 0 ? clusters_.dim() : q.cols() / heads;

@@ -71,7 +71,7 @@ class Centroids {
         else
           for (Index j = 0; j < dim(); ++j) sum_of(c)[j] /= count;
         count *= scale;
-        if (config_.renormalise) scale_to_norm(c);
+        if (config_.router.renormalise) scale_to_norm(c);
       } else {
         settle(c, rows / static_cast<double>(clusters()));
       }
@@ -94,13 +94,13 @@ class Centroids {
           for (Index j = 0; j < dim(); ++j) rows_(c, j) = static_cast<T>(sum[j] / count);
       } else if (rows > 0) {
         // centroid = l centroid + (1-l) s / n, or s scaled to the length of rows
-        const double scale = config_.average == Average::batch_mean ? 1 / rows : to_length(batch);
+        const double scale = config_.router.average == Average::batch_mean ? 1 / rows : to_length(batch);
         for (Index j = 0; j < dim(); ++j) {
           sum[j] = keep * sum[j] + (1 - keep) * (batch[j] * scale);
           rows_(c, j) = static_cast<T>(sum[j]);
         }
       }
-      if (rows > 0 && config_.renormalise) scale_to_norm(c);
+      if (rows > 0 && config_.router.renormalise) scale_to_norm(c);
     }
   }
 
@@ -108,7 +108,7 @@ class Centroids {
   void place(Index c, const T* row, double length, double count) {
     const double old = norm(row);
     double scale = old > length ? length / old : 1.0;
-    if (config_.renormalise && old > 0) scale = length_of_rows() / old;
+    if (config_.router.renormalise && old > 0) scale = length_of_rows() / old;
     for (Index j = 0; j < dim(); ++j) rows_(c, j) = static_cast<T>(static_cast<double>(row[j]) * scale);
     settle(c, count);
   }
@@ -127,7 +127,7 @@ class Centroids {
   }
 
  private:
-  bool by_count() const { return config_.average == Average::counts_and_sums; }
+  bool by_count() const { return config_.router.average == Average::counts_and_sums; }
   double* sum_of(Index c) { return sums_.data() + c * dim(); }
 
   double length_of_rows() const { return normalised_length(config_.normalisation, dim()); }

@@ -36,7 +36,7 @@ inline std::uint64_t next_revision() {
 /// Spherical k-means of one head, learned from batch to batch by moving averages.
 ///
 /// Rows come in normalised (normalise_rows: zero mean and norm sqrt(dim), or norm 1), so that the largest dot product with a centroid is
-/// the cosine times the centroid's norm. Centroids are means, not normalised again unless KMeansConfig::renormalise says so:
+/// the cosine times the centroid's norm. Centroids are means, not normalised again unless RouterConfig::renormalise says so:
 /// one of a tight cluster is longer.
 ///
 ///     router.assign(rows, labels, context);                      // const
@@ -79,7 +79,7 @@ class OnlineKMeans {
   /// What the next update keeps of the past: min(decay, (1+t)/(10+t)) after t updates.
   double next_decay() const {
     const double t = static_cast<double>(updates_);
-    return std::min(config().decay, (1 + t) / (10 + t));
+    return std::min(config().router.decay, (1 + t) / (10 + t));
   }
 
   /// labels[i] = argmax over c of x_i . centroid_c, the lowest c on ties.
@@ -193,7 +193,10 @@ class OnlineKMeans {
     update_checked(statistics, head);
   }
 
-  /// update() of statistics that check_update() has let pass, for those who check several heads before they move any.
+  /// update() of statistics that check_update() has let pass.
+  ///
+  /// With updates() > 0 nothing is allocated and nothing throws. The first update allocates, and what it throws may leave
+  /// this router half written: who must not lose its state updates a copy, then calls copy_state().
   void update_checked(const RouterStatistics<T>& statistics, Index head) {
     if (frozen_) return;
     const std::span<const double> counts = statistics.counts(head);
@@ -207,6 +210,15 @@ class OnlineKMeans {
       average(counts, statistics.sums(head), samples);
     ++updates_;
     revision_ = detail::next_revision();
+  }
+
+  /// The state of another router of the same config, revision included. Allocates nothing, throws nothing; views of the
+  /// centroids stay valid.
+  void copy_state(const OnlineKMeans& other) noexcept {
+    COTERIE_ASSERT(config() == other.config());
+    state_.restore(other.centroids(), other.counts(), other.sums());
+    updates_ = other.updates_;
+    revision_ = other.revision_;
   }
 
   /// Throws what update() would throw for these statistics, and does nothing else.

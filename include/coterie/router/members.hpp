@@ -75,8 +75,8 @@ template <class T>
 void check_scores(const char* function, Faults& faults, ConstView<T> scores, std::span<const Index> offsets) {
   check_shape<T>(function, "scores", scores, scores.rows(), scores.cols());
   constexpr Index most = std::numeric_limits<std::int32_t>::max();
-  faults.require(scores.cols() >= 1, "scores", "at least one column, one for each cluster", scores.cols());
-  faults.require(scores.rows() <= most, "scores", "at most 2147483647 rows", scores.rows());
+  faults.expect(scores.cols() >= 1, "scores", "at least one column, one for each cluster", scores.cols());
+  faults.expect(scores.rows() <= most, "scores", "at most 2147483647 rows", scores.rows());
   if (!offsets.empty()) check_offsets(faults, "offsets", offsets, scores.rows());
 }
 
@@ -110,11 +110,11 @@ void balanced_members(ConstView<T> scores, const BalancedConfig& config, Cluster
   const char* const function = "balanced_members";
   Faults faults(function);
   check_scores<T>(function, faults, scores, config.offsets);
-  faults.require(config.share >= 0 && std::isfinite(config.share), "share", "0, or a positive number", config.share);
-  faults.require(config.share > 0 ? config.members == 0 : config.members >= 1, "members",
-                 config.share > 0 ? "0 with a share" : "at least 1", config.members);
-  faults.require(config.unassigned == Unassigned::left_out || config.unassigned == Unassigned::nearest, "unassigned",
-                 "left_out or nearest", static_cast<int>(config.unassigned));
+  faults.expect(config.share >= 0 && std::isfinite(config.share), "share", "0, or a positive number", config.share);
+  faults.expect(config.share > 0 ? config.members == 0 : config.members >= 1, "members",
+                config.share > 0 ? "0 with a share" : "at least 1", config.members);
+  faults.expect(config.unassigned == Unassigned::left_out || config.unassigned == Unassigned::nearest, "unassigned",
+                "left_out or nearest", static_cast<int>(config.unassigned));
   faults.raise();
   const Index k = scores.cols(), n = scores.rows(), sequences = sequence_count(config.offsets), lists = sequences * k;
   const auto rows_of = [&](Index s) { return sequence_rows(config.offsets, n, s); };
@@ -194,7 +194,7 @@ void nearest_members(ConstView<T> scores, const NearestConfig& config, ClusterMe
   Faults faults(function);
   check_scores<T>(function, faults, scores, config.offsets);
   const Index k = scores.cols(), n = scores.rows(), probes = config.probes;
-  if (probes < 1 || probes > k) faults.require(false, "probes", join("1 to clusters = ", k), probes);
+  if (probes < 1 || probes > k) faults.expect(false, "probes", join("1 to clusters = ", k), probes);
   faults.raise();
   const Index sequences = sequence_count(config.offsets), lists = sequences * k;
   check_memberships(function, sequences, k, n * probes);

@@ -14,7 +14,7 @@ inline constexpr Index split_interval = 8;
 
 template <class T>
 bool overfull(const Centroids<T>& state, Index c) {
-  return state.count(c) > state.config().split_share * state.mean_count();
+  return state.count(c) > state.config().router.split_share * state.mean_count();
 }
 
 /// The cluster that update number `update` splits if it is overfull after it too; -1: none.
@@ -22,7 +22,7 @@ bool overfull(const Centroids<T>& state, Index c) {
 /// Being overfull before as well keeps a cluster that the last update revived, with the mean count, from being split in this one.
 template <class T>
 Index split_candidate(const Centroids<T>& state, Index update) {
-  if (!(state.config().split_share > 0) || update % split_interval != 0) return -1;
+  if (!(state.config().router.split_share > 0) || update % split_interval != 0) return -1;
   Index fullest = 0;
   for (Index c = 1; c < state.clusters(); ++c)
     if (state.count(c) > state.count(fullest)) fullest = c;
@@ -76,7 +76,7 @@ Index split_cluster(Centroids<T>& state, Index candidate, Index update, ConstVie
 template <class T>
 void revive_clusters(Centroids<T>& state, std::span<const double> counts, Index update, ConstView<T> samples,
                      Index kept) {
-  const double mean = state.mean_count(), limit = state.config().dead_share * mean;
+  const double mean = state.mean_count(), limit = state.config().router.dead_share * mean;
   const auto dead = [&](Index c) {
     return c != kept && !(counts[static_cast<std::size_t>(c)] > 0) && state.count(c) < limit;
   };

@@ -32,10 +32,10 @@ class RouterStatistics {
   RouterStatistics(Index heads, Index clusters, Index dim, Index sample = 0)
       : heads_(heads), clusters_(clusters), dim_(dim), sample_(sample) {
     detail::Faults faults("RouterStatistics");
-    faults.require(heads >= 0, "heads", "at least 0", heads);
-    faults.require(clusters >= 1, "clusters", "at least 1", clusters);
-    faults.require(dim >= 1, "dim", "at least 1", dim);
-    faults.require(sample >= 0, "sample", "at least 0", sample);
+    faults.expect(heads >= 0, "heads", "at least 0", heads);
+    faults.expect(clusters >= 1, "clusters", "at least 1", clusters);
+    faults.expect(dim >= 1, "dim", "at least 1", dim);
+    faults.expect(sample >= 0, "sample", "at least 0", sample);
     faults.raise();
     if (sample_ == 0) sample_ = std::max(Index(2048), 8 * clusters);
     block_.assign(static_cast<std::size_t>(heads * head_block()), 0.0);

@@ -54,13 +54,13 @@ class PytorchTensors {
 inline void check_pytorch_config(const char* function, const RoutingAttentionConfig& c) {
   Faults faults(function);
   const bool any_local = c.routed_heads<c.heads, any_routed = c.routed_heads> 0;
-  faults.require(c.kv_heads == c.heads, "kv_heads", "as many as heads (the module has no others)", c.kv_heads);
-  faults.require(c.bias || !any_local, "bias", "true with local heads (theirs have one)", "false");
-  faults.require(c.memory == 0 || !any_local, "memory", "0 with local heads (the module's have none)", c.memory);
+  faults.expect(c.kv_heads == c.heads, "kv_heads", "as many as heads (the module has no others)", c.kv_heads);
+  faults.expect(c.bias || !any_local, "bias", "true with local heads (theirs have one)", "false");
+  faults.expect(c.memory == 0 || !any_local, "memory", "0 with local heads (the module's have none)", c.memory);
   if (any_routed) {
-    faults.require(c.routing == Routing::learned, "routing", "learned (the module has centroids)", "another");
-    faults.require(c.normalisation == Normalisation::unit_length, "normalisation",
-                   "unit_length (the module's centroids are means of such rows)", "layer_norm");
+    faults.expect(c.routing == Routing::learned, "routing", "learned (the module has centroids)", "another");
+    faults.expect(c.normalisation == Normalisation::unit_length, "normalisation",
+                  "unit_length (the module's centroids are means of such rows)", "layer_norm");
   }
   faults.raise();
 }
