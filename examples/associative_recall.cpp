@@ -96,17 +96,16 @@ transformer::ModelConfig model_config(const std::string& pattern, std::uint64_t 
   transformer::ModelConfig config{.vocabulary = keys + values, .layers = 1};
   coterie::RoutingAttentionConfig& attention = config.attention;
   attention.model_dim = 64;
-  attention.heads = 4;
-  attention.routed_heads = pattern == "local" ? 0 : 2;
-  // Random groups of 32; twice as many clusters for routing, so that the window seldom cuts one off.
-  attention.clusters = pattern == "random" ? length / window : 2 * length / window;
-  attention.window = window;
   attention.causal = true;
-  attention.routing = pattern == "dense"    ? coterie::Routing::dense
-                      : pattern == "random" ? coterie::Routing::random
-                                            : coterie::Routing::learned;
-  attention.local_positions = coterie::PositionKind::bias;
-  attention.decay = 0.99;
+  attention.local = {
+      .heads = pattern == "local" ? 4 : 2, .window = window, .positions = {.kind = coterie::PositionKind::bias}};
+  if (pattern == "dense")
+    attention.dense = {.heads = 2, .matching = {.shared_qk = true}, .positions = {.kind = coterie::PositionKind::none}};
+  // Random groups of 32; twice as many clusters for routing, so that the window seldom cuts one off.
+  if (pattern == "random")
+    attention.routed = {.heads = 2, .clusters = length / window, .window = window, .routing = coterie::Routing::random};
+  if (pattern == "routed")
+    attention.routed = {.heads = 2, .clusters = 2 * length / window, .window = window, .router = {.decay = 0.99}};
   attention.seed = seed;
   return config;
 }

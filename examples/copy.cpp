@@ -120,32 +120,28 @@ struct Batch {
 
 coterie::RoutingAttentionConfig self_attention(bool causal, std::uint64_t seed) {
   return {.model_dim = model_dim,
-          .heads = heads,
-          .window = window + 1,
-          .lookahead = causal ? 0 : window,
           .causal = causal,
-          .local_positions = coterie::PositionKind::bias,
-          .seed = seed};
+          .seed = seed,
+          .local = {.heads = heads,
+                    .window = window + 1,
+                    .lookahead = causal ? 0 : window,
+                    .positions = {.kind = coterie::PositionKind::bias}}};
 }
 
 coterie::RoutingAttentionConfig cross_attention(const std::string& pattern, std::uint64_t seed) {
-  coterie::RoutingAttentionConfig config{.model_dim = model_dim,
-                                         .heads = heads,
-                                         .routed_heads = heads,
-                                         // Half of a two-sided window lies after the query: this one never cuts.
-                                         .window = 2 * marked,
-                                         .shared_qk = false,
-                                         .decay = 0.9,
-                                         .seed = seed};
-  if (pattern == "dense") {
-    config.routing = coterie::Routing::dense;
-  } else if (pattern == "random") {
-    config.routing = coterie::Routing::random;
-    config.clusters = clusters / probes;  // as many keys per query as routed heads see
-  } else {
-    config.clusters = clusters;
-    config.probes = probes;
-  }
+  coterie::RoutingAttentionConfig config{.model_dim = model_dim, .seed = seed};
+  // Half of a two-sided window lies after the query: this one never cuts.
+  const Index all = 2 * marked;
+  if (pattern == "dense")
+    config.dense = {.heads = heads, .positions = {.kind = coterie::PositionKind::none}};
+  else if (pattern == "random")  // as many keys per query as routed heads see
+    config.routed = {.heads = heads, .clusters = clusters / probes, .window = all, .routing = coterie::Routing::random};
+  else
+    config.routed = {.heads = heads,
+                     .clusters = clusters,
+                     .window = all,
+                     .membership = {.probes = probes},
+                     .router = {.decay = 0.9}};
   return config;
 }
 

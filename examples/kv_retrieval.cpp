@@ -115,18 +115,11 @@ transformer::ModelConfig model_config(const Settings& s) {
   coterie::RoutingAttentionConfig& attention = config.attention;
   attention.model_dim = plain ? 64 : 96;
   config.feed_forward = 4 * attention.model_dim;
-  attention.heads = plain ? 2 : 4;
-  attention.routed_heads = 2;
-  attention.window = 64;
   attention.causal = true;
-  attention.routing = coterie::Routing::dense;
-  if (plain) {
-    attention.shared_qk = false;
-    attention.routed_positions = coterie::PositionKind::rotary;
-  } else {
-    attention.induction = true;
-    attention.key_taps = 8;
-    attention.local_positions = coterie::PositionKind::bias;
+  attention.dense.heads = 2;
+  if (!plain) {
+    attention.local = {.heads = 2, .window = 64, .positions = {.kind = coterie::PositionKind::bias}};
+    attention.dense.matching = {.induction = true, .key_taps = 8};
   }
   attention.seed = static_cast<std::uint64_t>(s.seed);
   return config;
@@ -173,16 +166,16 @@ void take_heads(const coterie::RoutingAttention<float>& layer, const Matrix& x, 
                 Matrix& v, Context& context) {
   const coterie::RoutingAttentionConfig& c = layer.config();
   const coterie::Parameters<float>& w = layer.parameters();
-  const Index d = c.head_dim, heads = c.routed_heads, width = heads * d, first = (c.heads - heads) * d, n = x.rows();
+  const Index d = c.head_dim, heads = c.dense.heads, width = heads * d, first = c.local.heads * d, n = x.rows();
   Matrix rows(n, width), values(n, width);
   coterie::product<float>(x, view(w.w_q).columns(first, width), view(rows), context);
   coterie::product<float>(x, view(w.w_v).columns(first, width), view(values), context);
-  if (!c.induction) {
+  if (!c.dense.matching.induction) {
     Matrix keys(n, width);
     coterie::product<float>(x, view(w.w_k).columns(0, width), view(keys), context);
     std::vector<std::int32_t> positions(static_cast<std::size_t>(n));
     std::iota(positions.begin(), positions.end(), 0);
-    const coterie::Rotary rotary(d, c.rotary_base, c.rotary_layout);
+    const coterie::Rotary rotary(d, c.dense.positions.base, c.dense.positions.layout);
     rotary.forward<float>(view(rows), heads, positions, context);
     rotary.forward<float>(view(keys), heads, positions, context);
     q.middleCols(column, width) = rows;
@@ -191,11 +184,12 @@ void take_heads(const coterie::RoutingAttention<float>& layer, const Matrix& x, 
     return;
   }
   // Queries and keys: the last positions by their taps, normalised. Key t carries the value of position t + 1.
+  const Index taps = c.dense.matching.key_taps;
   Matrix mixed = Matrix::Zero(n, width);
   for (Index h = 0; h < heads; ++h)
-    for (Index t = 0; t < c.key_taps; ++t)
+    for (Index t = 0; t < taps; ++t)
       mixed.block(t, h * d, n - t, d).array() +=
-          rows.block(0, h * d, n - t, d).array().rowwise() * w.taps.row(h * c.key_taps + t).array();
+          rows.block(0, h * d, n - t, d).array().rowwise() * w.taps.row(h * taps + t).array();
   coterie::normalise_rows<float>(mixed, view(mixed), {}, d, context);
   k.middleCols(column, width) = mixed;
   for (Index h = 0; h < heads; ++h) mixed.middleCols(h * d, d) *= w.gain(0, h);  // logits are q.k / sqrt(d) again
@@ -213,16 +207,16 @@ Cache run_model(const Model& model, Model::Tape& tape, const examples::Bytes& te
   std::vector<float> losses(static_cast<std::size_t>(count));
   model.forward({tokens, targets, offsets, 0}, losses, tape, context);
   const coterie::RoutingAttentionConfig& c = model.blocks().front().attention().config();
-  const Index width = c.routed_heads * c.head_dim, layers = model.config().layers;
+  const Index width = c.dense.heads * c.head_dim, layers = model.config().layers;
   Matrix q(count, layers * width), k = q, v = q;
   Cache cache;
   for (Index l = 0; l < layers; ++l) {
     const auto at = static_cast<std::size_t>(l);
     take_heads(model.blocks()[at].attention(), tape.blocks[at].normed, l * width, q, k, v, context);
-    for (Index h = 0; h < c.routed_heads; ++h)
+    for (Index h = 0; h < c.dense.heads; ++h)
       cache.names.push_back(format("layer %lld head %lld", (long long)l + 1, (long long)h + 1));
   }
-  cache.heads = cache.kv_heads = layers * c.routed_heads;
+  cache.heads = cache.kv_heads = layers * c.dense.heads;
   cache.q = q.bottomRows(queries);
   cache.k = k.topRows(count - queries);
   cache.v = v.topRows(count - queries);

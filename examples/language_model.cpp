@@ -175,8 +175,10 @@ std::optional<int> make_tables(const Settings& settings, std::optional<Model>& m
     model.emplace(make_model(pattern, settings, training));
     const coterie::RoutingAttentionConfig& attention = model->config().attention;
     std::printf("\n%s: %lld parameters; %lld of %lld heads routed", pattern.c_str(),
-                (long long)model->parameter_count(), (long long)attention.routed_heads, (long long)attention.heads);
-    if (pattern == "routed" || pattern == "random") std::printf(", %lld clusters", (long long)attention.clusters);
+                (long long)model->parameter_count(), (long long)(attention.routed.heads + attention.dense.heads),
+                (long long)heads(model->config()));
+    if (pattern == "routed" || pattern == "random")
+      std::printf(", %lld clusters", (long long)attention.routed.clusters);
     std::printf("\n");
     if (training.step > 0) std::printf("going on after step %lld\n", (long long)training.step);
     results.emplace_back().pattern = pattern;

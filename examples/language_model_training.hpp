@@ -54,7 +54,7 @@ struct Result {
 inline double cluster_load(const Model& model, const Model::Tape& tape) {
   double sum = 0, heads = 0;
   for (std::size_t layer = 0; layer < model.blocks().size(); ++layer)
-    for (Index head = 0; head < model.config().attention.routed_heads; ++head) {
+    for (Index head = 0; head < model.config().attention.routed.heads; ++head) {
       const std::vector<double> sizes = tape.blocks[layer].attention.cluster_sizes(head);
       double tokens = 0, entropy = 0;
       for (const double size : sizes) tokens += size;
@@ -69,7 +69,7 @@ inline double cluster_load(const Model& model, const Model::Tape& tape) {
 /// Keys that a query sees, over the heads of all layers.
 inline double keys_per_query(const Model& model, const Model::Tape& tape) {
   double sum = 0, count = 0;
-  const Index heads = model.config().attention.heads, routed = model.config().attention.routed_heads;
+  const coterie::RoutingAttentionConfig& attention = model.config().attention;
   for (const auto& block : tape.blocks) {
     const auto add = [&](std::span<const coterie::AttentionPlan> plans, Index of_heads) {
       for (const coterie::AttentionPlan& plan : plans) {
@@ -78,8 +78,8 @@ inline double keys_per_query(const Model& model, const Model::Tape& tape) {
         count += weight;
       }
     };
-    add(block.attention.local_plans(), heads - routed);
-    add(block.attention.plans(), routed);
+    add(block.attention.local_plans(), attention.local.heads);
+    add(block.attention.plans(), attention.routed.heads + attention.dense.heads);
   }
   return sum / count;
 }
@@ -127,8 +127,7 @@ inline TrainingEnd train(Model& model, Training& training, Model::Tape& tape, co
                        settings.context);
     return sequences.batch(static_cast<std::uint64_t>(training.step));
   };
-  const bool learned =
-      model.config().attention.routed_heads > 0 && model.config().attention.routing == coterie::Routing::learned;
+  const bool learned = has_routers(model.config());
   const bool saves = !settings.save.empty();
   const std::string text_name = saves ? fingerprint(text) : "";
   std::optional<examples::InterruptGuard> interrupt;

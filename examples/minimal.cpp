@@ -7,8 +7,8 @@ int main() {
   using namespace coterie;
   using Matrix = RowMatrix<float>;
   constexpr int keys = 64, values = 16, dim = 32, told = 2 * keys, tokens = told + keys;
-  RoutingAttentionConfig config{.model_dim = dim, .heads = 2, .routed_heads = 2, .clusters = 12, .window = 32};
-  config.causal = config.induction = true;  // with routed_heads = 0 heads are local: their window is too short
+  RoutingAttentionConfig config{.model_dim = dim, .causal = true};  // .local = {.heads = 2, .window = 32} cannot do it
+  config.routed = {.heads = 2, .clusters = 12, .window = 32, .matching = {.induction = true}};
   RoutingAttention<float> layer(config);
   const Matrix embedding = Matrix::Random(keys + values, dim);
   Matrix read_out = 0.1f * Matrix::Random(dim, values), d_read_out(dim, values);

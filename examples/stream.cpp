@@ -166,17 +166,16 @@ double error(const Signal& signal, const Matrix& prediction) {
 
 Predictor train(const char* pattern, const Settings& settings, coterie::Context& context) {
   const bool routed = std::string(pattern) == "routed";
-  Predictor model({.model_dim = model_dim,
-                   .heads = heads,
-                   .routed_heads = routed ? heads / 2 : 0,
-                   .clusters = routed ? 12 : 0,
-                   .window = window,
-                   .causal = true,
-                   .induction = routed,
-                   .key_taps = routed ? taps : 0,
-                   .decay = 0.99,
-                   .seed = static_cast<std::uint64_t>(settings.seed)},
-                  transformer::Random(static_cast<std::uint64_t>(settings.seed)));
+  coterie::RoutingAttentionConfig config{
+      .model_dim = model_dim, .causal = true, .seed = static_cast<std::uint64_t>(settings.seed)};
+  config.local = {.heads = routed ? heads / 2 : heads, .window = window};
+  if (routed)
+    config.routed = {.heads = heads / 2,
+                     .clusters = 12,
+                     .window = window,
+                     .router = {.decay = 0.99},
+                     .matching = {.induction = true, .key_taps = taps}};
+  Predictor model(config, transformer::Random(static_cast<std::uint64_t>(settings.seed)));
   transformer::Random random(static_cast<std::uint64_t>(settings.seed) + 1000);
   transformer::AdamW<float> optimizer;
   Predictor::Gradients gradients = model.zero_gradients();

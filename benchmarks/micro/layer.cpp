@@ -15,13 +15,17 @@ struct Sizes {
 };
 
 RoutingAttentionConfig config(const std::string& pattern, const Sizes& sizes) {
-  RoutingAttentionConfig config{.model_dim = sizes.model_dim, .heads = sizes.heads, .window = sizes.w, .causal = true};
+  RoutingAttentionConfig config{.model_dim = sizes.model_dim, .causal = true};
+  config.local = {.heads = sizes.heads, .window = sizes.w};
   if (pattern == "local") return config;
-  config.routed_heads = sizes.heads / 2;
-  config.clusters = std::max(Index(1), 2 * sizes.n / sizes.w);
   config.seed = 1;
-  if (pattern == "dense") config.routing = Routing::dense;
-  if (pattern == "induction") config.induction = true, config.key_taps = 8;
+  const Index half = sizes.heads / 2;
+  config.local.heads -= half;
+  if (pattern == "dense")
+    config.dense = {.heads = half, .matching = {.shared_qk = true}, .positions = {.kind = PositionKind::none}};
+  else
+    config.routed = {.heads = half, .clusters = std::max(Index(1), 2 * sizes.n / sizes.w), .window = sizes.w};
+  if (pattern == "induction") config.routed.matching = {.induction = true, .key_taps = 8};
   return config;
 }
 
@@ -34,13 +38,14 @@ double flops(const RoutingAttention<T>& layer, const RoutingAttentionTape<T>& ta
   const Parameters<T>& p = layer.parameters();
   for (const RowMatrix<T>* w : {&p.w_q, &p.w_k, &p.w_v, &p.w_o}) weights += static_cast<double>(w->size());
   for (const AttentionPlan& plan : tape.local_plans())
-    pairs += static_cast<double>((c.heads - c.routed_heads) * statistics(plan).visible_pairs);
-  const Index shared_by = tape.plans().size() == 1 ? c.routed_heads : 1;
+    pairs += static_cast<double>(c.local.heads * statistics(plan).visible_pairs);
+  const Index others = c.routed.heads + c.dense.heads, shared_by = tape.plans().size() == 1 ? others : 1;
   for (const AttentionPlan& plan : tape.plans())
     pairs += static_cast<double>(shared_by * statistics(plan).visible_pairs);
   const double tokens = static_cast<double>(n), d = static_cast<double>(c.head_dim);
   if (backward) return 4 * tokens * weights + 10 * d * pairs;
-  const double scores = 2 * tokens * d * static_cast<double>(c.clusters) * static_cast<double>(layer.routers().size());
+  const double scores =
+      2 * tokens * d * static_cast<double>(c.routed.clusters) * static_cast<double>(layer.routers().size());
   return 2 * tokens * weights + 4 * d * pairs + scores;
 }
 

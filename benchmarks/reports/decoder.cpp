@@ -17,16 +17,14 @@ namespace {
 constexpr Index model_dim = 64, heads = 4, routed_heads = 2, head_dim = 64, clusters = 64, window = 128;
 constexpr Index pool = 4096;  ///< different tokens; they come again and again
 
-RoutingAttentionConfig layer_config(Routing routing) {
-  return {.model_dim = model_dim,
-          .heads = heads,
-          .head_dim = head_dim,
-          .routed_heads = routed_heads,
-          .clusters = clusters,
-          .window = window,
-          .causal = true,
-          .routing = routing,
-          .seed = 1};
+RoutingAttentionConfig layer_config(bool dense) {
+  RoutingAttentionConfig config{.model_dim = model_dim, .head_dim = head_dim, .causal = true, .seed = 1};
+  config.local = {.heads = heads - routed_heads, .window = window};
+  if (dense)
+    config.dense = {.heads = routed_heads, .matching = {.shared_qk = true}, .positions = {.kind = PositionKind::none}};
+  else
+    config.routed = {.heads = routed_heads, .clusters = clusters, .window = window};
+  return config;
 }
 
 /// A decoder at `position`, and the time of its next tokens.
@@ -103,7 +101,7 @@ int report(const Options& options) {
   const int rounds = options.smoke ? 1 : 11;
   const Index count = options.smoke ? 2 : 32, dense_count = 2;
 
-  const RoutingAttention<float> routed(layer_config(Routing::learned)), dense(layer_config(Routing::dense));
+  const RoutingAttention<float> routed(layer_config(false)), dense(layer_config(true));
   const RowMatrix<float> tokens = test::Random(1).matrix<float>(pool, model_dim);
   Context context;
   std::vector<Index> dense_positions, forward_positions;

@@ -12,8 +12,10 @@ namespace {
 
 // More rows than a chunk has, a sequence of one row, and an empty one.
 struct BlockExample {
-  coterie::RoutingAttentionConfig config{
-      .model_dim = 6, .heads = 2, .routed_heads = 1, .clusters = 3, .window = 16, .lookahead = 4, .seed = 3};
+  coterie::RoutingAttentionConfig config{.model_dim = 6,
+                                         .seed = 3,
+                                         .local = {.heads = 1, .window = 16, .lookahead = 4},
+                                         .routed = {.heads = 1, .clusters = 3, .window = 16}};
   Index hidden = 7;
   bool crosses = false;
   std::vector<Index> offsets{0, 1, 20, 20, 140}, source_offsets{0, 9, 12, 15, 50};
@@ -120,7 +122,7 @@ TEST_CASE("a block gives the same bits with every number of threads") {
 
 TEST_CASE("a block hands its input's step to random routing, and reads its source") {
   BlockExample example(true);
-  example.config.routing = coterie::Routing::random;
+  example.config.routed.routing = coterie::Routing::random;
   const Block<double> block = example.block();
   Context context;
   Block<double>::Tape tape;

@@ -9,7 +9,7 @@ namespace {
 
 ModelConfig small_model(coterie::Routing routing) {
   ModelConfig config = test::small_model();
-  config.attention.routing = routing;
+  config.attention.routed.routing = routing;
   return config;
 }
 
@@ -99,9 +99,9 @@ TEST_CASE("files of other models and damaged ones are refused, and nothing is wr
   other.vocabulary = 41;
   refuses(other, "embedding");
   other = config;
-  other.attention.clusters = 4;
-  other.attention.window = 17;
-  refuses(other, "clusters: expected 4, got 3; window: expected 17, got 16");
+  other.attention.routed.clusters = 4;
+  other.attention.routed.window = 17;
+  refuses(other, "routed.clusters: expected 4, got 3; routed.window: expected 17, got 16");
 
   Training<float> same(7);
   REQUIRE_THROWS_AS(read_training(view, model.parameter_count() + 1, same), coterie::FileError);

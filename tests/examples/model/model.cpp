@@ -9,18 +9,16 @@ namespace {
 
 // Sizes beyond a chunk of rows and a tile of weights; a sequence of one token; positions without a target.
 struct Example {
-  ModelConfig config{.vocabulary = 51,
-                     .layers = 2,
-                     .feed_forward = 50,
-                     .embedding_deviation = 0.5,
-                     .attention = {.model_dim = 12,
-                                   .heads = 3,
-                                   .routed_heads = 1,
-                                   .clusters = 3,
-                                   .window = 16,
-                                   .causal = true,
-                                   .local_positions = coterie::PositionKind::bias,
-                                   .seed = 3}};
+  ModelConfig config{
+      .vocabulary = 51,
+      .layers = 2,
+      .feed_forward = 50,
+      .embedding_deviation = 0.5,
+      .attention = {.model_dim = 12,
+                    .causal = true,
+                    .seed = 3,
+                    .local = {.heads = 2, .window = 16, .positions = {.kind = coterie::PositionKind::bias}},
+                    .routed = {.heads = 1, .clusters = 3, .window = 16}}};
   std::vector<Index> offsets{0, 1, 20, 150};
   std::vector<std::int32_t> tokens, targets;
 
@@ -89,8 +87,7 @@ TEST_CASE("a model's gradients are those of central differences") {
     check_gradients(example);
   }
   SECTION("induction heads") {
-    example.config.attention.induction = true;
-    example.config.attention.key_taps = 3;
+    example.config.attention.routed.matching = {.induction = true, .key_taps = 3};
     check_gradients(example);
   }
 }

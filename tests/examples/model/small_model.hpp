@@ -9,14 +9,9 @@ inline transformer::ModelConfig small_model(transformer::Index vocabulary = 40, 
   transformer::ModelConfig config{
       .vocabulary = vocabulary, .layers = 2, .feed_forward = feed_forward, .embedding_deviation = 0.5};
   config.attention.model_dim = 24;
-  config.attention.heads = 4;
-  config.attention.routed_heads = 2;
-  config.attention.clusters = 3;
-  config.attention.window = 16;
   config.attention.causal = true;
-  config.attention.induction = true;
-  config.attention.key_taps = 3;
-  config.attention.local_positions = coterie::PositionKind::bias;
+  config.attention.local = {.heads = 2, .window = 16, .positions = {.kind = coterie::PositionKind::bias}};
+  config.attention.routed = {.heads = 2, .clusters = 3, .window = 16, .matching = {.induction = true, .key_taps = 3}};
   config.attention.seed = 4;
   return config;
 }
