@@ -40,7 +40,8 @@ class AdamW {
     double squares = 0;
     Index count = 0;
     model.visit(gradients, [&](std::string_view, View<T> w, ConstView<T> g) {
-      squares += static_cast<double>(g.eigen().squaredNorm());
+      for (Index i = 0; i < w.rows(); ++i)
+        for (Index j = 0; j < w.cols(); ++j) squares += static_cast<double>(g(i, j)) * static_cast<double>(g(i, j));
       count += w.rows() * w.cols();
     });
     if (first_.size() != count) {
@@ -55,17 +56,17 @@ class AdamW {
     const T correction = static_cast<T>(1 / std::sqrt(1 - std::pow(config_.beta2, steps_)));
     const T epsilon = static_cast<T>(config_.epsilon);
 
-    Index begin = 0;
+    Index at = 0;
     model.visit(gradients, [&](std::string_view name, View<T> w, ConstView<T> g) {
       const T keep = static_cast<T>(decays(name) ? 1 - learning_rate * config_.weight_decay : 1);
-      for (Index i = 0; i < w.rows(); ++i, begin += w.cols()) {
-        auto w_i = w.eigen().row(i).array();
-        const auto g_i = g.eigen().row(i).array() * clip;
-        auto m = first_.row(0).segment(begin, w.cols()).array(), v = second_.row(0).segment(begin, w.cols()).array();
-        m = beta1 * m + (1 - beta1) * g_i;
-        v = beta2 * v + (1 - beta2) * g_i.square();
-        w_i = keep * w_i - rate * m / (v.sqrt() * correction + epsilon);
-      }
+      for (Index i = 0; i < w.rows(); ++i)
+        for (Index j = 0; j < w.cols(); ++j, ++at) {
+          const T d = g(i, j) * clip;
+          T &m = first_(0, at), &v = second_(0, at);
+          m = beta1 * m + (1 - beta1) * d;
+          v = beta2 * v + (1 - beta2) * d * d;
+          w(i, j) = keep * w(i, j) - rate * m / (std::sqrt(v) * correction + epsilon);
+        }
     });
     return length;
   }
