@@ -30,12 +30,13 @@ struct CaseSizes {
 enum class RelativeTables { both, keys, values };
 
 struct AttentionCase {
-  std::string name;
-  std::function<void(AttentionPlan&)> fill;  ///< writes and completes the plan; sizes of the matrices follow from it
+  std::string name = {};
+  std::function<void(AttentionPlan&)> fill =
+      {};  ///< writes and completes the plan; sizes of the matrices follow from it
   Index heads = 1;
-  Index kv_heads = 1;
-  Index d = 5;
-  Index dv = 5;
+  Index kv_heads = 0;        ///< 0: as heads
+  Index d = 0;               ///< 0: as the sizes
+  Index dv = 0;              ///< 0: as the sizes
   bool causal = false;       ///< row i depends on rows up to i only
   Index bias_distances = 0;  ///< columns of a bias table; 0: none
   Index bias_first = 0;
@@ -99,335 +100,151 @@ inline std::vector<AttentionCase> attention_cases(const CaseSizes& sizes = {}) {
   const std::vector<Index> offsets = {0, n / 3, n / 3, n / 3 + 1, n};
   const std::vector<Index> key_offsets = {0, n / 2, n / 2 + 2, n / 2 + 2, n + 7};
   std::vector<AttentionCase> cases;
-  const auto add = [&cases, d](AttentionCase added) {
+  const auto add = [&cases, d](const char* name, std::function<void(AttentionPlan&)> fill, AttentionCase added) {
+    added.name = name;
+    added.fill = std::move(fill);
+    if (added.kv_heads == 0) added.kv_heads = added.heads;
     if (added.d == 0) added.d = d;
     if (added.dv == 0) added.dv = d;
     cases.push_back(std::move(added));
   };
-  const Index same = 0;  // as sizes.d
 
-  add({.name = "dense", .fill = [=](AttentionPlan& p) { plan_dense({.tokens = n}, p); }, .d = same, .dv = same});
-  add({.name = "dense causal",
-       .fill = [=](AttentionPlan& p) { plan_dense({.tokens = n, .causal = true}, p); },
-       .heads = 2,
-       .kv_heads = 2,
-       .d = same,
-       .dv = same,
-       .causal = true});
-  add({.name = "dense causal, grouped queries, wide values",
-       .fill = [=](AttentionPlan& p) { plan_dense({.tokens = n, .causal = true}, p); },
-       .heads = 4,
-       .kv_heads = 2,
-       .d = same,
-       .dv = d + 2,
-       .causal = true});
-  add({.name = "local causal",
-       .fill = [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .causal = true}, p); },
-       .heads = 2,
-       .kv_heads = 1,
-       .d = same,
-       .dv = same,
-       .causal = true,
-       .bias_distances = w,
-       .bias_first = 0});
-  add({.name = "local two-sided",
-       .fill = [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .lookahead = w / 2}, p); },
-       .heads = 2,
-       .kv_heads = 2,
-       .d = same,
-       .dv = same,
-       .bias_distances = w,
-       .bias_first = -w / 2});
-  add({.name = "local causal, never itself",
-       .fill =
-           [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .causal = true, .self = Self::never}, p); },
-       .d = same,
-       .dv = same,
-       .causal = true});
-  add({.name = "local two-sided, never itself",
-       .fill =
-           [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .lookahead = 2, .self = Self::never}, p); },
-       .d = same,
-       .dv = same});
-  add({.name = "clustered causal",
-       .fill = [=, l = labels(0)](
-                   AttentionPlan& p) { plan_clustered(l, l, {.clusters = k, .window = w, .causal = true}, p); },
-       .heads = 2,
-       .kv_heads = 2,
-       .d = same,
-       .dv = same,
-       .causal = true});
-  add({.name = "clustered causal, itself only if alone, some in no cluster",
-       .fill =
-           [=, l = labels(-1)](AttentionPlan& p) {
-             plan_clustered(l, l, {.clusters = k, .window = w, .causal = true, .self = Self::only_if_alone}, p);
-           },
-       .heads = 2,
-       .kv_heads = 2,
-       .d = same,
-       .dv = same,
-       .causal = true});
-  add({.name = "clustered two-sided, never itself, other labels for keys",
-       .fill = [=, l = labels(-1), m = Random(6).labels(n, k, -1)](
-                   AttentionPlan& p) { plan_clustered(l, m, {.clusters = k, .window = w, .self = Self::never}, p); },
-       .d = same,
-       .dv = same,
-       .bias_distances = 9,
-       .bias_first = -4});
-  add({.name = "clustered causal ragged",
-       .fill =
-           [=, l = labels(0)](AttentionPlan& p) {
-             plan_clustered(l, l, {.clusters = k, .window = w, .causal = true, .offsets = offsets}, p);
-           },
-       .d = same,
-       .dv = same,
-       .causal = true});
-  add({.name = "random",
-       .fill =
-           [=](AttentionPlan& p) {
-             plan_random({.tokens = n, .clusters = k, .window = w, .causal = true, .seed = 3}, p);
-           },
-       .d = same,
-       .dv = same,
-       .causal = true});
-  add({.name = "strided",
-       .fill = [=](AttentionPlan& p) { plan_strided({.tokens = n, .stride = k, .window = w, .causal = true}, p); },
-       .d = same,
-       .dv = same,
-       .causal = true});
-  add({.name = "unequal lengths, causal",
-       .fill = [=](AttentionPlan& p) { plan_dense({.tokens = n, .keys = n + 5, .causal = true}, p); },
-       .d = same,
-       .dv = same,
-       .bias_distances = n,
-       .bias_first = -3});
-  add({.name = "fewer keys than queries, causal",
-       .fill = [=](AttentionPlan& p) { plan_dense({.tokens = n, .keys = n / 2 + 1, .causal = true}, p); },
-       .d = same,
-       .dv = same});
-  add({.name = "ragged cross, local, proportional",
-       .fill =
-           [=](AttentionPlan& p) {
-             plan_local({.tokens = n,
-                         .keys = n + 7,
-                         .window = w,
-                         .lookahead = 3,
-                         .offsets = offsets,
-                         .key_offsets = key_offsets},
-                        p);
-           },
-       .heads = 2,
-       .kv_heads = 2,
-       .d = same,
-       .dv = same,
-       .bias_distances = 5,
-       .bias_first = -1});
-  add({.name = "overlapping clusters, mean",
-       .fill = [=](AttentionPlan& p) { fill_members(overlapping_members(n, k, 1), n, Combine::mean, true, p); },
-       .heads = 2,
-       .kv_heads = 2,
-       .d = same,
-       .dv = same,
-       .causal = true,
-       .has_lse = false});
-  add({.name = "overlapping clusters, lse",
-       .fill = [=](AttentionPlan& p) { fill_members(overlapping_members(n, k, 2), n, Combine::lse, false, p); },
-       .heads = 2,
-       .kv_heads = 1,
-       .d = same,
-       .dv = same,
-       .bias_distances = 7,
-       .bias_first = -3});
-  add({.name = "sinks and window",
-       .fill = [=](AttentionPlan& p) { fill_sinks(n, 2, w, p); },
-       .d = same,
-       .dv = same,
-       .causal = true});
-  add({.name = "local causal, capped",
-       .fill = [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .causal = true}, p); },
-       .heads = 2,
-       .kv_heads = 1,
-       .d = same,
-       .dv = same,
-       .causal = true,
-       .bias_distances = w,
-       .soft_cap = 1.5});
-  add({.name = "overlapping clusters, mean, capped",
-       .fill = [=](AttentionPlan& p) { fill_members(overlapping_members(n, k, 4), n, Combine::mean, true, p); },
-       .d = same,
-       .dv = same,
-       .causal = true,
-       .has_lse = false,
-       .soft_cap = 0.3,
-       .mean_epsilon = 0.25});
-  add({.name = "local causal, with dropout",
-       .fill = [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .causal = true}, p); },
-       .heads = 2,
-       .kv_heads = 1,
-       .d = same,
-       .dv = same,
-       .causal = true,
-       .dropout = 0.4});
-  add({.name = "overlapping clusters, lse, with dropout",
-       .fill = [=](AttentionPlan& p) { fill_members(overlapping_members(n, k, 5), n, Combine::lse, true, p); },
-       .heads = 2,
-       .kv_heads = 2,
-       .d = same,
-       .dv = same,
-       .causal = true,
-       .soft_cap = 2,
-       .dropout = 0.25});
-  add({.name = "overlapping clusters, mean, with dropout",
-       .fill = [=](AttentionPlan& p) { fill_members(overlapping_members(n, k, 6), n, Combine::mean, false, p); },
-       .d = same,
-       .dv = same,
-       .has_lse = false,
-       .dropout = 0.25});
-  add({.name = "memory and window",
-       .fill = [=](AttentionPlan& p) { fill_memory(n, 3, w, p); },
-       .heads = 2,
-       .kv_heads = 1,
-       .d = same,
-       .dv = d + 1,
-       .causal = true,
-       .bias_distances = w,
-       .bias_first = 1});
-  add({.name = "memory and clusters",
-       .fill =
-           [=, l = labels(-1)](AttentionPlan& p) {
-             plan_clustered(l, l, {.clusters = k, .window = w, .causal = true, .self = Self::only_if_alone}, p);
-             plan_add_memory(2, p);
-           },
-       .d = same,
-       .dv = same,
-       .causal = true});
-  add({.name = "memory and overlapping clusters, lse",
-       .fill =
-           [=](AttentionPlan& p) {
-             fill_members(overlapping_members(n, k, 3), n, Combine::lse, false, p);
-             plan_add_memory(2, p);
-           },
-       .d = same,
-       .dv = same,
-       .bias_distances = 7,
-       .bias_first = -3});
-  add({.name = "global tokens, clusters and memory, ragged",
-       .fill =
-           [=, l = labels(0)](AttentionPlan& p) {
-             plan_clustered(l, l, {.clusters = k, .offsets = offsets}, p);
-             plan_add_globals({.globals = 2, .offsets = offsets}, p);
-             plan_add_memory(1, p);
-           },
-       .heads = 2,
-       .kv_heads = 2,
-       .d = same,
-       .dv = same,
-       .bias_distances = 9,
-       .bias_first = -4});
-  add({.name = "global tokens and window, causal",
-       .fill =
-           [=](AttentionPlan& p) {
-             plan_local({.tokens = n, .window = w, .causal = true}, p);
-             plan_add_globals({.globals = 3, .causal = true}, p);
-           },
-       .d = same,
-       .dv = same,
-       .causal = true});
-  add({.name = "dense, relative keys and values",
-       .fill = [=](AttentionPlan& p) { plan_dense({.tokens = n}, p); },
-       .heads = 2,
-       .kv_heads = 2,
-       .d = same,
-       .dv = d + 2,
-       .relative_distances = n,
-       .relative_first = -n / 2});
-  add({.name = "local causal, relative keys and values",
-       .fill = [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .causal = true}, p); },
-       .heads = 2,
-       .kv_heads = 1,
-       .d = same,
-       .dv = same,
-       .causal = true,
-       .relative_distances = w});
-  add({.name = "local two-sided, a few relative keys and values by head, and a bias",
-       .fill = [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .lookahead = w / 2}, p); },
-       .heads = 2,
-       .kv_heads = 2,
-       .d = same,
-       .dv = same,
+  // Plans of several cases.
+  const auto local_causal = [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .causal = true}, p); };
+  const auto dense_causal = [=](AttentionPlan& p) { plan_dense({.tokens = n, .causal = true}, p); };
+  const auto dense = [=](AttentionPlan& p) { plan_dense({.tokens = n}, p); };
+  const auto local_two_sided = [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .lookahead = w / 2}, p); };
+  const auto more_keys = [=](AttentionPlan& p) { plan_dense({.tokens = n, .keys = n + 5, .causal = true}, p); };
+  const auto strided = [=](AttentionPlan& p) {
+    plan_strided({.tokens = n, .stride = k, .window = w, .causal = true}, p);
+  };
+  const auto clustered_alone = [=, l = labels(-1)](AttentionPlan& p) {
+    plan_clustered(l, l, {.clusters = k, .window = w, .causal = true, .self = Self::only_if_alone}, p);
+  };
+  const auto overlapping = [n, k](std::uint64_t seed, Combine combine, bool causal) {
+    return [=](AttentionPlan& p) { fill_members(overlapping_members(n, k, seed), n, combine, causal, p); };
+  };
+
+  add("dense", dense, {});
+  add("dense causal", dense_causal, {.heads = 2, .causal = true});
+  add("dense causal, grouped queries, wide values", dense_causal,
+      {.heads = 4, .kv_heads = 2, .dv = d + 2, .causal = true});
+  add("local causal", local_causal, {.heads = 2, .kv_heads = 1, .causal = true, .bias_distances = w});
+  add("local two-sided", local_two_sided, {.heads = 2, .bias_distances = w, .bias_first = -w / 2});
+  add("local causal, never itself",
+      [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .causal = true, .self = Self::never}, p); },
+      {.causal = true});
+  add("local two-sided, never itself",
+      [=](AttentionPlan& p) { plan_local({.tokens = n, .window = w, .lookahead = 2, .self = Self::never}, p); }, {});
+  add("clustered causal",
+      [=, l = labels(0)](AttentionPlan& p) { plan_clustered(l, l, {.clusters = k, .window = w, .causal = true}, p); },
+      {.heads = 2, .causal = true});
+  add("clustered causal, itself only if alone, some in no cluster", clustered_alone, {.heads = 2, .causal = true});
+  add("clustered two-sided, never itself, other labels for keys",
+      [=, l = labels(-1), m = Random(6).labels(n, k, -1)](AttentionPlan& p) {
+        plan_clustered(l, m, {.clusters = k, .window = w, .self = Self::never}, p);
+      },
+      {.bias_distances = 9, .bias_first = -4});
+  add("clustered causal ragged",
+      [=, l = labels(0)](AttentionPlan& p) {
+        plan_clustered(l, l, {.clusters = k, .window = w, .causal = true, .offsets = offsets}, p);
+      },
+      {.causal = true});
+  add("random",
+      [=](AttentionPlan& p) { plan_random({.tokens = n, .clusters = k, .window = w, .causal = true, .seed = 3}, p); },
+      {.causal = true});
+  add("strided", strided, {.causal = true});
+  add("unequal lengths, causal", more_keys, {.bias_distances = n, .bias_first = -3});
+  add("fewer keys than queries, causal",
+      [=](AttentionPlan& p) { plan_dense({.tokens = n, .keys = n / 2 + 1, .causal = true}, p); }, {});
+  add("ragged cross, local, proportional",
+      [=](AttentionPlan& p) {
+        plan_local(
+            {.tokens = n, .keys = n + 7, .window = w, .lookahead = 3, .offsets = offsets, .key_offsets = key_offsets},
+            p);
+      },
+      {.heads = 2, .bias_distances = 5, .bias_first = -1});
+  add("overlapping clusters, mean", overlapping(1, Combine::mean, true),
+      {.heads = 2, .causal = true, .has_lse = false});
+  add("overlapping clusters, lse", overlapping(2, Combine::lse, false),
+      {.heads = 2, .kv_heads = 1, .bias_distances = 7, .bias_first = -3});
+  add("sinks and window", [=](AttentionPlan& p) { fill_sinks(n, 2, w, p); }, {.causal = true});
+  add("local causal, capped", local_causal,
+      {.heads = 2, .kv_heads = 1, .causal = true, .bias_distances = w, .soft_cap = 1.5});
+  add("overlapping clusters, mean, capped", overlapping(4, Combine::mean, true),
+      {.causal = true, .has_lse = false, .soft_cap = 0.3, .mean_epsilon = 0.25});
+  add("local causal, with dropout", local_causal, {.heads = 2, .kv_heads = 1, .causal = true, .dropout = 0.4});
+  add("overlapping clusters, lse, with dropout", overlapping(5, Combine::lse, true),
+      {.heads = 2, .causal = true, .soft_cap = 2, .dropout = 0.25});
+  add("overlapping clusters, mean, with dropout", overlapping(6, Combine::mean, false),
+      {.has_lse = false, .dropout = 0.25});
+  add("memory and window", [=](AttentionPlan& p) { fill_memory(n, 3, w, p); },
+      {.heads = 2, .kv_heads = 1, .dv = d + 1, .causal = true, .bias_distances = w, .bias_first = 1});
+  add("memory and clusters",
+      [=, l = labels(-1)](AttentionPlan& p) {
+        plan_clustered(l, l, {.clusters = k, .window = w, .causal = true, .self = Self::only_if_alone}, p);
+        plan_add_memory(2, p);
+      },
+      {.causal = true});
+  add("memory and overlapping clusters, lse",
+      [=](AttentionPlan& p) {
+        fill_members(overlapping_members(n, k, 3), n, Combine::lse, false, p);
+        plan_add_memory(2, p);
+      },
+      {.bias_distances = 7, .bias_first = -3});
+  add("global tokens, clusters and memory, ragged",
+      [=, l = labels(0)](AttentionPlan& p) {
+        plan_clustered(l, l, {.clusters = k, .offsets = offsets}, p);
+        plan_add_globals({.globals = 2, .offsets = offsets}, p);
+        plan_add_memory(1, p);
+      },
+      {.heads = 2, .bias_distances = 9, .bias_first = -4});
+  add("global tokens and window, causal",
+      [=](AttentionPlan& p) {
+        plan_local({.tokens = n, .window = w, .causal = true}, p);
+        plan_add_globals({.globals = 3, .causal = true}, p);
+      },
+      {.causal = true});
+  add("dense, relative keys and values", dense,
+      {.heads = 2, .dv = d + 2, .relative_distances = n, .relative_first = -n / 2});
+  add("local causal, relative keys and values", local_causal,
+      {.heads = 2, .kv_heads = 1, .causal = true, .relative_distances = w});
+  add("local two-sided, a few relative keys and values by head, and a bias", local_two_sided,
+      {.heads = 2,
        .bias_distances = 3,
        .bias_first = -1,
        .relative_distances = 3,
        .relative_first = -1,
        .relative_by_head = true});
-  add({.name = "clustered causal, relative keys and values",
-       .fill =
-           [=, l = labels(-1)](AttentionPlan& p) {
-             plan_clustered(l, l, {.clusters = k, .window = w, .causal = true, .self = Self::only_if_alone}, p);
-           },
-       .heads = 2,
-       .kv_heads = 2,
-       .d = same,
-       .dv = same,
-       .causal = true,
-       .relative_distances = n / 3});
-  add({.name = "clustered two-sided, ragged, one relative key",
-       .fill = [=, l = labels(0)](AttentionPlan& p) { plan_clustered(l, l, {.clusters = k, .offsets = offsets}, p); },
-       .d = same,
-       .dv = same,
-       .relative_distances = 1,
-       .relative_first = 2,
-       .relative = RelativeTables::keys});
-  add({.name = "unequal lengths, causal, relative values",
-       .fill = [=](AttentionPlan& p) { plan_dense({.tokens = n, .keys = n + 5, .causal = true}, p); },
-       .heads = 2,
-       .kv_heads = 2,
-       .d = same,
-       .dv = same,
+  add("clustered causal, relative keys and values", clustered_alone,
+      {.heads = 2, .causal = true, .relative_distances = n / 3});
+  add("clustered two-sided, ragged, one relative key",
+      [=, l = labels(0)](AttentionPlan& p) { plan_clustered(l, l, {.clusters = k, .offsets = offsets}, p); },
+      {.relative_distances = 1, .relative_first = 2, .relative = RelativeTables::keys});
+  add("unequal lengths, causal, relative values", more_keys,
+      {.heads = 2,
        .relative_distances = 7,
        .relative_first = 2,
        .relative = RelativeTables::values,
        .relative_by_head = true});
-  add({.name = "strided, capped, with dropout, relative keys and values",
-       .fill = [=](AttentionPlan& p) { plan_strided({.tokens = n, .stride = k, .window = w, .causal = true}, p); },
-       .heads = 2,
-       .kv_heads = 2,
-       .d = same,
-       .dv = same,
+  add("strided, capped, with dropout, relative keys and values", strided,
+      {.heads = 2,
        .causal = true,
        .soft_cap = 1.5,
        .dropout = 0.25,
        .relative_distances = k * w / 2,
        .relative_first = 1});
-  add({.name = "overlapping clusters, mean, relative keys and values",
-       .fill = [=](AttentionPlan& p) { fill_members(overlapping_members(n, k, 7), n, Combine::mean, true, p); },
-       .heads = 2,
-       .kv_heads = 1,
-       .d = same,
-       .dv = same,
-       .causal = true,
-       .has_lse = false,
-       .relative_distances = n / 2});
-  add({.name = "overlapping clusters, lse, with dropout, relative keys and values",
-       .fill = [=](AttentionPlan& p) { fill_members(overlapping_members(n, k, 8), n, Combine::lse, false, p); },
-       .d = same,
-       .dv = d + 1,
-       .dropout = 0.25,
-       .relative_distances = 9,
-       .relative_first = -4});
-  add({.name = "global tokens, window and memory, relative keys and values",
-       .fill =
-           [=](AttentionPlan& p) {
-             plan_local({.tokens = n, .window = w, .causal = true}, p);
-             plan_add_globals({.globals = 3, .causal = true}, p);
-             plan_add_memory(2, p);
-           },
-       .heads = 2,
-       .kv_heads = 2,
-       .d = same,
-       .dv = same,
-       .causal = true,
-       .relative_distances = 2 * w});
+  add("overlapping clusters, mean, relative keys and values", overlapping(7, Combine::mean, true),
+      {.heads = 2, .kv_heads = 1, .causal = true, .has_lse = false, .relative_distances = n / 2});
+  add("overlapping clusters, lse, with dropout, relative keys and values", overlapping(8, Combine::lse, false),
+      {.dv = d + 1, .dropout = 0.25, .relative_distances = 9, .relative_first = -4});
+  add("global tokens, window and memory, relative keys and values",
+      [=](AttentionPlan& p) {
+        plan_local({.tokens = n, .window = w, .causal = true}, p);
+        plan_add_globals({.globals = 3, .causal = true}, p);
+        plan_add_memory(2, p);
+      },
+      {.heads = 2, .causal = true, .relative_distances = 2 * w});
   return cases;
 }
 

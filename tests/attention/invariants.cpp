@@ -252,6 +252,6 @@ TEST_CASE("attention: an entry without weight does not spoil its row's one softm
   RowMatrix<float> out(1, 4), bias(1, 2);
   bias << -infinite, 0;  // distances -1, 0
   Context context;
-  attention_forward(plan, q, k, v, out, {}, context, {.bias = bias, .bias_first = -1});
+  attention_forward(plan, q, k, v, out, {}, context, {.bias = {bias, -1}});
   CHECK(out == RowMatrix<float>::Constant(1, 4, 3));
 }

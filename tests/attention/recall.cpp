@@ -30,7 +30,7 @@ TEST_CASE("recall is the mass of the wider plan's softmax on keys of the plan, f
     AttentionConfig config = in.config;
     config.dropout = 0;
     const AttentionTerms<double> terms = in.terms();
-    const coterie::detail::Reference reference("recall", full, in.q, in.k, in.v, config, terms);
+    const coterie::detail::Reference<double> reference("recall", full, in.q, in.k, in.v, config, terms);
     double mean = 0;
     for (Index h = 0; h < config.heads; ++h)
       for (Index i = 0; i < full.tokens; ++i) {
@@ -66,10 +66,10 @@ TEST_CASE("recall: distances are those of the wider plan, and a logit that is no
   plan_local({.tokens = 4, .keys = 8, .window = 3, .causal = true}, local);  // the last query meets the last key
   plan_dense({.tokens = 4, .keys = 8}, dense);                               // queries spread over the keys
   Context context;
-  const AttentionTerms<double> terms{.bias = bias, .bias_first = -4};
+  const AttentionTerms<double> terms{.bias = {bias, -4}};
   const AttentionRecall got = attention_recall(local, dense, q, k, {}, {}, context, terms);
   const AttentionConfig config;
-  const coterie::detail::Reference reference("recall", dense, q, k, k, config, terms);
+  const coterie::detail::Reference<double> reference("recall", dense, q, k, k, config, terms);
   for (Index i = 0; i < 4; ++i) {
     std::vector<double> p;
     reference.probabilities(0, i, reference.softmaxes(0, i)[0], p);

@@ -64,13 +64,11 @@ struct Problem {
               .soft_cap = c.soft_cap,
               .dropout = c.dropout,
               .dropout_seed = 5};
-    terms = {.bias = bias,
-             .bias_first = c.bias_first,
+    terms = {.bias = {bias, c.bias_first},
              .memory_keys = memory_keys,
              .memory_values = memory_values,
-             .relative_keys = relative_keys,
-             .relative_values = relative_values,
-             .relative_first = c.relative_first};
+             .relative_keys = {relative_keys, c.relative_first},
+             .relative_values = {relative_values, c.relative_first}};
   }
 
   double loss() const {
@@ -133,7 +131,7 @@ TEST_CASE("reference: bias goes by distance, and ends at the table's ends") {
   const Matrix q = Matrix::Zero(2, 1), k = Matrix::Zero(4, 1), v = Matrix::Identity(4, 4);
   Matrix out(2, 4), bias(1, 2);
   bias << std::log(2.0), std::log(3.0);  // distances up to 1, from 2 on
-  reference_forward(plan, q, k, v, out, {}, {}, {.bias = bias, .bias_first = 1});
+  reference_forward(plan, q, k, v, out, {}, {}, {.bias = {bias, 1}});
   Matrix expected(2, 4);
   expected << 3.0 / 7, 2.0 / 7, 2.0 / 7, 0, 0.3, 0.3, 0.2, 0.2;
   REQUIRE(close(out, expected));
@@ -269,7 +267,7 @@ TEST_CASE("reference refuses what does not fit") {
   REQUIRE_THROWS_AS(reference_forward(plan, q, q, q, out, lse, {.heads = 2}), ShapeError);
   REQUIRE_THROWS_AS(reference_forward(plan, q, q, q, out, {}, {.heads = 0}), ValueError);
   REQUIRE_THROWS_AS(reference_forward(plan, q, q, q, out, {}, {.heads = 2, .kv_heads = 3}), ValueError);
-  REQUIRE_THROWS_AS(reference_forward(three, q, q, q, out, {}, {.heads = 2}), ValueError);
-  REQUIRE_THROWS_AS(reference_forward(mixed, q, q, q, out, {}, {.heads = 2}), ValueError);
+  REQUIRE_THROWS_AS(reference_forward(three, q, q, q, out, {}, {.heads = 2}), ShapeError);
+  REQUIRE_THROWS_AS(reference_forward(mixed, q, q, q, out, {}, {.heads = 2}), ShapeError);
   REQUIRE_THROWS_AS(reference_forward(incomplete, q, q, q, out, {}, {}), ValueError);
 }

@@ -366,6 +366,13 @@ TEST_CASE("relative keys and values: tables that do not fit are named, and nothi
   terms.relative_values = short_one;
   CHECK(forward() == "attention_forward: relative_values: expected 9 rows, as relative_keys, got 8");
   terms = in.terms();
+  terms.relative_values.first = terms.relative_keys.first + 1;
+  CHECK(message_of<ValueError>([&] {
+          attention_forward(in.plan, in.q, in.k, in.v, out.out, tape, in.config, context, terms);
+        }) == coterie::detail::join("attention_forward: relative_values: expected distances from ",
+                                    terms.relative_keys.first, " on, as relative_keys, got ",
+                                    terms.relative_values.first));
+  terms = in.terms();
   terms.relative_values = out.out.topRows(9).leftCols(4);
   CHECK(contains(forward(), "out: expected storage of its own, got an overlap with relative_values"));
 

@@ -2,6 +2,7 @@
 
 #include <type_traits>
 
+#include "allocation.hpp"
 #include "catch.hpp"
 #include "errors.hpp"
 
@@ -30,6 +31,14 @@ TEST_CASE("faults come together, or not at all") {
   two.expect(true, "b", 1, 2);
   two.expect(false, "c", "at least 1", -1.5);
   REQUIRE(message_of<ValueError>([&] { two.raise(); }) == "f: a: expected 1, got 2; c: expected at least 1, got -1.5");
+}
+
+TEST_CASE("a text is whole, or memory has ended") {
+  std::string text;
+  const auto attempt = [&] { text = detail::join("a text that is too long for short strings: ", 12345678, ' ', 2.5); };
+  const auto check = [&](bool threw) { REQUIRE(threw); };
+  REQUIRE(fail_each_allocation([&] { text.clear(); }, attempt, check) >= 2);
+  REQUIRE(text == "a text that is too long for short strings: 12345678 2.5");
 }
 
 TEST_CASE("texts do not depend on the program's locale") {

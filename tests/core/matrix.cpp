@@ -186,3 +186,10 @@ TEST_CASE("check_no_alias names both") {
           "f: out: expected storage of its own, got an overlap with q");
   detail::check_no_alias<float>("f", "out", out, "q", m.rightCols(1));
 }
+
+TEST_CASE("columns of a view without rows and data") {
+  constexpr ConstView<float> none(nullptr, 0, 8);
+  STATIC_REQUIRE(none.columns(4, 4).data() == nullptr);  // adding to a null pointer would be no constant
+  STATIC_REQUIRE(none.columns(4, 4).cols() == 4);
+  STATIC_REQUIRE(View<float>(nullptr, 0, 8).columns(4, 4).rows() == 0);
+}

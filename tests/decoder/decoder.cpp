@@ -2,77 +2,12 @@
 
 #include "allocation.hpp"
 #include "catch.hpp"
+#include "decoder/causal_layers.hpp"
 #include "errors.hpp"
-#include "layer/kinds.hpp"
 
 using namespace test;
 
 namespace {
-
-// The causal kinds, with several probes as well, and some with windows and clusters that reach over blocks of keys.
-std::vector<Kind> causal_kinds() {
-  std::vector<Kind> all;
-  const auto take = [&all](const Kind& kind) {
-    if (!kind.config.causal) return;
-    all.push_back(kind);
-    Kind wide = kind;
-    wide.name += ", wide";
-    wide.config.window = 70;
-    wide.config.clusters = wide.config.clusters > 0 ? 1 : 0;
-    if (wide.config.probes > 1) wide.config.clusters = wide.config.probes;
-    if (wide.config.local_window > 0) wide.config.local_window = 90;
-    if (wide.config.dense_up_to > 0) wide.config.dense_up_to = 75;
-    all.push_back(wide);
-  };
-  for (const Kind& kind : kinds()) take(kind);
-  Kind kind{"causal: two probes, shared, memory", kinds()[0].config};
-  kind.config.probes = 2;
-  kind.config.memory = 2;
-  take(kind);
-  kind.name = "causal: three probes, separate, dense up to a position";
-  kind.config.shared_qk = false;
-  kind.config.probes = 3;
-  kind.config.memory = 0;
-  kind.config.dense_up_to = 5;
-  take(kind);
-  kind.name = "causal: two probes, induction, soft cap";
-  kind.config.shared_qk = {};
-  kind.config.probes = 2;
-  kind.config.dense_up_to = 0;
-  kind.config.induction = true;
-  kind.config.key_taps = 3;
-  kind.config.soft_cap = 2;
-  take(kind);
-  kind.name = "causal: probes of grouped queries, never themselves";
-  kind.config.induction = false;
-  kind.config.key_taps = 0;
-  kind.config.heads = 4;
-  kind.config.kv_heads = 2;
-  kind.config.routed_heads = 2;
-  kind.config.self = Self::never;
-  take(kind);
-  return all;
-}
-
-template <class T>
-RoutingAttention<T> moved_layer(const RoutingAttentionConfig& config) {
-  RoutingAttention<T> layer = make_layer<T>(config);
-  const RowMatrix<T> x = 2 * Random(31).matrix<T>(200, config.model_dim);
-  RowMatrix<T> y(200, config.model_dim);
-  Context context;
-  typename RoutingAttention<T>::Tape tape;
-  layer.forward(x, y, tape, context);
-  layer.update_router(tape, context);
-  return layer;
-}
-
-template <class T>
-RowMatrix<T> forward_rows(const RoutingAttention<T>& layer, const RowMatrix<T>& x) {
-  RowMatrix<T> y(x.rows(), x.cols());
-  Context context;
-  layer.forward(x, y, context);
-  return y;
-}
 
 template <class T>
 RowMatrix<T> step(Decoder<T>& decoder, const RowMatrix<T>& x, Index row, Context& context) {
@@ -127,15 +62,15 @@ TEST_CASE("sequences of different lengths step together, and as alone") {
       if (i % 3 == 1) now = {0};
       if (decoder.length(1) < n) now.push_back(1);
       RowMatrix<float> rows(static_cast<Index>(now.size()), 10), out = rows;
-      std::vector<Index> places;
+      std::vector<Index> positions;
       for (std::size_t j = 0; j < now.size(); ++j) {
-        places.push_back(decoder.length(now[j]));
-        rows.row(static_cast<Index>(j)) = x[static_cast<std::size_t>(now[j])].row(places.back());
+        positions.push_back(decoder.length(now[j]));
+        rows.row(static_cast<Index>(j)) = x[static_cast<std::size_t>(now[j])].row(positions.back());
       }
       decoder.step(rows, out, now, context);
       for (std::size_t j = 0; j < now.size(); ++j)
         REQUIRE(same_bits<float>(out.row(static_cast<Index>(j)),
-                                 expected[static_cast<std::size_t>(now[j])].row(places[j])));
+                                 expected[static_cast<std::size_t>(now[j])].row(positions[j])));
     }
   }
 }
@@ -215,8 +150,11 @@ TEST_CASE("a step allocates nothing within the tokens reserved") {
 }
 
 TEST_CASE("memory stays what windows and clusters need, however long a sequence gets") {
-  const RoutingAttentionConfig c{
-      .model_dim = 16, .heads = 4, .routed_heads = 2, .clusters = 9, .window = 32, .causal = true, .seed = 2};
+  const RoutingAttentionConfig c{.model_dim = 16,
+                                 .causal = true,
+                                 .seed = 2,
+                                 .local = {.heads = 2, .window = 32},
+                                 .routed = {.heads = 2, .clusters = 9, .window = 32}};
   const RoutingAttention<float> layer(c);
   Context context;
   Decoder<float> decoder(layer);
@@ -234,27 +172,27 @@ TEST_CASE("memory stays what windows and clusters need, however long a sequence 
 
 TEST_CASE("windows without a limit, and numbers that float cannot hold") {
   RoutingAttentionConfig c{.model_dim = 8,
-                           .heads = 2,
-                           .routed_heads = 1,
-                           .clusters = 2,
-                           .window = std::numeric_limits<Index>::max(),
-                           .causal = true};
+                           .causal = true,
+                           .local = {.heads = 1, .window = std::numeric_limits<Index>::max()},
+                           .routed = {.heads = 1, .clusters = 2, .window = std::numeric_limits<Index>::max()}};
   const RoutingAttention<float> layer(c);
   const RowMatrix<float> x = Random(1).matrix<float>(20, 8), expected = forward_rows(layer, x);
   Context context;
   Decoder<float> decoder(layer, {.max_rollback = 3});
   for (Index i = 0; i < 20; ++i) REQUIRE(same_bits<float>(step(decoder, x, i, context), expected.row(i)));
-  c.window = 4;
+  c.local.window = c.routed.window = 4;
   c.soft_cap = 1e60;
-  c.gain = 1e300;
+  c.routed.matching.gain = 1e300;
   for (const char* word : {"soft_cap", "gain", "RoutingAttentionConfig"})
     CHECK(contains(message_of<ValueError>([&] { RoutingAttention<float> bad(c); }), word));
   const RoutingAttention<double> good(c);
 }
 
 TEST_CASE("decoders refuse what they cannot continue, and say why") {
-  const RoutingAttentionConfig causal{
-      .model_dim = 8, .heads = 2, .routed_heads = 1, .clusters = 3, .window = 4, .causal = true};
+  const RoutingAttentionConfig causal{.model_dim = 8,
+                                      .causal = true,
+                                      .local = {.heads = 1, .window = 4},
+                                      .routed = {.heads = 1, .clusters = 3, .window = 4}};
   const auto refused = [](auto&& call, std::initializer_list<const char*> words) {
     const std::string message = message_of<ValueError>(call);
     INFO(message);
@@ -265,7 +203,7 @@ TEST_CASE("decoders refuse what they cannot continue, and say why") {
   const RoutingAttention<float> two_sided(c);
   refused([&] { Decoder<float> decoder(two_sided); }, {"Decoder", "layer", "causal"});
   c = causal;
-  c.membership = Membership::balanced;
+  c.routed.membership.kind = MembershipKind::balanced;
   const RoutingAttention<float> balanced(c);
   refused([&] { Decoder<float> decoder(balanced); }, {"Decoder", "layer", "balanced", "later token"});
 

@@ -37,6 +37,15 @@ void append(std::vector<std::byte>& bytes, std::initializer_list<U> values) {
 
 }  // namespace
 
+TEST_CASE("metadata may be null, as if there were none") {
+  std::vector<std::byte> bytes =
+      file_bytes(R"({"__metadata__": null ,"t":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})");
+  append<float>(bytes, {1, 2});
+  const SafetensorsView file = parse_safetensors(bytes);
+  REQUIRE(file.metadata().empty());
+  REQUIRE(file.numbers<float>("t") == std::vector<float>{1, 2});
+}
+
 TEST_CASE("a file as others write it is read") {
   const std::vector<std::byte> bytes = [] {
     std::vector<std::byte> b = file_bytes(
@@ -121,7 +130,8 @@ TEST_CASE("every lie of a header is found and named") {
       {"expected '{'", R"({"a":[]})"},
       {"expected '\"'", R"({"__metadata__":{"a":1}})"},
       {"expected '{'", R"({"__metadata__":"a"})"},
-      {"expected '{'", R"({"__metadata__":null})"},
+      {"expected '{'", R"({"__metadata__":nul})"},
+      {"got '__metadata__' twice", R"({"__metadata__":null,"__metadata__":{}})"},
       {"expected '\"'", R"({"a":{"dtype":32,"shape":[2],"data_offsets":[0,2]}})", 2},
       {"expected a whole number", tensor("U8", "[-2]", "[0,2]"), 2},
       {"expected ']'", tensor("U8", "[2.0]", "[0,2]"), 2},

@@ -1,5 +1,6 @@
 #include "coterie/file/safetensors_writer.hpp"
 
+#include "allocation.hpp"
 #include "catch.hpp"
 #include "errors.hpp"
 #include "folder.hpp"
@@ -95,4 +96,40 @@ TEST_CASE("names and texts that no reader would take are refused, and nothing is
   REQUIRE_THROWS_AS(writer.set_metadata("\xff", ""), ValueError);
   REQUIRE_THROWS_AS(writer.set_metadata("a", "\xff"), ValueError);
   REQUIRE(writer.bytes() == before);
+}
+
+TEST_CASE("where memory ends the file is the old one or the new one, and the writer is as it was") {
+  const test::Folder folder;
+  const RowMatrix<float> a = Random(1).matrix<float>(3, 5);
+  const std::string name = "a name that is too long for short strings";
+  SafetensorsWriter old, writer;
+  old.add_number("n", 1);
+  writer.set_metadata("config.model_dim", "a value that is too long for short strings");
+  const auto prepare = [&] { old.write(folder / "a"); };
+  const auto attempt = [&] {
+    SafetensorsWriter some = writer;
+    some.add(name, a);
+    some.write(folder / "a");
+  };
+  const auto check = [&](bool threw) {
+    const SafetensorsView file = read_safetensors(folder / "a");
+    REQUIRE(folder.files() == 1);
+    REQUIRE(file.find(threw ? "n" : name) != nullptr);
+    REQUIRE(file.metadata().size() == (threw ? 0 : 1));
+  };
+  REQUIRE(test::fail_each_allocation(prepare, attempt, check) > 20);
+
+  SafetensorsWriter one;
+  const auto add = [&] {
+    one.add(name, a);
+    one.set_metadata("some key that is not short", "some value that is not short");
+  };
+  const auto again = [&](bool threw) {
+    REQUIRE(threw);
+    if (one.bytes() == SafetensorsWriter().bytes()) one.add(name, a);
+    const std::vector<std::byte> bytes = one.bytes();
+    const SafetensorsView file = parse_safetensors(bytes);
+    REQUIRE(file.find(name) != nullptr);
+  };
+  REQUIRE(test::fail_each_allocation([&] { one = SafetensorsWriter(); }, add, again) > 3);
 }

@@ -1,5 +1,6 @@
 #include "coterie/file/whole_file.hpp"
 
+#include "allocation.hpp"
 #include "catch.hpp"
 #include "errors.hpp"
 #include "folder.hpp"
@@ -77,6 +78,44 @@ TEST_CASE("temporary files of others are left alone") {
   REQUIRE(folder.files() == 2);
 }
 
+TEST_CASE("too many temporary files of others: the error says what to delete") {
+  const test::Folder folder;
+  replace(folder / "a", "old");
+  std::ofstream(folder / "a.tmp") << "of a crash";
+  for (int number = 1; number < 99; ++number) std::ofstream(folder / ("a.tmp" + std::to_string(number)));
+  replace(folder / "a", "new");
+  std::ofstream(folder / "a.tmp99") << "of a crash";
+  const std::string fault = message_of<FileError>([&] { replace(folder / "a", "newer"); });
+  REQUIRE(
+      contains(fault, "f: '" + (folder / "a").string() + "': expected room for a temporary file beside it, got 100"));
+  REQUIRE(contains(fault, "delete them"));
+  REQUIRE(test::text_of(folder / "a") == "new");
+  REQUIRE(folder.files() == 101);
+}
+
+TEST_CASE("where memory ends a file is read or named, and is replaced or as it was") {
+  const test::Folder folder;
+  const std::string longer(5000, 'x');
+  int named = 0;
+  std::size_t size = 0;
+  const auto read = [&] {
+    const std::string fault = message_of<FileError>([&] { size = detail::read_file("f", folder / "a").size; });
+    named += contains(fault, "a': expected a file that fits in memory, got 5000 bytes");
+    if (!fault.empty()) throw FileError(fault);
+  };
+  replace(folder / "a", longer);
+  REQUIRE(test::fail_each_allocation([&] { size = 0; }, read, [&](bool threw) { REQUIRE((threw || size == 5000)); }) >
+          1);
+  REQUIRE(named >= 1);
+  const auto check = [&](bool threw) {
+    REQUIRE(test::text_of(folder / "a") == (threw ? "old" : longer));
+    REQUIRE(folder.files() == 1);
+  };
+  REQUIRE(test::fail_each_allocation([&] { replace(folder / "a", "old"); }, [&] { replace(folder / "a", longer); },
+                                     check) > 2);
+  REQUIRE(test::text_of(folder / "a") == longer);
+}
+
 TEST_CASE("what cannot be written is named, and leaves nothing") {
   const test::Folder folder;
   const std::string fault = message_of<FileError>([&] { replace(folder / "none/a", "x"); });
@@ -123,6 +162,37 @@ TEST_CASE("permissions and links survive") {
   REQUIRE(test::text_of(folder / "a") == "new");
   REQUIRE(std::filesystem::status(folder / "a").permissions() == std::filesystem::perms(0640));
   REQUIRE(folder.files() == 2);
+}
+
+TEST_CASE("links to nothing and to links: what they point to is made") {
+  const test::Folder folder;
+  std::filesystem::create_directory(folder / "d");
+  std::filesystem::create_symlink("d/link", folder / "far");       // relative to the folder that it is in
+  std::filesystem::create_symlink("made", folder / "d" / "link");  // there is none yet
+  replace(folder / "far", "new");
+  REQUIRE(std::filesystem::is_symlink(folder / "far"));
+  REQUIRE(std::filesystem::is_symlink(folder / "d" / "link"));
+  REQUIRE(test::text_of(folder / "d" / "made") == "new");
+  replace(folder / "far", "newer");
+  REQUIRE(test::text_of(folder / "d" / "made") == "newer");
+  std::filesystem::create_symlink("round", folder / "round");
+  REQUIRE(contains(message_of<FileError>([&] { replace(folder / "round", "x"); }), "links that do not end"));
+  REQUIRE(folder.files() == 3);
+}
+
+TEST_CASE("what is no regular file is not replaced") {
+  const test::Folder folder;
+  REQUIRE(mkfifo((folder / "pipe").c_str(), 0600) == 0);
+  std::filesystem::create_symlink("pipe", folder / "link");
+  std::filesystem::create_symlink("/dev/null", folder / "null");
+  for (const char* name : {"pipe", "link", "null"}) {
+    INFO(name);
+    REQUIRE(contains(message_of<FileError>([&] { replace(folder / name, "x"); }),
+                     "expected a regular file, or none, got another kind"));
+  }
+  REQUIRE(std::filesystem::is_fifo(folder / "pipe"));
+  REQUIRE(std::filesystem::is_character_file("/dev/null"));
+  REQUIRE(folder.files() == 3);
 }
 
 #endif

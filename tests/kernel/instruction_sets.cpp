@@ -92,6 +92,7 @@ TEMPLATE_TEST_CASE("instruction sets: head widths, and clusters of 1 to 40 token
                                    .self = pattern == 3 ? Self::only_if_alone : Self::visible};
       const AttentionCase c{.name = "clusters",
                             .fill = [&](AttentionPlan& plan) { plan_clustered(labels, labels, config, plan); },
+                            .kv_heads = 1,
                             .d = d,
                             .dv = d,
                             .bias_distances = size % 2 ? 7 : 0,

@@ -33,7 +33,7 @@ Outputs<T> run_wide(const Inputs<T>& given, const detail::KernelTable<T>& table,
   detail::forward<T>(call, got.out, &tape, table, context);
   if (got.lse.rows() > 0) got.lse = tape.lse().eigen();
   if (gradients)
-    detail::backward<T>(call, got.out, tape, given.d_out, got.d_q, got.d_k, got.d_v, got.terms(given), table, context);
+    detail::backward<T>(call, got.out, tape, given.d_out, {got.d_q, got.d_k, got.d_v, got.terms(given)}, table, context);
   return got;
 }
 

@@ -38,8 +38,9 @@ TEST_CASE("tables hold the distances that their heads can tell apart") {
     c.local.positions.kind = positions;
     c.routed.positions.kind = positions;
     const RoutingAttentionConfig resolved = detail::resolve(c);
-    const detail::Heads heads(resolved);
-    const auto r = detail::table_distances(resolved, is_routed ? heads.routed : heads.local, longest);
+    const detail::Heads heads = detail::head_blocks(resolved);
+    const auto r = detail::table_distances(
+        resolved, heads[is_routed ? detail::BlockKind::routed : detail::BlockKind::local], longest);
     return std::pair(r.first, r.first + r.count - 1);
   };
   using Range = std::pair<Index, Index>;

@@ -168,8 +168,8 @@ TEST_CASE("T25: values may have another width than queries and keys") {
 
 TEST_CASE("T26: the first rows of local heads see the keys there are, were they zeros") {
   const Index n = 12;
-  RoutingAttention<double> layer =
-      plain_head<double>({.window = 8, .causal = true, .local_positions = PositionKind::none, .seed = 2});
+  RoutingAttention<double> layer = plain_head<double>(
+      {.causal = true, .seed = 2, .local = {.heads = 1, .window = 8, .positions = {.kind = PositionKind::none}}});
   layer.parameters().w_q.setZero();  // all keys alike: means of the values in the window
   RowMatrix<double> x = Random(3).matrix<double>(n, 6), y(n, 6);
   x.topRows(2).setZero();

@@ -2,6 +2,8 @@
 
 #include "allocation.hpp"
 #include "cases.hpp"
+#include "coterie/plan/dense_up_to.hpp"
+#include "coterie/plan/members.hpp"
 #include "plan/masks.hpp"
 
 using namespace test;
@@ -11,12 +13,24 @@ TEST_CASE("builders allocate nothing the second time") {
   const auto labels = Random(1).labels(n, 8, -1);
   const std::vector<Index> offsets = {0, 100, 100, n};
   AttentionPlan plan;
+  PlanScratch scratch;
+  ClusterMembers members;
+  members.tokens = n;
+  members.clusters = 2;
+  for (std::int32_t row = 0; row < n; ++row) members.rows.push_back(row);
+  for (std::int32_t row = 0; row < n; row += 3) members.rows.push_back(row);
+  members.begin = {0, n, static_cast<std::int32_t>(members.rows.size())};
   const auto build_all = [&] {
-    plan_dense({.tokens = n, .keys = n + 5, .causal = true}, plan);
-    plan_local({.tokens = n, .window = 7, .lookahead = 3, .self = Self::never, .offsets = offsets}, plan);
-    plan_clustered(labels, labels, {.clusters = 8, .window = 7, .causal = true, .offsets = offsets}, plan);
-    plan_random({.tokens = n, .clusters = 8, .offsets = offsets, .seed = 1}, plan);
-    plan_strided({.tokens = n, .stride = 9}, plan);
+    plan_dense({.tokens = n, .keys = n + 5, .causal = true}, plan, &scratch);
+    plan_local({.tokens = n, .window = 7, .lookahead = 3, .self = Self::never, .offsets = offsets}, plan, &scratch);
+    plan_clustered(labels, labels, {.clusters = 8, .window = 7, .causal = true, .offsets = offsets}, plan, &scratch);
+    plan_random({.tokens = n, .clusters = 8, .offsets = offsets, .seed = 1}, plan, &scratch);
+    plan_strided({.tokens = n, .stride = 9}, plan, &scratch);
+    plan_members(members, members, {.causal = true, .combine = Combine::lse}, plan, &scratch);
+    plan_local({.tokens = n, .window = 7, .causal = true, .offsets = offsets}, plan, &scratch);
+    plan_dense_up_to({.length = 20, .causal = true, .offsets = offsets}, plan, &scratch);
+    plan_add_globals({.globals = 2, .causal = true, .offsets = offsets}, plan, &scratch);
+    plan_add_memory(3, plan, &scratch);
   };
   build_all();
   const long before = allocations();
@@ -26,6 +40,44 @@ TEST_CASE("builders allocate nothing the second time") {
   AttentionPlan fresh;  // the counter counts
   plan_dense({.tokens = n}, fresh);
   REQUIRE(allocations() > before);
+}
+
+TEST_CASE("builders: where memory ends the plan is refused, and the next build is right") {
+  const Index n = 60;
+  const auto labels = Random(1).labels(n, 8, -1);
+  const std::vector<Index> offsets = {0, 25, 25, n};
+  const ClusteredConfig config{.clusters = 8, .window = 7, .causal = true, .offsets = offsets};
+  AttentionPlan expected, plan;
+  plan_clustered(labels, labels, config, expected);
+  const auto prepare = [&] {
+    plan = AttentionPlan();
+    plan_dense({.tokens = n, .causal = true}, plan);  // of another pattern, for as many rows
+  };
+  const auto check = [&](bool threw) {
+    REQUIRE(threw);
+    REQUIRE((plan.row_begin.empty() || plan.groups.size() == 1));  // refused, or still the one before
+    plan_clustered(labels, labels, config, plan);
+    REQUIRE(same(plan, expected));
+  };
+  REQUIRE(fail_each_allocation(
+              prepare, [&] { plan_clustered(labels, labels, config, plan); }, check) > 3);
+  REQUIRE(same(plan, expected));
+}
+
+TEST_CASE("builders: a scratch serves plans of any kind and size, and is no part of them") {
+  PlanScratch scratch;
+  AttentionPlan plan, fresh;
+  for (const Index n : {90, 7, 200}) {
+    const auto labels = Random(1).labels(n, 3, -1);
+    plan_clustered(labels, labels, {.clusters = 3, .window = 4}, plan, &scratch);
+    plan_clustered(labels, labels, {.clusters = 3, .window = 4}, fresh);
+    REQUIRE(same(plan, fresh));
+    plan_strided({.tokens = n, .stride = 4, .causal = true}, plan, &scratch);
+    plan_strided({.tokens = n, .stride = 4, .causal = true}, fresh);
+    plan_add_globals({.globals = 2, .causal = true}, plan, &scratch);
+    plan_add_globals({.globals = 2, .causal = true}, fresh);
+    REQUIRE(same(plan, fresh));
+  }
 }
 
 TEST_CASE("builders: a plan that held another pattern keeps nothing of it") {

@@ -1,6 +1,7 @@
 #include "coterie/plan/dense_up_to.hpp"
 
 #include "coterie/plan/clustered.hpp"
+#include "coterie/plan/dense.hpp"
 #include "coterie/plan/globals.hpp"
 #include "coterie/plan/local.hpp"
 #include "coterie/plan/members.hpp"
@@ -24,13 +25,15 @@ Mask expected_dense(const Mask& before, const Setting& s, Index length) {
   for (std::size_t q = 0; q + 1 < offsets.size(); ++q) {
     const Index tokens = offsets[q + 1] - offsets[q], keys = key_offsets[q + 1] - key_offsets[q];
     for (Index i = 0; i < tokens; ++i) {
-      const Index place = s.causal ? i + keys - tokens : i * keys / tokens;
-      if (s.causal ? place >= length : keys > length) continue;
+      const Index position = s.rule() == Alignment::bottom_right ? i + keys - tokens
+                             : s.rule() == Alignment::top_left   ? i
+                                                                 : i * keys / tokens;
+      if (s.causal ? position >= length : keys > length) continue;
       auto& row = mask[static_cast<std::size_t>(offsets[q] + i)];
       row.clear();
-      const Index until = s.causal ? place + 1 : keys;
+      const Index until = s.causal ? std::min(position + 1, keys) : keys;
       for (Index j = 0; j < until; ++j)
-        if (j != place || s.self == Self::visible || (s.self == Self::only_if_alone && until == 1))
+        if (j != position || s.self == Self::visible || (s.self == Self::only_if_alone && until == 1))
           row.push_back(key_offsets[q] + j);
     }
   }
@@ -81,6 +84,25 @@ TEST_CASE("dense up to a length, of keys from elsewhere") {
       plan_dense_up_to({length, causal, {}, Self::visible, offsets, key_offsets}, plan);
       REQUIRE(mask_of(plan) == expected_dense(before, s, length));
     }
+}
+
+TEST_CASE("dense up to a length, of queries beyond the last key") {
+  AttentionPlan plan;
+  plan_dense({.tokens = 3, .keys = 2, .causal = true, .alignment = Alignment::top_left}, plan);
+  plan_dense_up_to({.length = 3, .causal = true, .alignment = Alignment::top_left}, plan);
+  REQUIRE(mask_of(plan) == Mask{{0}, {0, 1}, {0, 1}});
+  const std::vector<Index> offsets = {0, 4, 4, 9}, key_offsets = {0, 0, 3, 5};  // of sequence 0 no keys
+  for (const Alignment alignment : {Alignment::top_left, Alignment::bottom_right, Alignment::proportional})
+    for (const Self self : {Self::visible, Self::only_if_alone, Self::never})
+      for (const Index length : {1, 2, 3, 20}) {
+        if (alignment == Alignment::proportional && self != Self::visible) continue;
+        const Setting s{9, 5, true, alignment, self, offsets, key_offsets};
+        INFO(s.text() << " length " << length);
+        plan_local({9, 5, 1, 0, true, alignment, self, offsets, key_offsets}, plan);
+        const Mask before = mask_of(plan);
+        plan_dense_up_to({length, true, alignment, self, offsets, key_offsets}, plan);
+        REQUIRE(mask_of(plan) == expected_dense(before, s, length));
+      }
 }
 
 TEST_CASE("rows of several entries have one where they are dense; globals and memory come on top") {

@@ -18,6 +18,27 @@ using namespace coterie;
 /// Per query row the key rows that it sees, in the order of the plan.
 using Mask = std::vector<std::vector<Index>>;
 
+/// Whether two plans are the same in every array.
+inline bool same(const AttentionPlan& a, const AttentionPlan& b) {
+  const auto same_list = [](const auto& x, const auto& y, auto&& equal) {
+    return std::equal(x.begin(), x.end(), y.begin(), y.end(), equal);
+  };
+  const auto same_interval = [](Interval x, Interval y) { return x.begin == y.begin && x.end == y.end; };
+  const auto same_group = [](const AttentionPlan::Group& x, const AttentionPlan::Group& y) {
+    return x.entry_begin == y.entry_begin && x.entry_end == y.entry_end && x.key_begin == y.key_begin &&
+           x.key_end == y.key_end;
+  };
+  const auto same_part = [](const AttentionPlan::Part& x, const AttentionPlan::Part& y) {
+    return x.group == y.group && x.entry_begin == y.entry_begin && x.entry_end == y.entry_end && x.alone == y.alone;
+  };
+  return a.tokens == b.tokens && a.key_tokens == b.key_tokens && a.memory_tokens == b.memory_tokens &&
+         a.combine == b.combine && a.entries == b.entries && a.keys == b.keys &&
+         same_list(a.groups, b.groups, same_group) && same_list(a.visible, b.visible, same_interval) &&
+         same_list(a.visible_too, b.visible_too, same_interval) && a.query_positions == b.query_positions &&
+         a.key_positions == b.key_positions && a.row_begin == b.row_begin && a.row_entries == b.row_entries &&
+         same_list(a.parts, b.parts, same_part) && a.task_begin == b.task_begin;
+}
+
 inline Mask mask_of(const AttentionPlan& plan) {
   validate(plan);
   Mask mask(static_cast<std::size_t>(plan.tokens));

@@ -57,8 +57,8 @@ double difference(const RowMatrix<float>& got, const RowMatrix<double>& want) {
 }
 
 // The keys that a query sees, by the definition: no plan, no index but its clusters.
-std::vector<Index> keys_seen(const Cache& cache, const detail::KeyClusters<float>& clusters, Index row, Index head,
-                             Index probes) {
+std::vector<Index> keys_seen(const Cache& cache, const detail::KeyClusters<float, KeyIndexConfig>& clusters, Index row,
+                             Index head, Index probes) {
   const KeyIndexConfig& config = clusters.config();
   const Index kv = head / (cache.heads / cache.kv_heads), n = cache.k.rows();
   const auto& of = clusters.of("test", kv);
@@ -146,7 +146,7 @@ TEST_CASE("key index: a query sees first, recent and its best clusters, once, as
     Context context;
     KeyIndex<float> index(config);
     index.build(cache.k, context);
-    detail::KeyClusters<float> clusters(config);
+    detail::KeyClusters<float, KeyIndexConfig> clusters(config);
     clusters.build(cache.k, context);
     bool choices_differ = false;
     for (const Index probes : {0, 1, 3, 12}) {
@@ -169,7 +169,8 @@ TEST_CASE("key index: a query sees first, recent and its best clusters, once, as
         AttentionPlan quick = plans[static_cast<std::size_t>(h)];
         for (AttentionPlan::Part& part : quick.parts) part.alone = false;
         const AttentionPlan slow = quick;
-        detail::derive(quick);
+        std::vector<std::int32_t> scratch;
+        detail::derive(quick, scratch);
         REQUIRE(quick.row_begin == slow.row_begin);
         REQUIRE(quick.row_entries == slow.row_entries);
         REQUIRE(quick.task_begin == slow.task_begin);
@@ -190,7 +191,7 @@ TEST_CASE("key index: keys go to the nearest centroid, and what all keys have in
   RowMatrix<double> k = random.matrix<double>(n, d);
   const KeyIndexConfig config{.clusters = 10, .sinks = 2, .recent = 20};
   Context context;
-  detail::KeyClusters<double> clusters(config), shifted(config);
+  detail::KeyClusters<double, KeyIndexConfig> clusters(config), shifted(config);
   clusters.build(k, context);
   const auto& head = clusters.of("test", 0);
   for (Index c = 0; c < head.count; ++c)

@@ -190,7 +190,6 @@ TEST_CASE("memberships are the same for any number of workers, and a second call
   }
   const long before = test::allocations();
   balanced_members(scores, balanced, a, one);
-  coverage(a);
   nearest_members(scores, nearest, a, one);
   REQUIRE(test::allocations() == before);
 }

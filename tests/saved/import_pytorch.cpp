@@ -62,7 +62,8 @@ struct State {
 // What the module of a config has, with random numbers.
 State state_of(const RoutingAttentionConfig& c) {
   State state;
-  const Index routed = c.routed_heads * c.head_dim, all = c.heads * c.head_dim, local = all - routed;
+  const Index routed = c.routed.heads * c.head_dim, all = (c.local.heads + c.routed.heads) * c.head_dim,
+              local = all - routed;
   if (local > 0) {
     state.add("local_to_qkv.weight", {3 * local, torch_dim});
     state.add("local_to_qkv.bias", {3 * local});
@@ -72,33 +73,32 @@ State state_of(const RoutingAttentionConfig& c) {
           static_cast<float>(std::pow(10000.0, -2.0 * static_cast<double>(j) / static_cast<double>(c.head_dim)));
   }
   state.add("to_q.weight", {routed, torch_dim});
-  if (!c.shared_qk.value_or(c.causal)) state.add("to_k.weight", {routed, torch_dim});
+  if (!c.routed.matching.shared_qk.value_or(c.causal)) state.add("to_k.weight", {routed, torch_dim});
   state.add("to_v.weight", {routed, torch_dim});
   state.add("to_out.weight", {torch_dim, all});
   if (routed > 0) {
-    state.add("global_attn.kmeans.means", {c.routed_heads, c.clusters, c.head_dim});
+    state.add("global_attn.kmeans.means", {c.routed.heads, c.routed.clusters, c.head_dim});
     state.flags["m.global_attn.kmeans.initted"] = true;
-    state.add("global_attn.mem_key", {c.routed_heads, c.clusters, c.memory, c.head_dim});
-    state.add("global_attn.mem_value", {c.routed_heads, c.clusters, c.memory, c.head_dim});
+    state.add("global_attn.mem_key", {c.routed.heads, c.routed.clusters, c.memory, c.head_dim});
+    state.add("global_attn.mem_value", {c.routed.heads, c.routed.clusters, c.memory, c.head_dim});
   }
   return state;
 }
 
 // Two local heads and three routed ones.
 const RoutingAttentionConfig mixed = presets::pytorch({.model_dim = torch_dim,
-                                                       .heads = 5,
                                                        .head_dim = torch_d,
-                                                       .routed_heads = 3,
-                                                       .clusters = 2,
-                                                       .window = 4,
-                                                       .bias = true});
+                                                       .bias = true,
+                                                       .local = {.heads = 2, .window = 4},
+                                                       .routed = {.heads = 3, .clusters = 2, .window = 4}});
 
 // Two routed heads with memory.
 RoutingAttentionConfig routed_config() {
   RoutingAttentionConfig c = mixed;
-  c.heads = c.routed_heads = 2;
-  c.clusters = 1;
-  c.window = 100;
+  c.local = {};
+  c.routed.heads = 2;
+  c.routed.clusters = 1;
+  c.routed.window = 100;
   c.bias = false;
   c.memory = 3;
   return c;
@@ -196,7 +196,7 @@ TEST_CASE("heads of one cluster give torch's formula: y = softmax(x W_q^T (x W_k
 
 TEST_CASE("modules without local heads, without routed heads, shared, and untrained ones") {
   const RoutingAttentionConfig local{
-      .model_dim = torch_dim, .heads = 5, .head_dim = torch_d, .window = 4, .bias = true};
+      .model_dim = torch_dim, .head_dim = torch_d, .bias = true, .local = {.heads = 5, .window = 4}};
   for (const bool empty_tensors : {true, false}) {
     State state = state_of(local);
     if (!empty_tensors)
@@ -208,7 +208,7 @@ TEST_CASE("modules without local heads, without routed heads, shared, and untrai
 
   RoutingAttentionConfig shared = mixed;
   shared.causal = true;
-  shared.shared_qk.reset();
+  shared.routed.matching.shared_qk.reset();
   shared = presets::pytorch(shared);
   State state = state_of(shared);
   state.flags["m.global_attn.kmeans.initted"] = false;
@@ -224,7 +224,7 @@ TEST_CASE("modules without local heads, without routed heads, shared, and untrai
 
 TEST_CASE("memory of clusters: taken where all of a head have the same, else refused") {
   RoutingAttentionConfig config = routed_config();
-  config.clusters = 2;
+  config.routed.clusters = 2;
   State state = state_of(config);
   const auto import = [&] {
     const std::vector<std::byte> bytes = state.bytes();
@@ -272,16 +272,18 @@ TEST_CASE("files that are not of the config are refused by what is wrong") {
          s.add("local_to_qkv.bias", {1, 24});
        }},
       {"tensor 'm.global_attn.kmeans.means': shape: expected [3, 8, 4], got [3, 2, 4]",
-       [](State&, RoutingAttentionConfig& c) { c.clusters = 8; }},
+       [](State&, RoutingAttentionConfig& c) { c.routed.clusters = 8; }},
       {"tensor 'm.global_attn.mem_key': shape: expected [3, 2, 0, 4], got [3, 2, 1, 4]",
        [](State& s, RoutingAttentionConfig&) {
          s.add("global_attn.mem_key", {3, 2, 1, 4});
        }},
       {"got 'm.to_out.bias' beside them", [](State& s, RoutingAttentionConfig&) { s.add("to_out.bias", {10}); }},
-      {"got 'm.to_k.weight' beside them", [](State&, RoutingAttentionConfig& c) { c.shared_qk = true; }},
-      {"expected none but for local_positions = rotary",
-       [](State&, RoutingAttentionConfig& c) { c.local_positions = PositionKind::none; }},
-      {"expected the frequencies of rotary_base = 500", [](State&, RoutingAttentionConfig& c) { c.rotary_base = 500; }},
+      {"got 'm.to_k.weight' beside them",
+       [](State&, RoutingAttentionConfig& c) { c.routed.matching.shared_qk = true; }},
+      {"expected none but for local.positions.kind = rotary",
+       [](State&, RoutingAttentionConfig& c) { c.local.positions.kind = PositionKind::none; }},
+      {"expected the frequencies of local.positions.base = 500",
+       [](State&, RoutingAttentionConfig& c) { c.local.positions.base = 500; }},
       {"damaged: global_attn.kmeans.means",
        [](State& s, RoutingAttentionConfig&) {
          s["global_attn.kmeans.means"][3] = std::numeric_limits<float>::infinity();
@@ -305,25 +307,29 @@ TEST_CASE("configs that the module's tensors do not fit are refused by what is w
       {"import_pytorch: bias: expected true with local heads",
        [](State&, RoutingAttentionConfig& c) { c.bias = false; }},
       {"import_pytorch: memory: expected 0 with local heads", [](State&, RoutingAttentionConfig& c) { c.memory = 1; }},
-      {"import_pytorch: routing: expected learned",
+      {"import_pytorch: routed.routing: expected learned",
        [](State&, RoutingAttentionConfig& c) {
          c = {.model_dim = torch_dim,
-              .heads = 5,
               .head_dim = torch_d,
-              .routed_heads = 3,
-              .clusters = 2,
-              .window = 4,
-              .routing = Routing::random,
-              .bias = true};
+              .bias = true,
+              .local = {.heads = 2, .window = 4},
+              .routed = {.heads = 3, .clusters = 2, .window = 4, .routing = Routing::random}};
        }},
-      {"import_pytorch: normalisation: expected unit_length",
-       [](State&, RoutingAttentionConfig& c) { c.normalisation = Normalisation::layer_norm; }},
+      {"import_pytorch: routed.matching.normalisation: expected unit_length",
+       [](State&, RoutingAttentionConfig& c) { c.routed.matching.normalisation = Normalisation::layer_norm; }},
       {"import_pytorch: kv_heads: expected as many as heads",
-       [](State&, RoutingAttentionConfig& c) { c.heads = 6, c.routed_heads = 4, c.kv_heads = 3; }},
+       [](State&, RoutingAttentionConfig& c) { c.routed.heads = 4, c.kv_heads = 3; }},
+      {"import_pytorch: dense.heads: expected 0",
+       [](State&, RoutingAttentionConfig& c) { c.dense.heads = 2, c.head_dim = torch_d; }},
+      {"import_pytorch: local.matching: expected its default",
+       [](State&, RoutingAttentionConfig& c) { c.local.matching.shared_qk = true; }},
       {"import_pytorch: config: expected no parameters that the module has not, got gain",
-       [](State&, RoutingAttentionConfig& c) { c.learned_gain = true; }},
-      {"got distance_bias", [](State&, RoutingAttentionConfig& c) { c.local_positions = PositionKind::bias; }},
-      {"RoutingAttentionConfig: window", [](State&, RoutingAttentionConfig& c) { c.window = 0; }},
+       [](State&, RoutingAttentionConfig& c) { c.routed.matching.learned_gain = true; }},
+      {"import_pytorch: local.positions.layout: expected halves (the module's), got interleaved",
+       [](State&, RoutingAttentionConfig& c) { c.local.positions.layout = RotaryLayout::interleaved; }},
+      {"got local_distance_bias",
+       [](State&, RoutingAttentionConfig& c) { c.local.positions.kind = PositionKind::bias; }},
+      {"RoutingAttentionConfig: routed.window", [](State&, RoutingAttentionConfig& c) { c.routed.window = 0; }},
   };
   for (const Lie& lie : lies) {
     INFO(lie.names);
@@ -331,4 +337,45 @@ TEST_CASE("configs that the module's tensors do not fit are refused by what is w
     INFO(text);
     REQUIRE(contains(text, lie.names));
   }
+}
+
+TEST_CASE("queries of two-sided local heads turn as far as the module turns them") {
+  State state = state_of(mixed);
+  const std::vector<std::byte> bytes = state.bytes();
+  const auto import = [&](const RoutingAttentionConfig& c, Index ahead) {
+    return import_pytorch<double>(parse_safetensors(bytes), "m.", c, ahead);
+  };
+  const RoutingAttention<double> usual = import(mixed, 0), turned = import(mixed, 6);
+  const Index n = 20, heads = 2, d = torch_d, cols = heads * d;
+  const RowMatrix<double> x = Random(3).matrix<double>(n, torch_dim);
+  const auto projected = [&](const RoutingAttention<double>& layer) {
+    const Parameters<double>& p = layer.parameters();
+    RowMatrix<double> q = x * p.w_q.leftCols(cols);
+    q.rowwise() += p.b_q.leftCols(cols).row(0);
+    return q;
+  };
+  // A query at position i of the module, with the angles of position i + 6.
+  const Rotary rotary(d);
+  Context context;
+  std::vector<std::int32_t> positions(static_cast<std::size_t>(n)), ahead = positions;
+  for (std::int32_t i = 0; i < static_cast<std::int32_t>(n); ++i) {
+    positions[static_cast<std::size_t>(i)] = i;
+    ahead[static_cast<std::size_t>(i)] = i + 6;
+  }
+  RowMatrix<double> expected = projected(usual), got = projected(turned);
+  rotary.forward(view(expected), heads, ahead, context);
+  rotary.forward(view(got), heads, positions, context);
+  REQUIRE((expected - got).cwiseAbs().maxCoeff() < 1e-12);
+  REQUIRE((projected(usual) - projected(turned)).cwiseAbs().maxCoeff() > 0.1);
+  // All else is the same.
+  REQUIRE(usual.parameters().w_q.rightCols(3 * d) == turned.parameters().w_q.rightCols(3 * d));
+  REQUIRE(usual.parameters().w_k == turned.parameters().w_k);
+
+  const auto refused = [&](const RoutingAttentionConfig& c, Index positions_ahead) {
+    return message_of<ValueError>([&] { import(c, positions_ahead); });
+  };
+  CHECK(contains(refused(mixed, -1), "import_pytorch: queries_ahead: expected at least 0, got -1"));
+  RoutingAttentionConfig none = mixed;
+  none.local.positions.kind = PositionKind::none;
+  CHECK(contains(refused(none, 6), "import_pytorch: queries_ahead: expected 0 without rotary"));
 }

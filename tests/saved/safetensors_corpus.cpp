@@ -42,8 +42,8 @@ std::vector<std::byte> layer_file(std::string_view prefix, const RoutingAttentio
 }
 
 const RoutingAttentionConfig routed{
-    .model_dim = 1, .heads = 1, .head_dim = 3, .routed_heads = 1, .clusters = 1, .window = 2, .causal = true};
-const RoutingAttentionConfig local{.model_dim = 1, .heads = 1, .window = 2, .bias = true};
+    .model_dim = 1, .head_dim = 3, .causal = true, .routed = {.heads = 1, .clusters = 1, .window = 2}};
+const RoutingAttentionConfig local{.model_dim = 1, .bias = true, .local = {.heads = 1, .window = 2}};
 
 }  // namespace
 

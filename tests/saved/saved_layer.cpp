@@ -55,13 +55,11 @@ bool same_state(const RoutingAttention<T>& a, const RoutingAttention<T>& b) {
 }
 
 const RoutingAttentionConfig saved_config{.model_dim = 6,
-                                          .heads = 2,
                                           .head_dim = 3,
-                                          .routed_heads = 1,
-                                          .clusters = 2,
-                                          .window = 4,
                                           .causal = true,
-                                          .seed = 9};
+                                          .seed = 9,
+                                          .local = {.heads = 1, .window = 4},
+                                          .routed = {.heads = 1, .clusters = 2, .window = 4}};
 
 // The tensors and metadata of a file, to be spoilt and written again.
 struct Contents {
@@ -133,25 +131,25 @@ TEMPLATE_TEST_CASE("save, load, continue gives the bits of not having stopped", 
 
 TEST_CASE("settings of the routers and of membership are saved as well") {
   std::vector<RoutingAttentionConfig> configs(7, kinds()[0].config);
-  configs[0].average = Average::batch_mean;
-  configs[0].renormalise = true;
-  configs[1].membership = Membership::balanced;
-  configs[1].unassigned = Unassigned::nearest;
-  configs[1].combine = Combine::lse;
-  configs[2].probes = 2;
-  configs[2].commitment = 0.1;
+  configs[0].routed.router.average = Average::batch_mean;
+  configs[0].routed.router.renormalise = true;
+  configs[1].routed.membership.kind = MembershipKind::balanced;
+  configs[1].routed.membership.unassigned = Unassigned::nearest;
+  configs[1].routed.membership.combine = Combine::lse;
+  configs[2].routed.membership.probes = 2;
+  configs[2].routed.commitment = 0.1;
   configs[3].dropout = 0.25;
   configs[3].soft_cap = 5;
-  configs[4].dead_share = 0.6;
-  configs[4].split_share = 1.5;
-  configs[4].decay = 1 / 3.0;
-  configs[5].average = Average::batch_direction;
-  configs[5].normalisation = Normalisation::unit_length;
-  configs[5].logits = Logits::normalised_keys;
-  configs[5].learned_gain = false;
+  configs[4].routed.router.dead_share = 0.6;
+  configs[4].routed.router.split_share = 1.5;
+  configs[4].routed.router.decay = 1 / 3.0;
+  configs[5].routed.router.average = Average::batch_direction;
+  configs[5].routed.matching.normalisation = Normalisation::unit_length;
+  configs[5].routed.matching.logits = Logits::normalised_keys;
+  configs[5].routed.matching.learned_gain = false;
   configs[6].globals = 2;
   configs[6].dense_up_to = 9;
-  configs[6].gain = 1.75;
+  configs[6].routed.matching.gain = 1.75;
   for (const RoutingAttentionConfig& config : configs) {
     RoutingAttention<float> layer = make_layer<float>(config);
     train(layer, 0, 4);
@@ -227,12 +225,12 @@ TEST_CASE("a layer of another config is not read into, and the settings that dif
   const std::vector<std::byte> bytes = saved_bytes(layer, "a.");
   const SafetensorsView file = parse_safetensors(bytes, "x");
   RoutingAttentionConfig config = saved_config;
-  config.window = 5;
-  config.self = Self::never;
+  config.local.window = config.routed.window = 5;
+  config.routed.matching.self = Self::never;
   RoutingAttention<float> other(config);
   REQUIRE(message_of<FileError>([&] { read_layer(file, "a.", other); }) ==
-          "read_layer: 'x': a.config.window: expected 5, got 4; local_window: expected 5, got 4; "
-          "self: expected never, got only_if_alone");
+          "read_layer: 'x': a.config.local.window: expected 5, got 4; routed.window: expected 5, got 4; "
+          "routed.matching.self: expected never, got only_if_alone");
   RoutingAttention<double> wide(saved_config);
   REQUIRE(contains(message_of<FileError>([&] { read_layer(file, "a.", wide); }), "dtype: expected F64, got F32"));
   REQUIRE(contains(message_of<FileError>([&] { read_layer<double>(file, "a."); }),
@@ -249,26 +247,32 @@ TEST_CASE("files that are not what they say are refused, and nothing is changed"
   };
   const Lie lies[] = {
       {"no saved layer: expected 'coterie.format' in the metadata, got none", [](Contents& c) { c.metadata.clear(); }},
-      {"coterie.format: newer than this library: expected at most 1, got 2",
-       [](Contents& c) { c.metadata["coterie.format"] = "2"; }},
+      {"coterie.format: newer than this library: expected at most 2, got 3",
+       [](Contents& c) { c.metadata["coterie.format"] = "3"; }},
+      {"coterie.format: older than this library: expected 2 to 2, got 1, which coterie 0.1 reads",
+       [](Contents& c) { c.metadata["coterie.format"] = "1"; }},
       {"coterie.format: damaged", [](Contents& c) { c.metadata["coterie.format"] = "one"; }},
       {"coterie.format: damaged", [](Contents& c) { c.metadata["coterie.format"] = "0"; }},
-      {"a.config.heads: damaged: expected a value, got none", [](Contents& c) { c.metadata.erase("a.config.heads"); }},
-      {"a.config.heads: damaged: expected a whole number in range, got 'two'",
-       [](Contents& c) { c.metadata["a.config.heads"] = "two"; }},
-      {"a.config.routing: damaged: expected one of learned, random, dense, got 'magic'",
-       [](Contents& c) { c.metadata["a.config.routing"] = "magic"; }},
+      {"a.config.local.heads: damaged: expected a value, got none",
+       [](Contents& c) { c.metadata.erase("a.config.local.heads"); }},
+      {"a.config.local.heads: damaged: expected a whole number in range, got 'two'",
+       [](Contents& c) { c.metadata["a.config.local.heads"] = "two"; }},
+      {"a.config.routed.routing: damaged: expected one of learned, random, got 'magic'",
+       [](Contents& c) { c.metadata["a.config.routed.routing"] = "magic"; }},
       {"'a.config.magic': newer than this library", [](Contents& c) { c.metadata["a.config.magic"] = "1"; }},
-      {"RoutingAttentionConfig: window: expected", [](Contents& c) { c.metadata["a.config.window"] = "-4"; }},
-      {"damaged: config: expected sizes below 2^31",
+      {"RoutingAttentionConfig: routed.window: expected",
+       [](Contents& c) { c.metadata["a.config.routed.window"] = "-4"; }},
+      {"damaged: RoutingAttentionConfig: model_dim: expected 1 to 2147483647",
        [](Contents& c) { c.metadata["a.config.model_dim"] = "9223372036854775806"; }},
-      {"damaged: config: expected sizes below 2^31",
-       [](Contents& c) { c.metadata["a.config.heads"] = c.metadata["a.config.kv_heads"] = "9223372036854775806"; }},
+      {"damaged: RoutingAttentionConfig: heads: expected 1 to 2147483647",
+       [](Contents& c) {
+         c.metadata["a.config.local.heads"] = c.metadata["a.config.kv_heads"] = "9223372036854775806";
+       }},
       // Sizes that no memory holds, if anybody tried.
       {"tensor 'a.w_q': shape: expected [2147483647, 6], got [6, 6]",
        [](Contents& c) { c.metadata["a.config.model_dim"] = "2147483647"; }},
       {"tensor 'a.routers.0.centroids': shape: expected [2147483647, 3], got [2, 3]",
-       [](Contents& c) { c.metadata["a.config.clusters"] = "2147483647"; }},
+       [](Contents& c) { c.metadata["a.config.routed.clusters"] = "2147483647"; }},
       {"tensor 'a.memory_keys': expected one of this name",
        [](Contents& c) { c.metadata["a.config.memory"] = "2147483647"; }},
       {"tensor 'a.w_q': shape", [](Contents& c) { c.metadata["a.config.head_dim"] = "2147483647"; }},

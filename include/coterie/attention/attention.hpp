@@ -6,9 +6,11 @@
 #include <limits>
 
 #include "coterie/attention/call.hpp"
+#include "coterie/attention/combine.hpp"
 #include "coterie/attention/config.hpp"
 #include "coterie/attention/partial_sums.hpp"
 #include "coterie/attention/tape.hpp"
+#include "coterie/attention/tasks.hpp"
 #include "coterie/core/context.hpp"
 #include "coterie/kernel/dispatch.hpp"
 #include "coterie/plan/plan.hpp"
@@ -56,19 +58,19 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
       };
       const auto [part_begin, part_end] = parts_of(i);
       const Index count = part_end - part_begin, later = i + workers;
-      const auto make_part = [&, part_begin = part_begin](Index p) {
+      const auto arguments_of = [&, part_begin = part_begin](Index p) {
         const Index head = tasks[p < count ? i : later].first;
         const Index at = p < count ? part_begin + p : parts_of(later).first;
-        const AttentionPlan::Part& piece = call.plan(head).parts[std::size_t(at)];
-        AttentionArguments<T> part = call.part(head, piece);
+        const AttentionPlan::Part& part = call.plan(head).parts[std::size_t(at)];
+        AttentionArguments<T> arguments = call.arguments(head, part);
         if (single)
-          part.use_rows(out.columns(head * call.dv(), call.dv()), states.from(0, head));
+          arguments.use_rows(out.columns(head * call.dv(), call.dv()), states.from(0, head));
         else
-          part.use_entries(entry_out, entry_states, piece.entry_begin);
-        return part;
+          arguments.use_entries(entry_out, entry_states, part.entry_begin);
+        return arguments;
       };
-      each_part_in_turn<T>(count, later < tasks.count(), make_part,
-                           [&](Index, const AttentionArguments<T>& part) { kernel.forward(part, scratch); });
+      each_part_in_turn<T>(count, later < tasks.count(), arguments_of,
+                           [&](Index, const AttentionArguments<T>& arguments) { kernel.forward(arguments, scratch); });
     });
     for (Index head = head_begin; head < head_end; ++head)
       combine_rows(call, head, out, states.from(0, head), entry_out, entry_states, context);
@@ -79,8 +81,7 @@ void forward(const AttentionCall<T>& call, View<T> out, AttentionTape<T>* tape, 
 /// The backward pass: wave after wave of tasks fills partial sums of d_k and d_v, which are then added part by part.
 template <class T>
 void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTape<T>& tape, ConstView<T> d_out,
-              View<T> d_q, View<T> d_k, View<T> d_v, const AttentionTermGradients<T>& gradients,
-              const KernelTable<T>& kernel, Context& context) {
+              const AttentionGradients<T>& gradients, const KernelTable<T>& kernel, Context& context) {
   const bool single = call.combine() == Combine::single, mean = call.combine() == Combine::mean;
   Arena& shared = context.workspace().shared();
   const Index workers = context.workers();
@@ -100,7 +101,7 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
     const HeadTasks tasks(call.plans(), call.heads(), head_begin, head_end, shared);
     for (Index begin = 0; begin < tasks.count();) {
       Arena::Scope wave_scope(shared);
-      const Wave<T> wave(call, tasks, begin, gradients, workers, shared);
+      const Wave<T> wave(call, gradients, kernel, tasks, begin, workers, shared);
       context.for_each(wave.tasks(), [&](Index i, Index worker) {
         Arena& arena = context.workspace().worker(worker);
         Arena::Scope task_scope(arena);
@@ -109,46 +110,45 @@ void backward(const AttentionCall<T>& call, ConstView<T> out, const AttentionTap
         const std::span<const PartialSums<T>> task = wave.task(i);
         const Index later = i + workers;
         wave.clear_tables(i);
-        const auto make_part = [&](Index p) {
+        const auto arguments_of = [&](Index p) {
           const PartialSums<T>& sums = p < Index(task.size()) ? task[std::size_t(p)] : wave.task(later)[0];
-          AttentionArguments<T> part = call.part(sums.head, *sums.part);
+          AttentionArguments<T> arguments = call.arguments(sums.head, *sums.part);
           if (mean)
-            part.use_entries(tape.entry_out(sums.head), tape.entry_states(sums.head), sums.part->entry_begin);
+            arguments.use_entries(tape.entry_out(sums.head), tape.entry_states(sums.head), sums.part->entry_begin);
           else
-            part.use_rows(
+            arguments.use_rows(
                 View<T>(const_cast<T*>(out.data()) + sums.head * call.dv(), out.rows(), call.dv(), out.stride()),
                 tape.states().from(0, sums.head));
-          return part;
+          return arguments;
         };
-        // Of another head, gradients would be asked for in this one's columns.
+        // Of a part of another head, the kernel would prefetch gradients in this head's columns.
         const bool more = later < wave.tasks() && wave.task(later)[0].head == task[0].head;
-        each_part_in_turn<T>(Index(task.size()), more, make_part, [&](Index p, const AttentionArguments<T>& part) {
-          PartialSums<T> sums = task[std::size_t(p)];
-          Arena::Scope part_scope(arena);
-          if (sums.alone) sums.take_rows(arena);
-          sums.clear();
-          const Index first = sums.part->entry_begin;
-          AttentionGradientArguments<T> g = sums.kernel_arguments();
-          g.d_out = d_out.data() + sums.head * call.dv();
-          g.d_out_stride = d_out.stride();
-          g.weight = weight ? weight + first : nullptr;
-          g.d_lse = given(gradients.d_lse) ? gradients.d_lse.data() + sums.head : nullptr;
-          g.d_lse_stride = gradients.d_lse.stride();
-          g.by_entry = !single;
-          g.d_q = single ? d_q.data() + sums.head * call.d() : entry_d_q.row(first);
-          g.d_q_stride = single ? d_q.stride() : entry_d_q.stride();
-          kernel.backward(part, g, scratch);
-          if (sums.alone) {
-            wave.add_rows(call, sums, 0, call.key_tokens(), d_k, d_v, gradients, kernel);
-            wave.add_rows(call, sums, call.key_tokens(), call.key_rows(), d_k, d_v, gradients, kernel);
-          }
-        });
+        each_part_in_turn<T>(Index(task.size()), more, arguments_of,
+                             [&](Index p, const AttentionArguments<T>& arguments) {
+                               PartialSums<T> sums = task[std::size_t(p)];
+                               Arena::Scope part_scope(arena);
+                               if (sums.alone) sums.take_rows(arena);
+                               sums.clear();
+                               const Index first = sums.part->entry_begin;
+                               AttentionGradientArguments<T> g = sums.kernel_arguments();
+                               g.d_out = d_out.data() + sums.head * call.dv();
+                               g.d_out_stride = d_out.stride();
+                               g.weight = weight ? weight + first : nullptr;
+                               const ConstView<T> d_lse = gradients.terms.d_lse;
+                               g.d_lse = given(d_lse) ? d_lse.data() + sums.head : nullptr;
+                               g.d_lse_stride = d_lse.stride();
+                               g.by_entry = !single;
+                               g.d_q = single ? gradients.d_q.data() + sums.head * call.d() : entry_d_q.row(first);
+                               g.d_q_stride = single ? gradients.d_q.stride() : entry_d_q.stride();
+                               kernel.backward(arguments, g, scratch);
+                               if (sums.alone) wave.add_rows(sums);
+                             });
       });
-      wave.add(call, d_k, d_v, gradients, kernel, context);
+      wave.add(context);
       begin += wave.tasks();
     }
     if (!single)
-      add_entry_rows(call.plan(head_begin), entry_d_q, d_q.columns(head_begin * call.d(), call.d()), context);
+      add_entry_rows(call.plan(head_begin), entry_d_q, gradients.d_q.columns(head_begin * call.d(), call.d()), context);
     head_begin = head_end;
   }
 }
@@ -167,11 +167,13 @@ template <class T>
 void checked_backward(const Plans& plans, ConstView<T> q, ConstView<T> k, ConstView<T> v, ConstView<T> out,
                       const AttentionTape<T>& tape, ConstView<T> d_out, View<T> d_q, View<T> d_k, View<T> d_v,
                       const AttentionConfig& config, Context& context, const AttentionTerms<T>& terms,
-                      const AttentionTermGradients<T>& gradients) {
+                      const AttentionTermGradients<T>& d_terms) {
   const char* const function = "attention_backward";
   const AttentionCall<T> call(function, plans, q, k, v, config, terms);
-  check_backward(function, call, out, tape, d_out, d_q, d_k, d_v, gradients);
-  backward(call, out, tape, d_out, d_q, d_k, d_v, gradients, kernels<T>(context.instructions()), context);
+  const AttentionGradients<T> gradients{d_q, d_k, d_v, d_terms};
+  check_tape(function, call, out, tape);
+  check_gradients(function, call, out, d_out, gradients);
+  backward(call, out, tape, d_out, gradients, kernels<T>(context.instructions()), context);
 }
 
 }  // namespace COTERIE_FLAGS_NAMESPACE
@@ -278,8 +280,8 @@ void merge(View<T> out, View<T> lse, ConstView<T> other_out, ConstView<T> other_
   for (Index i = 0; i < tokens; ++i)
     for (Index h = 0; h < heads; ++h) {
       const T a = lse(i, h), b = other_lse(i, h);
-      if (b < -std::numeric_limits<T>::max()) continue;  // nothing seen: the identity
-      if (a < -std::numeric_limits<T>::max()) {
+      if (b < -(std::numeric_limits<T>::max)()) continue;  // the empty state: the identity element
+      if (a < -(std::numeric_limits<T>::max)()) {
         std::copy(other_out.row(i) + h * dv, other_out.row(i) + (h + 1) * dv, out.row(i) + h * dv);
         lse(i, h) = b;
         continue;
@@ -298,7 +300,8 @@ void merge(View<T> out, View<T> lse, ConstView<T> other_out, ConstView<T> other_
 ///
 /// Shapes: out and other_out tokens x heads*dv, lse and other_lse tokens x heads.
 /// Formula: lse' = log(e^lse + e^other_lse), out' = (e^lse out + e^other_lse other_out) / e^lse'.
-///   Minus infinity with zeros is the identity on both sides.
+///   The empty state, output 0 with log-sum-exp minus infinity, of a row that sees no key, is the identity element on
+///   both sides.
 /// Requires: shapes that fit, no overlap; otherwise ShapeError.
 /// Adds or overwrites: out and lse.
 /// Source: FlashInfer's attention state; Milakov and Gimelshein 2018.

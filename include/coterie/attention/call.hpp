@@ -1,16 +1,12 @@
-// One checked call of attention: its arguments, its tasks, and what becomes of rows with no or several entries.
+// The checked arguments of a call of attention, forward and backward.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <functional>
-#include <limits>
 #include <span>
-#include <utility>
 
 #include "coterie/attention/config.hpp"
 #include "coterie/attention/tape.hpp"
-#include "coterie/core/context.hpp"
 #include "coterie/kernel/arguments.hpp"
 
 namespace coterie::detail {
@@ -32,6 +28,7 @@ bool given(const V& m) {
 template <class T>
 class AttentionCall {
  public:
+  /// Throws ValueError or ShapeError, which names `function` and the argument at fault.
   AttentionCall(const char* function, const Plans& plans, ConstView<T> q, ConstView<T> k, ConstView<T> v,
                 const AttentionConfig& config, const AttentionTerms<T>& terms)
       : plans_(plans),
@@ -85,16 +82,22 @@ class AttentionCall {
     check_shape<T>(function, "memory_values", terms.memory_values, plan.memory_tokens,
                    plan.memory_tokens ? kv_heads_ * dv_ : terms.memory_values.cols());
     if (bias_count() > 0) {
-      if (terms.bias.rows() != 1 && terms.bias.rows() != heads_)
-        fail<ShapeError>(function, "bias", join("1 row, or one for each of ", heads_, " heads"), terms.bias.rows());
-      check_shape<T>(function, "bias", terms.bias, terms.bias.rows(), terms.bias.cols());
+      const ConstView<T> bias = terms.bias.rows;
+      if (bias.rows() != 1 && bias.rows() != heads_)
+        fail<ShapeError>(function, "bias", join("1 row, or one for each of ", heads_, " heads"), bias.rows());
+      check_shape<T>(function, "bias", bias, bias.rows(), bias.cols());
     }
-    check_relative(function, "relative_keys", terms.relative_keys, d_);
-    check_relative(function, "relative_values", terms.relative_values, dv_);
-    if (given(terms.relative_keys) && given(terms.relative_values) &&
-        terms.relative_keys.rows() != terms.relative_values.rows())
-      fail<ShapeError>(function, "relative_values", join(terms.relative_keys.rows(), " rows, as relative_keys"),
-                       terms.relative_values.rows());
+    const DistanceTable<T>&keys = terms.relative_keys, &values = terms.relative_values;
+    check_relative(function, "relative_keys", keys.rows, d_);
+    check_relative(function, "relative_values", values.rows, dv_);
+    if (given(keys.rows) && given(values.rows)) {
+      if (keys.rows.rows() != values.rows.rows())
+        fail<ShapeError>(function, "relative_values", join(keys.rows.rows(), " rows, as relative_keys"),
+                         values.rows.rows());
+      if (keys.first != values.first)
+        fail<ValueError>(function, "relative_values", join("distances from ", keys.first, " on, as relative_keys"),
+                         values.first);
+    }
   }
 
   void check_output(const char* function, const char* name, View<T> out, Index rows, Index cols) const {
@@ -102,11 +105,11 @@ class AttentionCall {
     check_no_alias<T>(function, name, out, "q", q_);
     check_no_alias<T>(function, name, out, "k", k_);
     check_no_alias<T>(function, name, out, "v", v_);
-    check_no_alias<T>(function, name, out, "bias", terms_.bias);
+    check_no_alias<T>(function, name, out, "bias", terms_.bias.rows);
     check_no_alias<T>(function, name, out, "memory_keys", terms_.memory_keys);
     check_no_alias<T>(function, name, out, "memory_values", terms_.memory_values);
-    check_no_alias<T>(function, name, out, "relative_keys", terms_.relative_keys);
-    check_no_alias<T>(function, name, out, "relative_values", terms_.relative_values);
+    check_no_alias<T>(function, name, out, "relative_keys", terms_.relative_keys.rows);
+    check_no_alias<T>(function, name, out, "relative_values", terms_.relative_values.rows);
   }
 
   const Plans& plans() const { return plans_; }
@@ -121,19 +124,20 @@ class AttentionCall {
   Index kv_head(Index head) const { return head / (heads_ / kv_heads_); }
   Index d() const { return d_; }
   Index dv() const { return dv_; }
-  Index bias_count() const { return given(terms_.bias) ? terms_.bias.cols() : 0; }
-  Index bias_row(Index head) const { return terms_.bias.rows() == 1 ? 0 : head; }
-  /// Rows of the tables of relative keys and values.
-  Index relative_count() const {
-    return given(terms_.relative_keys)     ? terms_.relative_keys.rows()
-           : given(terms_.relative_values) ? terms_.relative_values.rows()
-                                           : 0;
-  }
+  Index bias_count() const { return given(terms_.bias.rows) ? terms_.bias.rows.cols() : 0; }
+  Index bias_row(Index head) const { return terms_.bias.rows.rows() == 1 ? 0 : head; }
+  /// Rows of the tables of relative keys and values, and the distance of the first.
+  Index relative_count() const { return given(relative().rows) ? relative().rows.rows() : 0; }
+  Index relative_first() const { return relative().first; }
   /// A head's first column in a table of relative keys or values, of `width` columns a head.
   static Index relative_column(ConstView<T> table, Index head, Index width) {
     return table.cols() == width ? 0 : head * width;
   }
   PartSizes sizes() const { return {d_, dv_, bias_count(), relative_count(), key_rows()}; }
+  ConstView<T> q() const { return q_; }
+  ConstView<T> k() const { return k_; }
+  ConstView<T> v() const { return v_; }
+  const AttentionConfig& config() const { return config_; }
   const AttentionTerms<T>& terms() const { return terms_; }
   std::span<const double> scales() const { return config_.scales; }
   T mean_epsilon() const { return static_cast<T>(config_.mean_epsilon); }
@@ -144,71 +148,74 @@ class AttentionCall {
                                    : 1 / std::sqrt(double(d_));
   }
 
+  /// Query position - key position.
+  Index distance(Index head, Index row, Index key_row) const {
+    const AttentionPlan& p = plan(head);
+    const Index from = p.query_positions.empty() ? row : p.query_positions[std::size_t(row)];
+    const Index to = p.key_positions.empty() ? key_row : p.key_positions[std::size_t(key_row)];
+    return from - to;
+  }
+
   /// One logit in double, for diagnostics.
   double logit(Index head, Index row, Index key_row) const {
     const Index kv = kv_head(head);
     const bool memory = key_row >= key_tokens();
     const T* const query = q_.row(row) + head * d_;
     const T* const key = (memory ? terms_.memory_keys.row(key_row - key_tokens()) : k_.row(key_row)) + kv * d_;
-    const AttentionPlan& p = plan(head);
-    const auto distance = [&] {
-      const Index from = p.query_positions.empty() ? row : p.query_positions[std::size_t(row)];
-      const Index to = p.key_positions.empty() ? key_row : p.key_positions[std::size_t(key_row)];
-      return from - to;
-    };
     double sum = 0;
     for (Index c = 0; c < d_; ++c) sum += static_cast<double>(query[c]) * static_cast<double>(key[c]);
-    if (given(terms_.relative_keys) && !memory) {
-      const Index at = std::clamp<Index>(distance() - terms_.relative_first, 0, relative_count() - 1);
-      const T* const relative = terms_.relative_keys.row(at) + relative_column(terms_.relative_keys, head, d_);
+    if (given(terms_.relative_keys.rows) && !memory) {
+      const ConstView<T> table = terms_.relative_keys.rows;
+      const Index at = terms_.relative_keys.entry(distance(head, row, key_row), table.rows());
+      const T* const relative = table.row(at) + relative_column(table, head, d_);
       for (Index c = 0; c < d_; ++c) sum += static_cast<double>(query[c]) * static_cast<double>(relative[c]);
     }
     sum *= scale(head);
     if (config_.soft_cap != 0) sum = config_.soft_cap * std::tanh(sum / config_.soft_cap);
     if (bias_count() == 0 || memory) return sum;
-    const Index at = std::clamp<Index>(distance() - terms_.bias_first, 0, bias_count() - 1);
-    return sum + static_cast<double>(terms_.bias(bias_row(head), at));
+    const Index at = terms_.bias.entry(distance(head, row, key_row), bias_count());
+    return sum + static_cast<double>(terms_.bias.rows(bias_row(head), at));
   }
 
   /// What the kernel reads for a part; outputs are left to the caller.
-  AttentionArguments<T> part(Index head, const AttentionPlan::Part& piece) const {
+  AttentionArguments<T> arguments(Index head, const AttentionPlan::Part& part) const {
     const AttentionPlan& p = plan(head);
     const Index kv = kv_head(head);
-    AttentionArguments<T> part;
-    part.entries = piece.entry_end - piece.entry_begin;
-    part.rows = p.entries.data() + piece.entry_begin;
-    part.visible = p.visible.data() + piece.entry_begin;
-    part.visible_too = p.visible_too.empty() ? nullptr : p.visible_too.data() + piece.entry_begin;
-    part.keys = p.keys.data() + p.groups[std::size_t(piece.group)].key_begin;
-    part.q = {q_.data() + head * d_, q_.stride(), q_.rows(), nullptr, 0};
-    part.k = source(k_, terms_.memory_keys, kv * d_);
-    part.v = source(v_, terms_.memory_values, kv * dv_);
-    part.d = d_;
-    part.dv = dv_;
-    part.scale = static_cast<T>(scale(head));
-    part.dropout_bound = dropout_bound(config_);
-    if (part.dropout_bound != 0) {
-      part.dropout_call = dropout_call(config_, head);
-      part.dropout_scale = static_cast<T>(1 / (1 - config_.dropout));
+    AttentionArguments<T> arguments;
+    arguments.entries = part.entry_end - part.entry_begin;
+    arguments.rows = p.entries.data() + part.entry_begin;
+    arguments.visible = p.visible.data() + part.entry_begin;
+    arguments.visible_too = p.visible_too.empty() ? nullptr : p.visible_too.data() + part.entry_begin;
+    arguments.keys = p.keys.data() + p.groups[std::size_t(part.group)].key_begin;
+    arguments.q = {q_.data() + head * d_, q_.stride(), q_.rows(), nullptr, 0};
+    arguments.k = source(k_, terms_.memory_keys, kv * d_);
+    arguments.v = source(v_, terms_.memory_values, kv * dv_);
+    arguments.d = d_;
+    arguments.dv = dv_;
+    arguments.scale = static_cast<T>(scale(head));
+    arguments.dropout_bound = dropout_bound(config_);
+    if (arguments.dropout_bound != 0) {
+      arguments.dropout_call = dropout_call(config_, head);
+      arguments.dropout_scale = static_cast<T>(1 / (1 - config_.dropout));
     }
-    part.soft_cap = static_cast<T>(config_.soft_cap) * log2_e<T>;
+    arguments.soft_cap = static_cast<T>(config_.soft_cap) * log2_e<T>;
     if (bias_count() > 0) {
-      part.bias = terms_.bias.row(bias_row(head));
-      part.bias_first = terms_.bias_first;
-      part.bias_count = terms_.bias.cols();
+      arguments.bias = terms_.bias.rows.row(bias_row(head));
+      arguments.bias_first = terms_.bias.first;
+      arguments.bias_count = bias_count();
     }
-    part.relative_count = relative_count();
-    part.relative_first = terms_.relative_first;
-    const auto table = [head](ConstView<T> given_table, Index width, const T*& rows, Index& stride) {
-      if (!given(given_table)) return;
-      rows = given_table.data() + relative_column(given_table, head, width);
-      stride = given_table.stride();
+    arguments.relative_count = relative_count();
+    arguments.relative_first = relative_first();
+    const auto use_table = [head](ConstView<T> table, Index width, const T*& rows, Index& stride) {
+      if (!given(table)) return;
+      rows = table.data() + relative_column(table, head, width);
+      stride = table.stride();
     };
-    table(terms_.relative_keys, d_, part.relative_keys, part.relative_keys_stride);
-    table(terms_.relative_values, dv_, part.relative_values, part.relative_values_stride);
-    part.query_positions = p.query_positions.empty() ? nullptr : p.query_positions.data();
-    part.key_positions = p.key_positions.empty() ? nullptr : p.key_positions.data();
-    return part;
+    use_table(terms_.relative_keys.rows, d_, arguments.relative_keys, arguments.relative_keys_stride);
+    use_table(terms_.relative_values.rows, dv_, arguments.relative_values, arguments.relative_values_stride);
+    arguments.query_positions = p.query_positions.empty() ? nullptr : p.query_positions.data();
+    arguments.key_positions = p.key_positions.empty() ? nullptr : p.key_positions.data();
+    return arguments;
   }
 
  private:
@@ -227,6 +234,11 @@ class AttentionCall {
     check_shape<T>(function, argument, table, table.rows(), table.cols());
   }
 
+  /// Either table: where both are given, their distances are the same.
+  const DistanceTable<T>& relative() const {
+    return given(terms_.relative_keys.rows) ? terms_.relative_keys : terms_.relative_values;
+  }
+
   static RowSource<T> source(ConstView<T> rows, ConstView<T> memory, Index column) {
     const auto from_column = [column](ConstView<T> m) { return m.data() ? m.data() + column : nullptr; };
     return {from_column(rows), rows.stride(), rows.rows(), from_column(memory), memory.stride()};
@@ -239,122 +251,74 @@ class AttentionCall {
   Index heads_, kv_heads_, d_ = 0, dv_ = 0;
 };
 
-/// Calls f(i, part) for i in [0, count), at least one, with the parts that make(i) gives; each knows the next one. If there is
-/// `more`, make(count) is what this thread will probably turn to afterwards.
-template <class T, class Make, class F>
-void each_part_in_turn(Index count, bool more, Make&& make, F&& f) {
-  AttentionArguments<T> part, next = make(Index(0));
-  for (Index i = 0; i < count; ++i) {
-    part = next;
-    if (i + 1 < count || more) {
-      next = make(i + 1);
-      part.next = &next;
-    }
-    f(i, part);
-  }
-}
-
-/// The tasks of heads [head_begin, head_end), head by head.
-class HeadTasks {
- public:
-  HeadTasks(const Plans& plans, Index heads, Index head_begin, Index head_end, Arena& arena)
-      : head_begin_(head_begin), heads_(head_end - head_begin), ends_(arena.take<Index>(heads_)) {
-    Index end = 0;
-    for (Index i = 0; i < heads_; ++i) ends_[i] = end += plans.of(head_begin + i, heads).tasks();
-  }
-
-  Index count() const { return heads_ == 0 ? 0 : ends_[heads_ - 1]; }
-
-  /// (head, task of its plan)
-  std::pair<Index, Index> operator[](Index i) const {
-    const Index head = std::upper_bound(ends_, ends_ + heads_, i) - ends_;
-    return {head_begin_ + head, head == 0 ? i : i - ends_[head - 1]};
-  }
-
- private:
-  Index head_begin_, heads_;
-  Index* ends_;
+/// What attention_backward adds into.
+template <class T>
+struct AttentionGradients {
+  View<T> d_q, d_k, d_v;
+  AttentionTermGradients<T> terms;
 };
 
-/// Rows of a task that walks all rows of a call.
-inline constexpr Index row_chunk = 1024;
-
-/// Writes the rows of a head that no single entry has written: those without an entry, and those with several to combine.
+/// The arguments of attention_backward beyond those of the forward call: the gradient that it starts from, and what it adds
+/// into. `out` is forward's, or empty where it is not read.
 template <class T>
-void combine_rows(const AttentionCall<T>& call, Index head, View<T> out, const SoftmaxStates<T>& states,
-                  View<T> entry_out, const SoftmaxStates<T>& entry_states, Context& context) {
-  const AttentionPlan& plan = call.plan(head);
-  const bool single = plan.combine == Combine::single, mean = plan.combine == Combine::mean;
-  if (single && Index(plan.entries.size()) == plan.tokens) return;
-  const Index dv = call.dv();
-  context.for_chunks(plan.tokens, row_chunk, [&](Index begin, Index end, Index) {
-    for (Index i = begin; i < end; ++i) {
-      const std::int32_t* entries = plan.row_entries.data() + plan.row_begin[std::size_t(i)];
-      const Index count = plan.row_begin[std::size_t(i) + 1] - plan.row_begin[std::size_t(i)];
-      if (single && count == 1) continue;
-      T* to = out.row(i) + head * dv;
-      std::fill_n(to, dv, T(0));
-      T most = std::numeric_limits<T>::lowest(), sum = 0;
-      bool sees = false;
-      for (Index e = 0; e < count; ++e)
-        if (sees_key(plan, entries[e])) {
-          sees = true;
-          most = std::max(most, entry_states.reference[entries[e]]);
-        }
-      for (Index e = 0; e < count; ++e) {
-        const std::int32_t entry = entries[e];
-        if (!sees_key(plan, entry)) continue;
-        // mean: out = sum_e out_e / m; lse: out = sum_e weight_e out_e / sum, weight_e = sum_j 2^(logit_ej - most)
-        const T weight = mean ? T(1) : std::exp2(entry_states.reference[entry] - most) / entry_states.inverse[entry];
-        if (weight == 0) continue;  // an output of no weight may be no number
-        sum += weight;
-        const T* from = entry_out.row(entry);
-        for (Index c = 0; c < dv; ++c) to[c] += weight * from[c];
-      }
-      if (mean) sum += call.mean_epsilon();
-      if (sees)
-        for (Index c = 0; c < dv; ++c) to[c] /= sum;
-      const Index at = i * states.stride;
-      if (states.reference) states.reference[at] = most;
-      if (states.inverse) states.inverse[at] = sees ? T(1) / sum : T(0);
-      if (states.lse) states.lse[at] = sees ? most * ln_2<T> + std::log(sum) : -std::numeric_limits<T>::infinity();
-    }
-  });
-}
-
-/// Per entry of a Combine::mean plan: 1 / (entries of its row that see a key + epsilon).
-template <class T>
-T* entry_weights(const AttentionPlan& plan, T epsilon, T* weights) {
-  for (Index i = 0; i < plan.tokens; ++i) {
-    Index seeing = 0;
-    const Index begin = plan.row_begin[std::size_t(i)], end = plan.row_begin[std::size_t(i) + 1];
-    for (Index j = begin; j < end; ++j) seeing += sees_key(plan, plan.row_entries[std::size_t(j)]);
-    for (Index j = begin; j < end; ++j)
-      weights[plan.row_entries[std::size_t(j)]] = seeing > 0 ? T(1) / (static_cast<T>(seeing) + epsilon) : T(0);
-  }
-  return weights;
-}
-
-/// d_q of a row += the gradients of its entries, in order.
-template <class T>
-void add_entry_rows(const AttentionPlan& plan, View<T> entry_d_q, View<T> d_q, Context& context) {
-  context.for_chunks(plan.tokens, row_chunk, [&](Index begin, Index end, Index) {
-    for (Index i = begin; i < end; ++i)
-      for (Index j = plan.row_begin[std::size_t(i)]; j < plan.row_begin[std::size_t(i) + 1]; ++j) {
-        const T* from = entry_d_q.row(plan.row_entries[std::size_t(j)]);
-        for (Index c = 0; c < d_q.cols(); ++c) d_q(i, c) += from[c];
-      }
-  });
-}
-
-/// The arguments of attention_backward beyond those of the forward call.
-template <class T>
-void check_backward(const char* function, const AttentionCall<T>& call, ConstView<T> out, const AttentionTape<T>& tape,
-                    ConstView<T> d_out, View<T> d_q, View<T> d_k, View<T> d_v,
-                    const AttentionTermGradients<T>& gradients) {
+void check_gradients(const char* function, const AttentionCall<T>& call, Same<ConstView<T>> out,
+                     Same<ConstView<T>> d_out, const AttentionGradients<T>& gradients) {
   const Index tokens = call.tokens(), keys = call.key_tokens(), memory = call.memory_tokens(), heads = call.heads();
-  check_shape<T>(function, "out", out, tokens, heads * call.dv());
+  const Index kv_heads = call.kv_heads();
+  const AttentionTerms<T>& terms = call.terms();
+  const AttentionTermGradients<T>& d_terms = gradients.terms;
   check_shape<T>(function, "d_out", d_out, tokens, heads * call.dv());
+
+  struct Output {
+    const char* name;
+    View<T> view;
+    Index rows, cols;
+    bool wanted;
+  };
+  const auto optional = [](const char* name, View<T> view, Index rows, Index cols) {
+    return Output{name, view, rows, cols, given(view)};
+  };
+  const auto as = [&](const char* name, View<T> view, ConstView<T> table) {
+    return optional(name, view, table.rows(), table.cols());
+  };
+  const Output outputs[] = {
+      {"d_q", gradients.d_q, tokens, heads * call.d(), true},
+      {"d_k", gradients.d_k, keys, kv_heads * call.d(), true},
+      {"d_v", gradients.d_v, keys, kv_heads * call.dv(), true},
+      optional("d_bias", d_terms.d_bias, terms.bias.rows.rows(), call.bias_count()),
+      optional("d_memory_keys", d_terms.d_memory_keys, memory, kv_heads * call.d()),
+      optional("d_memory_values", d_terms.d_memory_values, memory, kv_heads * call.dv()),
+      as("d_relative_keys", d_terms.d_relative_keys, terms.relative_keys.rows),
+      as("d_relative_values", d_terms.d_relative_values, terms.relative_values.rows),
+  };
+  for (const Output& output : outputs) {
+    if (!output.wanted) continue;
+    call.check_output(function, output.name, output.view, output.rows, output.cols);
+    check_no_alias<T>(function, output.name, output.view, "out", out);
+    check_no_alias<T>(function, output.name, output.view, "d_out", d_out);
+    check_no_alias<T>(function, output.name, output.view, "d_lse", d_terms.d_lse);
+    for (const Output* other = outputs; other != &output; ++other)
+      if (other->wanted) check_no_alias<T>(function, output.name, output.view, other->name, other->view);
+  }
+  const std::less<const double*> before;
+  const std::span<const double> scales = call.scales(), d_scales = d_terms.d_scales;
+  if (!d_scales.empty() && !scales.empty() && before(d_scales.data(), scales.data() + scales.size()) &&
+      before(scales.data(), d_scales.data() + d_scales.size()))
+    fail<ShapeError>(function, "d_scales", "storage of its own", "an overlap with scales");
+  if (!d_scales.empty() && Index(d_scales.size()) != heads)
+    fail<ShapeError>(function, "d_scales", join("none, or one for each of ", heads, " heads"), d_scales.size());
+  if (given(d_terms.d_lse)) {
+    if (call.combine() == Combine::mean)
+      fail<ValueError>(function, "d_lse", "none for Combine::mean, which has no lse", "a matrix");
+    check_shape<T>(function, "d_lse", d_terms.d_lse, tokens, heads);
+  }
+}
+
+/// Whether out and tape may be those of a forward call with the same arguments.
+template <class T>
+void check_tape(const char* function, const AttentionCall<T>& call, ConstView<T> out, const AttentionTape<T>& tape) {
+  const Index tokens = call.tokens(), heads = call.heads();
+  check_shape<T>(function, "out", out, tokens, heads * call.dv());
   if (tape.tokens() != tokens || tape.heads() != heads || tape.combine() != call.combine())
     fail<ShapeError>(function, "tape",
                      join("the tape of a forward call with ", tokens, " tokens and ", heads, " heads"),
@@ -363,48 +327,6 @@ void check_backward(const char* function, const AttentionCall<T>& call, ConstVie
     for (Index h = 0; h < heads; ++h)
       if (tape.entry_out(h).rows() != Index(call.plan(h).entries.size()) || tape.entry_out(h).cols() != call.dv())
         fail<ShapeError>(function, "tape", "the tape of a forward call with the same plans", "another one");
-
-  struct Output {
-    const char* name;
-    View<T> view;
-    Index rows, cols;
-    bool wanted;
-  };
-  const Output outputs[] = {
-      {"d_q", d_q, tokens, heads * call.d(), true},
-      {"d_k", d_k, keys, call.kv_heads() * call.d(), true},
-      {"d_v", d_v, keys, call.kv_heads() * call.dv(), true},
-      {"d_bias", gradients.d_bias, call.terms().bias.rows(), call.bias_count(), given(gradients.d_bias)},
-      {"d_memory_keys", gradients.d_memory_keys, memory, call.kv_heads() * call.d(), given(gradients.d_memory_keys)},
-      {"d_memory_values", gradients.d_memory_values, memory, call.kv_heads() * call.dv(),
-       given(gradients.d_memory_values)},
-      {"d_relative_keys", gradients.d_relative_keys, call.terms().relative_keys.rows(),
-       call.terms().relative_keys.cols(), given(gradients.d_relative_keys)},
-      {"d_relative_values", gradients.d_relative_values, call.terms().relative_values.rows(),
-       call.terms().relative_values.cols(), given(gradients.d_relative_values)},
-  };
-  for (const Output& output : outputs) {
-    if (!output.wanted) continue;
-    call.check_output(function, output.name, output.view, output.rows, output.cols);
-    check_no_alias<T>(function, output.name, output.view, "out", out);
-    check_no_alias<T>(function, output.name, output.view, "d_out", d_out);
-    check_no_alias<T>(function, output.name, output.view, "d_lse", gradients.d_lse);
-    for (const Output* other = outputs; other != &output; ++other)
-      if (other->wanted) check_no_alias<T>(function, output.name, output.view, other->name, other->view);
-  }
-  const std::less<const double*> before;
-  const std::span<const double> scales = call.scales(), d_scales = gradients.d_scales;
-  if (!d_scales.empty() && !scales.empty() && before(d_scales.data(), scales.data() + scales.size()) &&
-      before(scales.data(), d_scales.data() + d_scales.size()))
-    fail<ShapeError>(function, "d_scales", "storage of its own", "an overlap with scales");
-  if (!gradients.d_scales.empty() && Index(gradients.d_scales.size()) != heads)
-    fail<ShapeError>(function, "d_scales", join("none, or one for each of ", heads, " heads"),
-                     gradients.d_scales.size());
-  if (given(gradients.d_lse)) {
-    if (call.combine() == Combine::mean)
-      fail<ValueError>(function, "d_lse", "none for Combine::mean, which has no lse", "a matrix");
-    check_shape<T>(function, "d_lse", gradients.d_lse, tokens, heads);
-  }
 }
 
 }  // namespace coterie::detail

@@ -1,8 +1,11 @@
 // What attention is asked to do: heads, scale, plans, and the terms added to the plain formula.
 #pragma once
 
+#include <algorithm>
+#include <concepts>
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "coterie/core/matrix.hpp"
@@ -17,13 +20,13 @@ struct AttentionConfig {
   Index kv_heads = 0;  ///< key/value heads; 0: as heads. Divides heads; head h reads kv head h / (heads/kv_heads)
   double scale = 0;    ///< factor of q.k; 0: 1/sqrt(d)
   std::span<const double> scales = {};  ///< one factor per head, instead of `scale`
-  /// bounds scale q.k, relative key included, before a bias is added: cap tanh(scale q.k / cap); 0: no bound
+  /// Bound of scale q.k, relative key included, before a bias is added: cap tanh(scale q.k / cap); 0: none.
   double soft_cap = 0;
   double dropout = 0;  ///< share of the probabilities that become 0, the others growing by 1 / (1 - dropout)
   std::uint64_t dropout_seed = 0;  ///< which ones: a function of seed, step, head, query row and key row alone
   std::uint64_t dropout_step = 0;  ///< to differ from call to call; backward takes forward's
-  double mean_epsilon =
-      0;  ///< Combine::mean: added to the number of entries that the sum of their outputs is divided by
+  /// Combine::mean: added to the number of entries that the sum of their outputs is divided by.
+  double mean_epsilon = 0;
 };
 
 /// One plan for all heads, or one for every key/value head, or one for every head. Refers to the plans, does not own them.
@@ -54,18 +57,36 @@ inline std::uint32_t dropout_bound(const AttentionConfig& config) {
 
 }  // namespace detail
 
+/// A table with an entry for each distance (query position - key position): a column of a bias, a row of relative keys or
+/// values. Distances outside the table take the nearest entry. Converts from a matrix; refers to it, does not own it.
+///
+///     terms.bias = {matrix, -4};  // the first entry is for distance -4
+template <class T>
+struct DistanceTable {
+  ConstView<T> rows = {};  ///< the table; empty: none
+  Index first = 0;         ///< the distance of the first entry
+
+  constexpr DistanceTable() = default;
+  template <class M>
+  requires std::convertible_to<M&&, ConstView<T>>
+  constexpr DistanceTable(M&& table, Index first_distance = 0)  // NOLINT: converts on purpose
+      : rows(std::forward<M>(table)), first(first_distance) {}
+
+  /// The entry for a distance in a table of `count` entries.
+  constexpr Index entry(Index distance, Index count) const { return std::clamp<Index>(distance - first, 0, count - 1); }
+};
+
 /// What is added to the plain formula; every member may be left out.
 template <class T>
 struct AttentionTerms {
-  ConstView<T> bias = {};  ///< (heads or 1) x distances: added to the logit of a pair by its distance; none to memory's
-  /// the distance (query position - key position) of column 0; distances outside take the nearest column
-  Index bias_first = 0;
+  /// (heads or 1) x distances: added to the logit of a pair by its distance; none to memory's.
+  DistanceTable<T> bias = {};
   ConstView<T> memory_keys = {};    ///< memory_tokens x kv_heads*d
   ConstView<T> memory_values = {};  ///< memory_tokens x kv_heads*dv
-  /// distances x (d or heads*d): added to the key of a pair by its distance, none to memory's; d columns are for all heads
-  ConstView<T> relative_keys = {};
-  ConstView<T> relative_values = {};  ///< distances x (dv or heads*dv): added to the value; either may be given alone
-  Index relative_first = 0;           ///< the distance of row 0 of both; distances outside take the nearest row
+  /// distances x (d or heads*d): added to the key of a pair by its distance; none to memory's. d columns are for all heads.
+  DistanceTable<T> relative_keys = {};
+  /// distances x (dv or heads*dv): added to the value. Either may be given alone; both have the same distances.
+  DistanceTable<T> relative_values = {};
 };
 
 /// Gradients of AttentionTerms and of the scales, added to; and the gradient that comes in through lse.

@@ -9,10 +9,31 @@
 #include <span>
 
 #include "coterie/attention/call.hpp"
+#include "coterie/attention/tasks.hpp"
 #include "coterie/kernel/dispatch.hpp"
 
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
+
+/// Partial sums of the gradient of a distance table: `count` rows of `columns` numbers. Without columns: not wanted.
+template <class T>
+struct TableSums {
+  T* rows = nullptr;
+  Index count = 0, columns = 0;
+
+  bool wanted() const { return count > 0 && columns > 0; }
+  T* pointer() const { return wanted() ? rows : nullptr; }
+  void take(Arena& arena) { rows = arena.take<T>(count * columns); }
+  void clear() const { std::fill_n(rows, count * columns, T(0)); }
+
+  /// Rows [begin, end) of a head's `width` columns of the table += those of the sums.
+  void add_to(View<T> table, Index head, Index width, Index begin, Index end) const {
+    if (!wanted()) return;
+    const Index column = AttentionCall<T>::relative_column(table, head, width);
+    for (Index r = begin; r < end; ++r)
+      for (Index c = 0; c < width; ++c) table(r, column + c) += rows[r * columns + c];
+  }
+};
 
 /// The partial sums of one part.
 template <class T>
@@ -21,10 +42,11 @@ struct PartialSums {
   const AttentionPlan::Part* part = nullptr;
   const std::int32_t* keys = nullptr;  // key row of each rank of the group
   std::span<PartialRange> ranges;      // ranks that the part sees
-  Index rows = 0, d = 0, dv = 0, bias_count = 0;
+  Index rows = 0, d = 0, dv = 0;
   bool alone = false;  // adds its rows itself
-  T *d_k = nullptr, *d_v = nullptr, *d_bias = nullptr, *d_scale = nullptr;
-  T *d_relative_keys = nullptr, *d_relative_values = nullptr;  // the task's, for a table is large; or null
+  T *d_k = nullptr, *d_v = nullptr, *d_scale = nullptr;
+  TableSums<T> d_bias;                              // one row
+  TableSums<T> d_relative_keys, d_relative_values;  // the task's, for a table is large
 
   void take_rows(Arena& arena) {
     d_k = arena.take<T>(rows * padded(d));
@@ -34,7 +56,7 @@ struct PartialSums {
   void clear() const {
     std::fill_n(d_k, rows * padded(d), T(0));
     std::fill_n(d_v, rows * padded(dv), T(0));
-    std::fill_n(d_bias, bias_count, T(0));
+    d_bias.clear();
     *d_scale = 0;
   }
 
@@ -44,10 +66,10 @@ struct PartialSums {
     g.range_count = Index(ranges.size());
     g.d_k = d_k;
     g.d_v = d_v;
-    g.d_bias = bias_count > 0 ? d_bias : nullptr;
+    g.d_bias = d_bias.pointer();
     g.d_scale = d_scale;
-    g.d_relative_keys = d_relative_keys;
-    g.d_relative_values = d_relative_values;
+    g.d_relative_keys = d_relative_keys.pointer();
+    g.d_relative_values = d_relative_values.pointer();
     return g;
   }
 
@@ -72,21 +94,19 @@ struct PartialSums {
   }
 };
 
-/// A few consecutive tasks with their partial sums. How tasks are cut into waves changes no bit.
+/// Tasks whose partial sums are in memory together: a few consecutive ones. How tasks are cut into waves changes no bit.
 template <class T>
 class Wave {
  public:
-  /// Takes tasks from `begin` on until memory for their sums reaches a limit; at least one for every worker.
-  Wave(const AttentionCall<T>& call, const HeadTasks& tasks, Index begin, const AttentionTermGradients<T>& gradients,
-       Index workers, Arena& arena)
-      : relative_count_(call.relative_count()),
-        key_columns_(given(gradients.d_relative_keys) ? padded(call.d()) : 0),
-        value_columns_(given(gradients.d_relative_values) ? padded(call.dv()) : 0) {
+  /// Takes tasks from `begin` on until memory for their sums reaches a limit; at least one for every worker. Refers to the
+  /// call, the gradients and the kernel.
+  Wave(const AttentionCall<T>& call, const AttentionGradients<T>& gradients, const KernelTable<T>& kernel,
+       const HeadTasks& tasks, Index begin, Index workers, Arena& arena)
+      : call_(call), gradients_(gradients), kernel_(kernel) {
     constexpr Index limit = Index(4) << 20;  // numbers
-    const Index most = std::min(tasks.count() - begin, 8 * workers);
+    const Index most = (std::min)(tasks.count() - begin, 8 * workers);
     task_begin_ = arena.take<Index>(most + 1);
-    tables_ = arena.take<T*>(most);
-    const Index table_size = relative_count_ * (key_columns_ + value_columns_);
+    tables_ = arena.take<Tables>(most);
     Index part_count = 0;
     for (Index i = 0; i < most; ++i) {
       const auto [head, task] = tasks[begin + i];
@@ -98,8 +118,9 @@ class Wave {
       task_begin_[tasks_] = parts;
       const auto [head, task] = tasks[begin + tasks_];
       const AttentionPlan& plan = call.plan(head);
-      T* const tables = tables_[tasks_] = arena.take<T>(table_size);
-      numbers += table_size;
+      Tables& tables = *new (tables_ + tasks_) Tables;
+      take_tables(tables, arena);
+      numbers += tables.keys.count * tables.keys.columns + tables.values.count * tables.values.columns;
       for (Index p = 0; p < parts_of(plan, task); ++p) {
         PartialSums<T>& sums = *new (parts_ + parts++) PartialSums<T>;
         sums.head = head;
@@ -109,16 +130,17 @@ class Wave {
         find_ranges(plan, sums, arena);
         sums.d = call.d();
         sums.dv = call.dv();
-        sums.bias_count = given(gradients.d_bias) ? call.bias_count() : 0;
         sums.alone = sums.part->alone && call.heads() == call.kv_heads();
         if (!sums.alone) {
           sums.take_rows(arena);
           numbers += sums.rows * (padded(sums.d) + padded(sums.dv));
         }
-        sums.d_bias = arena.take<T>(sums.bias_count);
+        sums.d_bias.count = 1;
+        sums.d_bias.columns = given(gradients.terms.d_bias) ? call.bias_count() : 0;
+        sums.d_bias.take(arena);
         sums.d_scale = arena.take<T>(1);
-        if (key_columns_ > 0) sums.d_relative_keys = tables;
-        if (value_columns_ > 0) sums.d_relative_values = tables + relative_count_ * key_columns_;
+        sums.d_relative_keys = tables.keys;
+        sums.d_relative_values = tables.values;
       }
     }
     task_begin_[tasks_] = parts;
@@ -132,59 +154,72 @@ class Wave {
 
   /// Before a task's first part.
   void clear_tables(Index task) const {
-    std::fill_n(tables_[task], relative_count_ * (key_columns_ + value_columns_), T(0));
+    tables_[task].keys.clear();
+    tables_[task].values.clear();
   }
 
   /// d_k, d_v and the terms' gradients += the wave's partial sums, part after part.
-  void add(const AttentionCall<T>& call, View<T> d_k, View<T> d_v, const AttentionTermGradients<T>& gradients,
-           const KernelTable<T>& kernel, Context& context) const {
+  void add(Context& context) const {
+    const std::span<const PartialSums<T>> parts(parts_, std::size_t(task_begin_[tasks_]));
+    const AttentionTermGradients<T>& d_terms = gradients_.terms;
     bool shared = false;
-    for (const PartialSums<T>* sums = parts_; sums != parts_ + task_begin_[tasks_]; ++sums) shared |= !sums->alone;
+    for (const PartialSums<T>& sums : parts) shared |= !sums.alone;
     // A task adds all parts to its own rows: ranges of a size that depends on the problem alone.
-    const Index tokens = call.key_tokens(), range = std::max<Index>(256, (tokens + 63) / 64);
+    const Index tokens = call_.key_tokens(), range = (std::max)(Index(256), (tokens + 63) / 64);
     const Index ranges = (tokens + range - 1) / range;
     if (shared)
       context.for_each(ranges + 1, [&](Index i, Index) {
-        const Index begin = std::min(i * range, tokens);
-        const Index end = i < ranges ? std::min(begin + range, tokens) : tokens + call.memory_tokens();
-        for (const PartialSums<T>* sums = parts_; sums != parts_ + task_begin_[tasks_]; ++sums)
-          if (!sums->alone) add_rows(call, *sums, begin, end, d_k, d_v, gradients, kernel);
+        const Index begin = (std::min)(i * range, tokens);
+        const Index end = i < ranges ? (std::min)(begin + range, tokens) : call_.key_rows();
+        for (const PartialSums<T>& sums : parts)
+          if (!sums.alone) add_rows(sums, begin, end);
       });
-    for (const PartialSums<T>* sums = parts_; sums != parts_ + task_begin_[tasks_]; ++sums) {
-      for (Index c = 0; c < sums->bias_count; ++c) gradients.d_bias(call.bias_row(sums->head), c) += sums->d_bias[c];
-      if (!gradients.d_scales.empty()) gradients.d_scales[std::size_t(sums->head)] += double(*sums->d_scale);
+    for (const PartialSums<T>& sums : parts) {
+      for (Index c = 0; c < sums.d_bias.columns; ++c)
+        d_terms.d_bias(call_.bias_row(sums.head), c) += sums.d_bias.rows[c];
+      if (!d_terms.d_scales.empty()) d_terms.d_scales[std::size_t(sums.head)] += double(*sums.d_scale);
     }
-    if (key_columns_ + value_columns_ == 0) return;
+    if (!given(d_terms.d_relative_keys) && !given(d_terms.d_relative_values)) return;
     // A piece of the tables' rows adds all tasks.
-    context.for_chunks(relative_count_, 16, [&](Index begin, Index end, Index) {
+    context.for_chunks(call_.relative_count(), 16, [&](Index begin, Index end, Index) {
       for (Index task = 0; task < tasks_; ++task) {
         const Index head = parts_[task_begin_[task]].head;
-        const T* const values = tables_[task] + relative_count_ * key_columns_;
-        add_table(tables_[task], key_columns_, begin, end, head, call.d(), gradients.d_relative_keys);
-        add_table(values, value_columns_, begin, end, head, call.dv(), gradients.d_relative_values);
+        tables_[task].keys.add_to(d_terms.d_relative_keys, head, call_.d(), begin, end);
+        tables_[task].values.add_to(d_terms.d_relative_values, head, call_.dv(), begin, end);
       }
     });
   }
 
-  /// Adds a part's sums to keys [begin, end), which are all tokens or all memory.
-  static void add_rows(const AttentionCall<T>& call, const PartialSums<T>& sums, Index begin, Index end, View<T> d_k,
-                       View<T> d_v, const AttentionTermGradients<T>& gradients, const KernelTable<T>& kernel) {
-    const bool memory = begin >= call.key_tokens();
-    const Index head = call.kv_head(sums.head), d = call.d(), dv = call.dv();
-    const View<T> keys = memory ? gradients.d_memory_keys : d_k, values = memory ? gradients.d_memory_values : d_v;
-    if (begin == end) return;
-    const Index tokens = call.key_tokens();
-    if (given(keys)) sums.add_keys(kernel, sums.d_k, begin, end, tokens, keys.columns(head * d, d));
-    if (given(values)) sums.add_keys(kernel, sums.d_v, begin, end, tokens, values.columns(head * dv, dv));
+  /// Adds the sums of a part that is alone to all of its keys.
+  void add_rows(const PartialSums<T>& sums) const {
+    add_rows(sums, 0, call_.key_tokens());
+    add_rows(sums, call_.key_tokens(), call_.key_rows());
   }
 
  private:
-  /// Rows [begin, end) of a head's table += those of `from`, of `columns` numbers; 0 columns: not wanted.
-  static void add_table(const T* from, Index columns, Index begin, Index end, Index head, Index width, View<T> table) {
-    if (columns == 0) return;
-    const Index column = AttentionCall<T>::relative_column(table, head, width);
-    for (Index r = begin; r < end; ++r)
-      for (Index c = 0; c < width; ++c) table(r, column + c) += from[r * columns + c];
+  /// A task's sums of the tables of relative keys and values.
+  struct Tables {
+    TableSums<T> keys, values;
+  };
+
+  void take_tables(Tables& tables, Arena& arena) const {
+    const AttentionTermGradients<T>& d_terms = gradients_.terms;
+    tables.keys.count = tables.values.count = call_.relative_count();
+    tables.keys.columns = given(d_terms.d_relative_keys) ? padded(call_.d()) : 0;
+    tables.values.columns = given(d_terms.d_relative_values) ? padded(call_.dv()) : 0;
+    tables.keys.take(arena);
+    tables.values.take(arena);
+  }
+
+  /// Adds a part's sums to keys [begin, end), which are all tokens or all memory.
+  void add_rows(const PartialSums<T>& sums, Index begin, Index end) const {
+    if (begin == end) return;
+    const Index tokens = call_.key_tokens(), head = call_.kv_head(sums.head), d = call_.d(), dv = call_.dv();
+    const bool memory = begin >= tokens;
+    const View<T> keys = memory ? gradients_.terms.d_memory_keys : gradients_.d_k;
+    const View<T> values = memory ? gradients_.terms.d_memory_values : gradients_.d_v;
+    if (given(keys)) sums.add_keys(kernel_, sums.d_k, begin, end, tokens, keys.columns(head * d, d));
+    if (given(values)) sums.add_keys(kernel_, sums.d_v, begin, end, tokens, values.columns(head * dv, dv));
   }
 
   static Index parts_of(const AttentionPlan& plan, Index task) {
@@ -209,7 +244,7 @@ class Wave {
         const PartialRange range{seen.begin, seen.end, 0};
         // Mostly the entry sees what its neighbour sees, and a little more.
         if (count > 0 && range.begin >= ranges[count - 1].begin && meets(ranges[count - 1], range)) {
-          ranges[count - 1].end = std::max(ranges[count - 1].end, range.end);
+          ranges[count - 1].end = (std::max)(ranges[count - 1].end, range.end);
         } else {
           ascending = ascending && (count == 0 || range.begin > ranges[count - 1].end);
           ranges[count++] = range;
@@ -221,7 +256,7 @@ class Wave {
       Index merged = 0;
       for (Index i = 1; i < count; ++i) {
         if (meets(ranges[merged], ranges[i]))
-          ranges[merged].end = std::max(ranges[merged].end, ranges[i].end);
+          ranges[merged].end = (std::max)(ranges[merged].end, ranges[i].end);
         else
           ranges[++merged] = ranges[i];
       }
@@ -234,9 +269,11 @@ class Wave {
     sums.ranges = {ranges, std::size_t(count)};
   }
 
+  const AttentionCall<T>& call_;
+  const AttentionGradients<T>& gradients_;
+  const KernelTable<T>& kernel_;
   Index tasks_ = 0;
-  Index relative_count_, key_columns_, value_columns_;  // of the tables' sums; no columns: not wanted
-  T** tables_ = nullptr;                                // per task
+  Tables* tables_ = nullptr;  // per task
   Index* task_begin_ = nullptr;
   PartialSums<T>* parts_ = nullptr;
 };

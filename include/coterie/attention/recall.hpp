@@ -80,7 +80,7 @@ AttentionRecall attention_recall(const Plans& plans, const Plans& full, ConstVie
       for (Index key = 0; key < key_rows; ++key)
         if (s.sees[std::size_t(key)]) {
           s.logits[std::size_t(key)] = wider.logit(h, row, key);
-          most = std::max(most, s.logits[std::size_t(key)]);
+          most = (std::max)(most, s.logits[std::size_t(key)]);
         }
       double sum = 0, kept = 0;
       bool sees_any = false;

@@ -29,10 +29,12 @@ class FileError : public std::runtime_error {
 
 namespace detail {
 
+/// The parts as one text, the same in every locale. Throws where memory ends: never returns a part of the text.
 template <class... Parts>
 std::string join(const Parts&... parts) {
   std::ostringstream text;
-  text.imbue(std::locale::classic());  // no grouping of digits, whatever the program has set
+  text.exceptions(std::ios::badbit | std::ios::failbit);  // rethrows std::bad_alloc, which a stream swallows otherwise
+  text.imbue(std::locale::classic());                     // no grouping of digits, whatever the program has set
   (text << ... << parts);
   return text.str();
 }

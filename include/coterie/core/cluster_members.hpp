@@ -10,17 +10,15 @@
 
 namespace coterie {
 
-/// The rows of every (sequence, cluster), as a router's members and as a plan builder reads them. Flat lists, kept from
+/// The rows of every (sequence, cluster), as a router writes them and a plan builder reads them. Flat lists, kept from
 /// call to call: nothing allocates once they have grown.
 struct ClusterMembers {
-  Index tokens = 0;     ///< rows that there are, members or not
+  Index tokens = 0;     ///< all rows, members or not
   Index clusters = 0;   ///< of each sequence
   Index sequences = 1;  ///< of a ragged batch
-  std::vector<std::int32_t> begin =
-      {};  ///< sequences * clusters + 1: where a slice of `rows` begins, sequence by sequence
+  /// Where a slice of `rows` begins, sequence by sequence: sequences * clusters + 1 numbers.
+  std::vector<std::int32_t> begin = {};
   std::vector<std::int32_t> rows = {};  ///< ascending inside a slice, without repetition
-
-  std::vector<std::int32_t> scratch = {};  ///< of those who write it; no meaning
 
   /// The members of a cluster in a sequence.
   std::span<const std::int32_t> of(Index cluster, Index sequence = 0) const {
@@ -35,15 +33,14 @@ struct MembershipCoverage {
   Index in_none = 0, in_one = 0, in_several = 0;
 };
 
-/// How the tokens are covered: those in no cluster get no output from routed attention.
-/// Allocates: only where members.scratch has to grow. Cost: linear in tokens and memberships.
-inline MembershipCoverage coverage(ClusterMembers& members) {
-  std::vector<std::int32_t>& count = members.scratch;
-  count.assign(static_cast<std::size_t>(members.tokens), 0);
+/// Counts how the tokens are covered: those in no cluster get no output from routed attention.
+/// Allocates: a count for each token.
+/// Cost: linear in tokens and memberships.
+inline MembershipCoverage coverage(const ClusterMembers& members) {
+  std::vector<std::int32_t> count(static_cast<std::size_t>(members.tokens), 0);
   for (const std::int32_t row : members.rows) ++count[static_cast<std::size_t>(row)];
   MembershipCoverage result;
-  for (const std::int32_t clusters : count)
-    ++(clusters == 0 ? result.in_none : clusters == 1 ? result.in_one : result.in_several);
+  for (const std::int32_t n : count) ++(n == 0 ? result.in_none : n == 1 ? result.in_one : result.in_several);
   return result;
 }
 

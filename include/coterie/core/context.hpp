@@ -56,7 +56,7 @@ class Context {
   template <class F>
   void for_chunks(Index count, Index size, F&& f) {
     for_each((count + size - 1) / size,
-             [&](Index task, Index worker) { f(task * size, std::min(count, (task + 1) * size), worker); });
+             [&](Index task, Index worker) { f(task * size, (std::min)(count, (task + 1) * size), worker); });
   }
 
  private:

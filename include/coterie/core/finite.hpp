@@ -15,7 +15,7 @@ template <class T>
 bool finite_row(const T* x, Index d) {
   using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
   constexpr int digits = sizeof(T) == 4 ? 23 : 52;  // of the fraction
-  constexpr Bits exponent = std::numeric_limits<Bits>::max() >> 1 >> digits << digits;
+  constexpr Bits exponent = (std::numeric_limits<Bits>::max)() >> 1 >> digits << digits;
   // One more carries into the sign bit where the exponent is all ones, and nowhere else.
   Bits carried = 0;
   for (Index j = 0; j < d; ++j) carried |= (std::bit_cast<Bits>(x[j]) & exponent) + (Bits(1) << digits);

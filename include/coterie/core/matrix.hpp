@@ -80,7 +80,9 @@ class ConstView {
   constexpr const T& operator()(Index i, Index j) const { return data_[i * stride_ + j]; }
 
   /// `count` columns from `first` on.
-  constexpr ConstView columns(Index first, Index count) const { return {data_ + first, rows_, count, stride_}; }
+  constexpr ConstView columns(Index first, Index count) const {
+    return {data_ == nullptr ? data_ : data_ + first, rows_, count, stride_};  // a view without rows may have no data
+  }
   /// `count` rows from `first` on.
   constexpr ConstView rows(Index first, Index count) const { return {data_ + first * stride_, count, cols_, stride_}; }
 
@@ -117,7 +119,9 @@ class View {
   constexpr Index stride() const { return stride_; }
   constexpr T* row(Index i) const { return data_ + i * stride_; }
   constexpr T& operator()(Index i, Index j) const { return data_[i * stride_ + j]; }
-  constexpr View columns(Index first, Index count) const { return {data_ + first, rows_, count, stride_}; }
+  constexpr View columns(Index first, Index count) const {
+    return {data_ == nullptr ? data_ : data_ + first, rows_, count, stride_};
+  }
   constexpr View rows(Index first, Index count) const { return {data_ + first * stride_, count, cols_, stride_}; }
 
   /// Sets every element.

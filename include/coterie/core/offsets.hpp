@@ -31,7 +31,7 @@ inline RowRange sequence_rows(std::span<const Index> offsets, Index rows, Index 
 /// Collects the faults of one offsets argument; true if it can be used.
 inline bool check_offsets(Faults& faults, const char* argument, std::span<const Index> offsets, Index rows) {
   std::string got;
-  if (offsets.size() > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max())) got = "too many";
+  if (offsets.size() > static_cast<std::size_t>((std::numeric_limits<std::int32_t>::max)())) got = "too many";
   for (std::size_t i = 0; i < offsets.size() && got.empty(); ++i)
     if (i == 0 ? offsets[0] != 0 : offsets[i] < offsets[i - 1]) got = join(offsets[i], " at ", i);
   if (got.empty() && offsets.back() != rows) got = join(offsets.back(), " at the end");

@@ -35,7 +35,7 @@ template <class T, class F>
 void sum_over_rows(Index rows, Index size, T* sum, Context& context, F&& f) {
   Arena& arena = context.workspace().shared();
   Arena::Scope scope(arena);
-  const Index chunk = std::max(Index(512), (rows + 63) / 64), partials = (rows + chunk - 1) / chunk;
+  const Index chunk = (std::max)(Index(512), (rows + 63) / 64), partials = (rows + chunk - 1) / chunk;
   T* const all = arena.take<T>(partials * size);
   context.for_chunks(rows, chunk, [&](Index first, Index last, Index) {
     T* const partial = all + first / chunk * size;

@@ -58,9 +58,9 @@ inline double random_normal(std::uint64_t seed, std::uint64_t stream, std::uint6
 /// `count` of [0, all), ascending, each set equally likely.
 inline std::vector<Index> draw_rows(Index all, Index count, std::uint64_t seed) {
   std::vector<Index> rows;
-  rows.reserve(static_cast<std::size_t>(std::min(count, all)));
+  rows.reserve(static_cast<std::size_t>((std::min)(count, all)));
   // Knuth's algorithm S: row i is taken with probability (still wanted) / (still there).
-  for (Index i = 0, wanted = std::min(count, all); wanted > 0; ++i)
+  for (Index i = 0, wanted = (std::min)(count, all); wanted > 0; ++i)
     if (random_below(all - i, seed, 0, static_cast<std::uint64_t>(i)) < wanted) {
       rows.push_back(i);
       --wanted;

@@ -6,6 +6,7 @@
 #include <memory>
 #include <new>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "coterie/core/matrix.hpp"
@@ -23,6 +24,16 @@ class Arena {
   Arena() = default;
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
+  /// What was taken moves with its arena and stays where it is in memory; the other arena is empty afterwards.
+  Arena(Arena&& other) noexcept { *this = std::move(other); }
+  Arena& operator=(Arena&& other) noexcept {
+    if (this == &other) return *this;
+    blocks_ = std::move(other.blocks_);
+    other.blocks_.clear();
+    block_ = std::exchange(other.block_, std::size_t(0));
+    used_ = std::exchange(other.used_, std::size_t(0));
+    return *this;
+  }
 
   /// Room for `count` values, uninitialised, aligned to 64 bytes. Allocates only when the arena has to grow.
   template <class T>
@@ -43,6 +54,15 @@ class Arena {
     std::size_t sum = 0;
     for (const Block& block : blocks_) sum += block.size;
     return sum;
+  }
+
+  /// Gives back all that was taken.
+  void clear() { rewind(0, 0); }
+
+  /// Bytes that `count` values take.
+  template <class T>
+  static constexpr std::size_t bytes_for(Index count) {
+    return (static_cast<std::size_t>(count) * sizeof(T) + alignment - 1) / alignment * alignment;
   }
 
   /// Makes an arena of which nothing is taken hold at least `size` bytes.

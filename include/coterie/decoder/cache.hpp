@@ -1,191 +1,305 @@
-// Keys and values that a decoder keeps, as far as a later token can see them, and plans over them.
+// The cache of one block of heads: rows of keys and values that a later token can see, numbered in pages and lists.
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <utility>
 #include <vector>
 
-#include "coterie/kernel/arguments.hpp"
-#include "coterie/layer/initialise.hpp"
-#include "coterie/plan/plan.hpp"
+#include "coterie/core/matrix.hpp"
 
-namespace coterie {
+namespace coterie::detail {
 
-/// Settings of a Decoder; designated initialisers in this order.
-struct DecoderConfig {
-  Index sequences = 1;     ///< that are decoded side by side, each at its own position; at least 1
-  Index max_rollback = 0;  ///< tokens of a sequence that rollback() may take back at a time
-  Index reserve = 0;       ///< memory for so many tokens of every sequence is allocated at once; more comes as needed
+/// What a cache has to hold.
+struct CacheShape {
+  Index sequences = 1;
+  Index units = 1;      ///< heads that share a plan: each unit has lists, and columns of the rows, of its own
+  Index unit_cols = 0;  ///< columns of a unit, in keys and in values
+  Index lists = 1;      ///< lists of a unit and sequence: one for each cluster
+  Index capacity = 0;   ///< keys that a list keeps, the last ones; 0: all
+  Index beginning = 0;  ///< first keys of a sequence that are kept for good, in a list of their own
+  Index globals = 0;    ///< first keys of a sequence that lists count apart
 };
 
-namespace detail {
-
-/// The keys of one cluster of one sequence, by ordinal: the first one is 0, whether it is kept or not. Memory comes in pages of a
-/// few rows of the cache, when it is first needed.
+/// The keys of one cluster of one sequence, by ordinal: the first one is 0, whether it is still kept or not.
 struct CacheList {
-  Index end = 0;      ///< keys so far
-  Index globals = 0;  ///< those of them that are global tokens: the first ones
-  std::vector<std::int32_t> pages;
+  Index end = 0;                    ///< keys so far
+  Index globals = 0;                ///< those of them that are global tokens: the first ones
+  std::vector<std::int32_t> pages;  ///< pages of rows, in the order of the ordinals; more than `end` needs do no harm
 };
 
-/// The lists of heads that share a plan: all local heads, all dense ones, or the query heads of a routed key/value head.
+/// The key of the token at `position` of a sequence, and the list of a unit that it belongs to.
+struct CacheEntry {
+  Index unit = 0, sequence = 0, list = 0, position = 0;
+};
+
+/// Keys that a list of which the last `window` are seen keeps, so that `rollback` of them may be taken back; 0: all.
+/// Sequences end at 2^31 - 1 tokens.
+constexpr Index cache_capacity(Index window, Index rollback) {
+  constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
+  return window > 0 && rollback < most && window <= most - rollback ? window + rollback : 0;
+}
+
+/// Keys and values of a block of heads, in rows of one matrix each.
 ///
-/// Cache rows are numbered from 0 on and the units of a group use their own columns of them, each in its own order.
+/// Rows are numbered from 0 on, and every unit numbers its own columns of them. A list gets its rows in pages, when it
+/// first needs them, and keeps the last `capacity` keys as a ring.
+/// Only make_room, make_room_to_copy and reserve allocate. Where they throw, the keys of all lists are as they were;
+/// the other functions do not throw.
+template <class T>
 class HeadCache {
  public:
   /// Rows of a page.
   static constexpr Index page_rows = 16;
+  static constexpr Index pages_for(Index rows) { return rows / page_rows + (rows % page_rows > 0 ? 1 : 0); }
 
-  Index first_col = 0, cols = 0;        ///< of the cache's rows
-  std::vector<CacheList> lists;         ///< per sequence: one for each cluster
-  std::vector<CacheList> beginning;     ///< per sequence: its first keys, which stay
-  std::vector<std::int32_t> places;     ///< per cache row: the place of its key in the sequence
-  std::vector<std::int32_t> distances;  ///< StepPositions::listed: of the current step's keys, in the order of the plan
-
-  /// The row of a key. Capacity: keys that a list keeps, the last ones; 0: all.
-  static Index row(const CacheList& list, Index ordinal, Index capacity) {
-    const Index slot = capacity > 0 ? ordinal % capacity : ordinal;
-    return list.pages[static_cast<std::size_t>(slot / page_rows)] * page_rows + slot % page_rows;
+  HeadCache() = default;
+  explicit HeadCache(const CacheShape& shape) : shape_(shape) {
+    const Index cols = shape.units * shape.unit_cols;
+    for (RowMatrix<T>* rows : {&keys_, &values_}) rows->resize(0, cols);
+    units_.resize(static_cast<std::size_t>(shape.units));
+    for (Unit& unit : units_) {
+      unit.lists.resize(static_cast<std::size_t>(shape.sequences * shape.lists));
+      if (shape.beginning > 0) unit.beginning.resize(static_cast<std::size_t>(shape.sequences));
+    }
+    if (shape.capacity == 0) return;
+    for (RowMatrix<T>* rows : {&lost_keys_, &lost_values_}) rows->resize(shape.sequences, cols);
+    for (Unit& unit : units_) unit.lost_positions.resize(static_cast<std::size_t>(shape.sequences));
+    const double lists = static_cast<double>(shape.lists) * static_cast<double>(pages_for(shape.capacity));
+    const double pages =
+        static_cast<double>(shape.sequences) * (lists + static_cast<double>(pages_for(shape.beginning)));
+    if (pages * page_rows < static_cast<double>(most_rows_)) most_rows_ = static_cast<Index>(pages) * page_rows;
   }
 
-  /// The row for the next key of a list. There are pages() afterwards.
-  Index append(CacheList& list, Index capacity) {
-    const Index slot = capacity > 0 ? list.end % capacity : list.end;
-    if (static_cast<std::size_t>(slot / page_rows) >= list.pages.size()) list.pages.push_back(take_page());
-    return row(list, list.end++, capacity);
+  const CacheShape& shape() const { return shape_; }
+  /// Rows that there is memory for.
+  Index rows() const { return rows_; }
+  /// Keys and values, rows() x units * unit_cols.
+  ConstView<T> keys() const { return view(keys_).rows(0, rows_); }
+  ConstView<T> values() const { return view(values_).rows(0, rows_); }
+  /// Per row of a unit the position of its key.
+  std::span<const std::int32_t> positions(Index unit) const { return unit_at(unit).positions; }
+
+  const CacheList& list(Index unit, Index sequence, Index number) const {
+    return unit_at(unit).lists[static_cast<std::size_t>(sequence * shape_.lists + number)];
+  }
+  /// The row of a key of a list, by ordinal.
+  Index row(const CacheList& list, Index ordinal) const { return row_in(list, ordinal, shape_.capacity); }
+  /// The row of the first keys of a sequence, by position.
+  Index beginning_row(Index unit, Index sequence, Index position) const {
+    return row_in(unit_at(unit).beginning[static_cast<std::size_t>(sequence)], position, 0);
   }
 
-  /// A page for a list.
-  std::int32_t take_page() {
-    if (free_.empty()) return pages_++;
-    const std::int32_t page = free_.back();
-    free_.pop_back();
-    return page;
+  /// Memory for one key more.
+  void make_room(const CacheEntry& at) {
+    Unit& unit = unit_at(at.unit);
+    CacheList& list = list_at(at);
+    need_pages(unit, list, slot(list.end, shape_.capacity) / page_rows + 1);
+    if (at.position >= shape_.beginning) return;
+    CacheList& beginning = unit.beginning[static_cast<std::size_t>(at.sequence)];
+    need_pages(unit, beginning, beginning.end / page_rows + 1);
   }
 
-  /// Empties a list and gives its pages back.
-  void clear(CacheList& list) {
-    free_.insert(free_.end(), list.pages.begin(), list.pages.end());
-    list.pages.clear();
-    list.end = list.globals = 0;
+  /// Enters a key, for which make_room has been called. Key and value: rows of all units.
+  void append(const CacheEntry& at, const T* key, const T* value) noexcept {
+    Unit& unit = unit_at(at.unit);
+    CacheList& list = list_at(at);
+    if (at.position < shape_.globals) ++list.globals;
+    const Index to = row_in(list, list.end, shape_.capacity);
+    if (shape_.capacity > 0 && list.end >= shape_.capacity) {
+      copy_key(at.unit, keys_, to, lost_keys_, at.sequence);
+      copy_key(at.unit, values_, to, lost_values_, at.sequence);
+      unit.lost_positions[static_cast<std::size_t>(at.sequence)] = unit.positions[static_cast<std::size_t>(to)];
+    }
+    write(at, to, key, value);
+    ++list.end;
+    if (at.position >= shape_.beginning) return;
+    CacheList& beginning = unit.beginning[static_cast<std::size_t>(at.sequence)];
+    write(at, row_in(beginning, beginning.end++, 0), key, value);
   }
 
-  /// Pages that lists have had, whether they are free again or not.
-  Index pages() const { return pages_; }
+  /// Takes the last key of a list back. The one that it has displaced stays lost, which is what `capacity` leaves room
+  /// for.
+  void take_back(const CacheEntry& at) noexcept {
+    CacheList& list = list_at(at);
+    --list.end;
+    if (at.position < shape_.globals) --list.globals;
+    if (at.position < shape_.beginning) --unit_at(at.unit).beginning[static_cast<std::size_t>(at.sequence)].end;
+  }
 
-  /// Makes room for so many pages of each list, of the beginning and of all together, and so many keys of a step.
-  void reserve(Index list_pages, Index beginning_pages, Index all_pages, Index keys) {
-    for (CacheList& list : lists) list.pages.reserve(static_cast<std::size_t>(list_pages));
-    for (CacheList& list : beginning) list.pages.reserve(static_cast<std::size_t>(beginning_pages));
-    free_.reserve(static_cast<std::size_t>(all_pages));
-    distances.reserve(static_cast<std::size_t>(keys));
+  /// Undoes the last append to a unit and sequence: what it has displaced is back.
+  void undo_append(const CacheEntry& at) noexcept {
+    take_back(at);
+    Unit& unit = unit_at(at.unit);
+    const CacheList& list = list_at(at);
+    if (shape_.capacity == 0 || list.end < shape_.capacity) return;
+    const Index to = row_in(list, list.end, shape_.capacity);
+    copy_key(at.unit, lost_keys_, at.sequence, keys_, to);
+    copy_key(at.unit, lost_values_, at.sequence, values_, to);
+    unit.positions[static_cast<std::size_t>(to)] = unit.lost_positions[static_cast<std::size_t>(at.sequence)];
+  }
+
+  /// Empties the lists of a sequence; their pages go to whoever needs some next.
+  void clear(Index sequence) noexcept {
+    for (Unit& unit : units_)
+      each_list(unit, sequence, [&](CacheList& list) {
+        give_back(unit, list, 0);
+        list.end = list.globals = 0;
+      });
+  }
+
+  /// Memory for copy(from, to); `to` keeps its keys.
+  void make_room_to_copy(Index from, Index to) {
+    for (Unit& unit : units_)
+      each_pair(unit, from, to,
+                [&](const CacheList& source, CacheList& target) { need_pages(unit, target, pages_of(source)); });
+  }
+
+  /// Makes sequence `to` what `from` is, slot by slot; make_room_to_copy has been called.
+  void copy(Index from, Index to) noexcept {
+    for (std::size_t u = 0; u < units_.size(); ++u) {
+      Unit& unit = units_[u];
+      each_pair(unit, from, to, [&](const CacheList& source, CacheList& target) {
+        const std::size_t pages = static_cast<std::size_t>(pages_of(source));
+        for (std::size_t p = 0; p < pages; ++p) copy_page(static_cast<Index>(u), source.pages[p], target.pages[p]);
+        give_back(unit, target, pages);
+        target.end = source.end;
+        target.globals = source.globals;
+      });
+    }
+  }
+
+  /// Memory for `tokens` tokens of every sequence, of which `rollback` may be taken back at a time.
+  void reserve(Index tokens, Index rollback) {
+    const Index list_pages = pages_for(shape_.capacity > 0 ? (std::min)(tokens, shape_.capacity) : tokens);
+    // Lists keep the pages of tokens that were taken back.
+    const Index taken_back = shape_.lists * pages_for(std::min(tokens, rollback));
+    const Index lists = (std::min)(shape_.lists * list_pages, shape_.lists + pages_for(tokens) + taken_back);
+    const Index beginning = pages_for(std::min(tokens, shape_.beginning));
+    const Index all = shape_.sequences * (lists + beginning);
+    for (Unit& unit : units_) {
+      for (CacheList& list : unit.lists) list.pages.reserve(static_cast<std::size_t>(list_pages));
+      for (CacheList& list : unit.beginning) list.pages.reserve(static_cast<std::size_t>(beginning));
+      unit.free.resize(static_cast<std::size_t>(all));
+    }
+    need_rows(all * page_rows);
   }
 
   std::size_t bytes() const {
-    std::size_t sum = (free_.capacity() + places.capacity() + distances.capacity()) * sizeof(std::int32_t);
-    for (const std::vector<CacheList>* some : {&lists, &beginning})
-      for (const CacheList& list : *some) sum += sizeof(CacheList) + list.pages.capacity() * sizeof(std::int32_t);
+    const Index numbers = keys_.size() + values_.size() + lost_keys_.size() + lost_values_.size();
+    std::size_t sum = static_cast<std::size_t>(numbers) * sizeof(T);
+    for (const Unit& unit : units_) {
+      sum += (unit.free.capacity() + unit.positions.capacity() + unit.lost_positions.capacity()) * sizeof(std::int32_t);
+      for (const std::vector<CacheList>* lists : {&unit.lists, &unit.beginning})
+        for (const CacheList& list : *lists) sum += sizeof(CacheList) + list.pages.capacity() * sizeof(std::int32_t);
+    }
     return sum;
   }
 
  private:
-  std::int32_t pages_ = 0;
-  std::vector<std::int32_t> free_;
-};
+  struct Unit {
+    std::vector<CacheList> lists;              // per sequence: one for each cluster
+    std::vector<CacheList> beginning;          // per sequence
+    std::vector<std::int32_t> positions;       // per row
+    std::vector<std::int32_t> lost_positions;  // per sequence: of the key that the last append has displaced
+    std::vector<std::int32_t> free;            // the first free_count are free pages; room for all pages
+    std::size_t free_count = 0;
+    std::int32_t pages = 0;  // pages that lists have had, whether they are free again or not
+  };
 
-/// What a step's plan says of positions.
-enum class StepPositions {
-  none,    ///< nothing
-  places,  ///< places in the sequence
-  listed,  ///< that the i-th key is i behind the query, whatever its distance: of tables made for the step
-};
-
-/// Writes the plan of a step: entries row by row, each a group of its own.
-///
-/// A row's bits depend on the blocks of its group's key list, which are cut at multiples of key_block. The list of an entry
-/// is therefore as long in front of its keys as forward's is, up to whole blocks: of keys that it does not see.
-class StepPlan {
- public:
-  StepPlan(HeadCache& unit, AttentionPlan& plan, StepPositions positions)
-      : unit_(unit), plan_(plan), positions_(positions) {
-    for (auto* list : {&plan.entries, &plan.keys, &plan.row_entries, &plan.query_positions}) list->clear();
-    plan.row_begin.assign(1, 0);
-    plan.task_begin.assign(1, 0);
-    plan.groups.clear();
-    plan.visible.clear();
-    plan.visible_too.clear();
-    plan.parts.clear();
-    unit.distances.clear();
+  Unit& unit_at(Index unit) { return units_[static_cast<std::size_t>(unit)]; }
+  const Unit& unit_at(Index unit) const { return units_[static_cast<std::size_t>(unit)]; }
+  CacheList& list_at(const CacheEntry& at) {
+    return unit_at(at.unit).lists[static_cast<std::size_t>(at.sequence * shape_.lists + at.list)];
   }
 
-  /// An entry of the next query row, at `place`. It sees memory (if `with_memory`), `globals` keys, then those of ordinals
-  /// [begin, end). In front of these, forward's list has memory, globals, and `begin` keys.
-  template <class GlobalRow, class Row>
-  void add(Index place, bool with_memory, Index globals, const GlobalRow& global_row, Index begin, Index end,
-           const Row& row_of) {
-    const Index memory = plan_.memory_tokens;
-    const auto key_begin = static_cast<std::int32_t>(plan_.keys.size());
-    for (Index i = 0; i < memory; ++i) plan_.keys.push_back(static_cast<std::int32_t>(plan_.key_tokens + i));
-    for (Index i = 0; i < globals; ++i) see(place, global_row(i));
-    const auto front = static_cast<std::int32_t>(memory + globals);
-    Interval first{with_memory ? 0 : static_cast<std::int32_t>(memory), front}, second;
-    if (first.size() == 0) first = {0, 0};
-    if (begin < end) {
-      const Index gap = begin < 2 * key_block ? begin : begin % key_block + key_block;
-      plan_.keys.insert(plan_.keys.end(), static_cast<std::size_t>(gap), static_cast<std::int32_t>(row_of(begin)));
-      const auto from = front + static_cast<std::int32_t>(gap), until = from + static_cast<std::int32_t>(end - begin);
-      for (Index i = begin; i < end; ++i) see(place, row_of(i));
-      if (first.size() == 0)
-        first = {from, until};
-      else if (first.end == from)
-        first.end = until;
-      else
-        second = {from, until};
+  static Index slot(Index ordinal, Index capacity) { return capacity > 0 ? ordinal % capacity : ordinal; }
+  static Index row_in(const CacheList& list, Index ordinal, Index capacity) {
+    const Index at = slot(ordinal, capacity);
+    return list.pages[static_cast<std::size_t>(at / page_rows)] * page_rows + at % page_rows;
+  }
+  // Pages that the keys of a list are in.
+  Index pages_of(const CacheList& list) const {
+    return (std::min)(static_cast<Index>(list.pages.size()), pages_for(list.end));
+  }
+
+  template <class F>
+  void each_list(Unit& unit, Index sequence, const F& f) {
+    for (Index l = 0; l < shape_.lists; ++l) f(unit.lists[static_cast<std::size_t>(sequence * shape_.lists + l)]);
+    if (shape_.beginning > 0) f(unit.beginning[static_cast<std::size_t>(sequence)]);
+  }
+  template <class F>
+  void each_pair(Unit& unit, Index from, Index to, const F& f) {
+    const Index lists = shape_.lists;
+    for (Index l = 0; l < lists; ++l)
+      f(std::as_const(unit.lists[static_cast<std::size_t>(from * lists + l)]),
+        unit.lists[static_cast<std::size_t>(to * lists + l)]);
+    if (shape_.beginning > 0)
+      f(std::as_const(unit.beginning[static_cast<std::size_t>(from)]), unit.beginning[static_cast<std::size_t>(to)]);
+  }
+
+  // At least so many pages for a list. A page counts only once there is room for it everywhere.
+  void need_pages(Unit& unit, CacheList& list, Index pages) {
+    while (static_cast<Index>(list.pages.size()) < pages) {
+      if (list.pages.size() == list.pages.capacity()) list.pages.reserve(2 * list.pages.size() + 1);
+      if (unit.free_count > 0) {
+        list.pages.push_back(unit.free[--unit.free_count]);
+        continue;
+      }
+      const std::size_t all = static_cast<std::size_t>(unit.pages) + 1;
+      if (unit.free.size() < all) unit.free.resize(2 * all);
+      need_rows(static_cast<Index>(all) * page_rows);
+      list.pages.push_back(unit.pages++);
     }
-    const auto entry = static_cast<std::int32_t>(plan_.entries.size());
-    plan_.entries.push_back(static_cast<std::int32_t>(plan_.row_begin.size()) - 1);
-    plan_.visible.push_back(first);
-    plan_.visible_too.push_back(second.size() > 0 ? second : Interval{first.end, first.end});
-    plan_.groups.push_back({entry, entry + 1, key_begin, static_cast<std::int32_t>(plan_.keys.size())});
-    plan_.parts.push_back({entry, entry, entry + 1, false});
-    plan_.row_entries.push_back(entry);
   }
 
-  /// Ends the entries of a row, at `place`.
-  void end_row(Index place) {
-    plan_.row_begin.push_back(static_cast<std::int32_t>(plan_.entries.size()));
-    plan_.task_begin.push_back(static_cast<std::int32_t>(plan_.parts.size()));
-    if (positions_ == StepPositions::places) plan_.query_positions.push_back(static_cast<std::int32_t>(place));
-    if (positions_ == StepPositions::listed) plan_.query_positions.push_back(0);
+  // Frees the pages of a list behind the first `kept`.
+  static void give_back(Unit& unit, CacheList& list, std::size_t kept) noexcept {
+    for (; list.pages.size() > kept; list.pages.pop_back()) unit.free[unit.free_count++] = list.pages.back();
   }
 
- private:
-  void see(Index place, Index row) {
-    const auto at = static_cast<std::size_t>(row);
-    plan_.keys.push_back(static_cast<std::int32_t>(row));
-    if (positions_ == StepPositions::none) return;
-    const std::int32_t own = unit_.places[at];
-    if (positions_ == StepPositions::places) {
-      plan_.key_positions[at] = own;
-      return;
+  // At least so many rows, doubling as far as there can be more; their numbers stay. Where one of the allocations
+  // fails, those that have succeeded are only larger than rows_ says.
+  void need_rows(Index rows) {
+    if (rows <= rows_) return;
+    rows = (std::max)(rows, (std::min)({2 * rows_, rows_ + (Index(1) << 20), most_rows_}));
+    for (RowMatrix<T>* matrix : {&keys_, &values_})
+      if (matrix->rows() < rows) matrix->conservativeResize(rows, matrix->cols());
+    for (Unit& unit : units_) unit.positions.resize(static_cast<std::size_t>(rows));
+    rows_ = rows;
+  }
+
+  void write(const CacheEntry& at, Index row, const T* key, const T* value) noexcept {
+    const Index first = at.unit * shape_.unit_cols;
+    std::copy_n(key + first, shape_.unit_cols, view(keys_).row(row) + first);
+    std::copy_n(value + first, shape_.unit_cols, view(values_).row(row) + first);
+    unit_at(at.unit).positions[static_cast<std::size_t>(row)] = static_cast<std::int32_t>(at.position);
+  }
+
+  // A unit's columns of a row.
+  void copy_key(Index unit, const RowMatrix<T>& from, Index from_row, RowMatrix<T>& to, Index to_row) const noexcept {
+    const Index first = unit * shape_.unit_cols;
+    std::copy_n(view(from).row(from_row) + first, shape_.unit_cols, view(to).row(to_row) + first);
+  }
+
+  void copy_page(Index unit, std::int32_t from, std::int32_t to) noexcept {
+    std::vector<std::int32_t>& positions = unit_at(unit).positions;
+    for (Index i = 0; i < page_rows; ++i) {
+      const Index source = from * page_rows + i, target = to * page_rows + i;
+      for (RowMatrix<T>* rows : {&keys_, &values_}) copy_key(unit, *rows, source, *rows, target);
+      positions[static_cast<std::size_t>(target)] = positions[static_cast<std::size_t>(source)];
     }
-    plan_.key_positions[at] = -static_cast<std::int32_t>(unit_.distances.size());
-    unit_.distances.push_back(static_cast<std::int32_t>(place) - own);
   }
 
-  HeadCache& unit_;
-  AttentionPlan& plan_;
-  StepPositions positions_;
+  CacheShape shape_;
+  Index rows_ = 0;
+  Index most_rows_ = (std::numeric_limits<Index>::max)();  // rows that lists can take
+  std::vector<Unit> units_;
+  RowMatrix<T> keys_, values_;            // rows x units * unit_cols
+  RowMatrix<T> lost_keys_, lost_values_;  // per sequence: what the last append has displaced
 };
 
-/// Keys a list of which the last `window` are seen keeps, so that `rollback` of them may be taken back; 0: all.
-constexpr Index cache_capacity(Index window, Index rollback) {
-  return window > 0 && window <= std::numeric_limits<Index>::max() - rollback ? window + rollback : 0;
-}
-
-constexpr Index pages_for(Index rows) { return (rows + HeadCache::page_rows - 1) / HeadCache::page_rows; }
-
-}  // namespace detail
-}  // namespace coterie
+}  // namespace coterie::detail

@@ -1,4 +1,5 @@
-// A causal layer, token by token: caches of keys and values, at a cost and of a size that do not grow with the position.
+// A causal layer, token by token: caches of keys and values, at a cost and of a size that do not grow with the
+// position.
 #pragma once
 
 #include <algorithm>
@@ -12,54 +13,77 @@
 
 namespace coterie {
 
+/// Settings of a Decoder; designated initialisers in this order.
+struct DecoderConfig {
+  Index sequences = 1;     ///< sequences decoded side by side, each at its own position; at least 1
+  Index max_rollback = 0;  ///< tokens of a sequence that rollback() may take back at a time
+  Index reserve = 0;       ///< tokens of every sequence that memory is allocated for at once; more comes as needed
+};
+
 /// The caches of a layer, with which it goes on from the tokens before: step() gives the rows that forward() gives.
 ///
 ///     Decoder<float> decoder(layer, {.sequences = 1, .reserve = 4096});
 ///     decoder.prefill(prompt, y_prompt, 0, context);    // with the fast forward
 ///     decoder.step(x, y, context);                      // one token of every sequence
 ///
-/// Local heads keep their last local_window keys and values; routed heads the last `window` members of every cluster, in lists
-/// that take memory as they fill; dense heads all. To these come max_rollback more, and the first tokens where they stay
-/// visible (globals, dense_up_to).
-/// Bits: a row is forward's row of the same prefix, bit for bit, routes included, on the same instruction set.
-/// Requires a causal layer whose memberships do not depend on later tokens (not balanced), and self-attention. It refers to the
-/// layer, which has to stay where it is. Weights must not change between steps (nobody checks that), nor may centroids move
-/// (that is refused). Random routing draws the clusters of Input::step 0; dropout is off.
+/// Local heads keep the last keys and values of their window; routed heads the last ones of every cluster, in lists
+/// that take memory as they fill; dense heads all. To these come max_rollback more, and the first tokens where they
+/// stay visible (globals, dense_up_to).
+/// A row is forward's row of the same prefix, bit for bit, routes included, on the same instruction set. Random routing
+/// draws the clusters of Input::step 0; dropout is off.
 /// A copy is independent of the original, but has no reserve: for branches and beams, see also copy_sequence().
-/// Allocates: nothing in step() within the tokens reserved, once a context has been used for it; otherwise where lists grow.
-/// Memory: at most 2 sequences kv_heads (clusters + 1) (window + max_rollback) head_dim numbers, windows rounded up to 16,
-///   besides globals and dense_up_to first tokens; no more than tokens need; 4 bytes a row and head for places.
+///
+/// Requires: a causal layer whose memberships do not depend on later tokens (not balanced), and self-attention. The
+///   layer has to stay where it is. Weights must not change between steps (nobody checks that), nor may centroids move
+///   (refused).
+/// Errors: where a call throws, the sequences are as they were before it, also after a task that was cancelled or
+///   memory that has run out; prefill() names the one exception. Of an output some rows may be written.
+/// Allocates: nothing in step() within the tokens reserved, once a context has been used for it; otherwise where lists
+///   grow. Lists are at most 2 sequences kv_heads (clusters + 1) (window + max_rollback) head_dim numbers, windows
+///   rounded up to 16, besides globals and dense_up_to first tokens; no more than tokens need; 4 bytes a row and head
+///   for positions.
 /// Threads and determinism: the same bits for any number of workers. A decoder is used by one thread at a time.
-/// Cost of a step: model_dim^2 and heads * (clusters + window + memory + globals) * head_dim operations a token, at any
+/// Cost: of a step model_dim^2 and heads * (clusters + window + memory + globals) * head_dim operations a token, at any
 ///   position; dense heads, and others below dense_up_to: all tokens before.
 /// Source: the cache of window and cluster members, exact because membership is by the nearest centroid: ours.
 template <class T>
 class Decoder {
  public:
-  /// Requires: a layer as above, settings as DecoderConfig says (ValueError).
-  explicit Decoder(RoutingAttention<T>&&, const DecoderConfig& = {}) = delete;  // it would not stay where it is
+  /// A decoder of empty sequences. Requires: a layer as above, settings as DecoderConfig says (ValueError).
   explicit Decoder(const RoutingAttention<T>& layer, const DecoderConfig& config = {}) : layer_(&layer) {
     const RoutingAttentionConfig& c = layer.config();
     detail::Faults faults("Decoder");
     faults.expect(c.causal, "layer", "a causal one (a later token changes earlier rows of others)", "a two-sided one");
-    faults.expect(c.membership == Membership::nearest, "layer",
+    faults.expect(c.routed.membership.kind == MembershipKind::nearest, "layer",
                   "nearest membership (with balanced a later token changes the clusters of earlier ones)", "balanced");
-    constexpr Index most = std::numeric_limits<std::int32_t>::max();
+    constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
     faults.expect(config.sequences >= 1 && config.sequences <= most, "sequences", "at least 1", config.sequences);
     faults.expect(config.max_rollback >= 0 && config.max_rollback <= most, "max_rollback", "at least 0",
                   config.max_rollback);
     faults.expect(config.reserve >= 0 && config.reserve <= most, "reserve", "at least 0", config.reserve);
     faults.raise();
-    const detail::LayerState<T>& parts = layer.parts_;
-    local_ = detail::DecoderHeads<T>(parts, parts.heads.local, config);
-    routed_ = detail::DecoderHeads<T>(parts, parts.heads.routed, config);
+    for (const detail::HeadBlock& block : layer.state_.heads.blocks)
+      if (block.count > 0) {
+        heads_.emplace_back(layer.state_, block, config.sequences, config.max_rollback);
+        if (config.reserve > 0) heads_.back().reserve(config.reserve);
+      }
     lengths_.assign(static_cast<std::size_t>(config.sequences), 0);
     taken_back_.assign(static_cast<std::size_t>(config.sequences), 0);
     for (std::int32_t s = 0; s < static_cast<std::int32_t>(config.sequences); ++s) all_.push_back(s);
-    places_.reserve(all_.size());
+    positions_.reserve(all_.size());
     named_.assign(all_.size(), 0);
     max_rollback_ = config.max_rollback;
     for (const OnlineKMeans<T>& router : layer.routers()) revisions_.push_back(router.revision());
+  }
+  explicit Decoder(RoutingAttention<T>&&, const DecoderConfig& = {}) = delete;  // the layer would not stay where it is
+
+  Decoder(const Decoder&) = default;
+  Decoder(Decoder&&) = default;
+  Decoder& operator=(Decoder&&) = default;
+  /// All or nothing.
+  Decoder& operator=(const Decoder& other) {
+    if (this != &other) *this = Decoder(other);
+    return *this;
   }
 
   Index sequences() const { return static_cast<Index>(lengths_.size()); }
@@ -69,12 +93,18 @@ class Decoder {
     return lengths_[static_cast<std::size_t>(sequence)];
   }
   /// Bytes of caches and lists.
-  std::size_t bytes() const { return local_.bytes() + routed_.bytes(); }
+  std::size_t bytes() const {
+    std::size_t sum = 0;
+    for (const detail::DecoderHeads<T>& heads : heads_) sum += heads.bytes();
+    return sum;
+  }
 
   /// The next token of every sequence: y = the layer's row for x at the end of it.
+  ///
   /// Shapes: x, y sequences x model_dim, row s of sequence s.
-  /// Requires: those, y apart from x and the parameters (ShapeError); centroids where they were when the decoder was made
-  ///   (ValueError). On error nothing changes.
+  /// Requires: those, y apart from x and the parameters (ShapeError); centroids where they were when the decoder was
+  ///   made (ValueError). On these errors nothing is written. On any other one, of a task or of memory, no sequence has
+  ///   changed, and the step can be tried again; y holds anything.
   /// Overwrites y.
   void step(ConstView<T> x, View<T> y, Context& context) { advance("Decoder::step", x, y, all_, context); }
 
@@ -90,78 +120,85 @@ class Decoder {
   }
 
   /// The next tokens of a sequence, many at once: of an empty one by the layer's forward, otherwise step by step.
+  ///
   /// Shapes: x, y tokens x model_dim.
-  /// Requires: as step, and a sequence (ValueError).
-  /// Overwrites y. Allocates: memory of a forward pass of so many tokens, which is given back.
+  /// Requires: as step, and a sequence (ValueError). After an error of a task or of memory an empty sequence is still
+  ///   empty. Of one with tokens those before the failing one have been stepped, and their rows written: length() says
+  ///   how many.
+  /// Overwrites y.
+  /// Allocates: memory of a forward pass of so many tokens, which is given back.
   void prefill(ConstView<T> x, View<T> y, Index sequence, Context& context) {
     const char* const function = "Decoder::prefill";
     check_sequence(function, sequence);
     check_rows(function, x, y, x.rows());
     check_layer(function, context);
     const auto s = static_cast<std::size_t>(sequence);
-    check_place(function, lengths_[s] + x.rows());
+    check_length(function, lengths_[s] + x.rows());
     if (x.rows() == 0) return;
     if (lengths_[s] > 0) {
       const std::int32_t number = static_cast<std::int32_t>(sequence);
       for (Index i = 0; i < x.rows(); ++i) advance(function, x.rows(i, 1), y.rows(i, 1), {&number, 1}, context);
       return;
     }
-    const detail::LayerState<T>& parts = layer_->parts_;
-    detail::Places places;
-    for (std::int32_t i = 0; i < static_cast<std::int32_t>(x.rows()); ++i) places.queries.push_back(i);
+    const detail::LayerState<T>& state = layer_->state_;
+    detail::RowPositions positions;
+    for (std::int32_t i = 0; i < static_cast<std::int32_t>(x.rows()); ++i) positions.queries.push_back(i);
     const Input<T> input(x);
-    const detail::CheckedInput<T> in(input, places);
-    const auto run = [&](const detail::HeadBlock& group, detail::DecoderHeads<T>& heads, bool add) {
-      if (group.count == 0) return;
-      detail::HeadsTape<T> tape;
-      detail::heads_forward(parts, group, in, y, add, &tape, false, tape.plans, context);
-      heads.fill(group, sequence, tape, x.rows());
-    };
-    run(parts.heads.local, local_, false);
-    run(parts.heads.routed, routed_, parts.heads.local.count > 0);
-    if (parts.config.bias) detail::add_bias(y, parts.parameters.b_o.data(), context);
+    const detail::CheckedInput<T> in(input, positions);
+    try {
+      for (detail::DecoderHeads<T>& heads : heads_) {
+        detail::HeadsTape<T> tape;
+        detail::HeadsPass<T>(state, heads.block(), in, context).prefill(y, tape);
+        heads.fill(sequence, tape, x.rows());
+      }
+      if (state.config.bias) detail::add_bias(y, state.parameters.b_o.data(), context);
+    } catch (...) {
+      for (detail::DecoderHeads<T>& heads : heads_) heads.clear(sequence);
+      throw;
+    }
     lengths_[s] = x.rows();
     taken_back_[s] = 0;
   }
 
   /// Takes the last `tokens` tokens of a sequence back, as if they had not been.
-  /// Requires: a sequence, and at most max_rollback tokens, also together with those taken back before, since as many have
-  ///   come again; no more than there are (ValueError).
+  ///
+  /// Requires: a sequence, and at most max_rollback tokens, those included that were taken back before and that no new
+  ///   token has replaced since; no more than there are (ValueError).
   void rollback(Index sequence, Index tokens) {
     const char* const function = "Decoder::rollback";
     check_sequence(function, sequence);
     const auto s = static_cast<std::size_t>(sequence);
-    const Index most = std::min(lengths_[s], max_rollback_ - taken_back_[s]);
+    const Index most = (std::min)(lengths_[s], max_rollback_ - taken_back_[s]);
     if (tokens < 0 || tokens > most)
       detail::fail<ValueError>(function, "tokens",
                                detail::join("0 to ", most, " (", lengths_[s], " tokens, max_rollback ", max_rollback_,
                                             ", ", taken_back_[s], " of them used)"),
                                tokens);
-    for (Index i = 0; i < tokens; ++i, --lengths_[s]) {
-      local_.take_back(layer_->parts_.heads.local, sequence, lengths_[s]);
-      routed_.take_back(layer_->parts_.heads.routed, sequence, lengths_[s]);
-    }
+    for (Index i = 0; i < tokens; ++i, --lengths_[s])
+      for (detail::DecoderHeads<T>& heads : heads_) heads.take_back(sequence, lengths_[s]);
     taken_back_[s] += tokens;
   }
 
   /// Empties a sequence; its memory stays for others.
-  /// Requires: a sequence (ValueError).
+  /// Requires: a sequence (ValueError). Allocates nothing.
   void clear(Index sequence) {
     check_sequence("Decoder::clear", sequence);
-    local_.clear(sequence);
-    routed_.clear(sequence);
+    for (detail::DecoderHeads<T>& heads : heads_) heads.clear(sequence);
     lengths_[static_cast<std::size_t>(sequence)] = taken_back_[static_cast<std::size_t>(sequence)] = 0;
   }
 
   /// Makes sequence `to` what sequence `from` is: branches of a beam.
-  /// Requires: sequences (ValueError). Cost: what `from` keeps is copied.
+  ///
+  /// Requires: sequences (ValueError). On any error both are as they were.
+  /// Allocates: where `from` keeps more than `to` has memory for.
+  /// Cost: what `from` keeps is copied.
   void copy_sequence(Index from, Index to) {
     const char* const function = "Decoder::copy_sequence";
     check_sequence(function, from);
     check_sequence(function, to);
     if (from == to) return;
-    local_.copy(from, to);
-    routed_.copy(from, to);
+    for (detail::DecoderHeads<T>& heads : heads_) heads.make_room_to_copy(from, to);
+    for (detail::DecoderHeads<T>& heads : heads_) heads.copy(from, to);
     lengths_[static_cast<std::size_t>(to)] = lengths_[static_cast<std::size_t>(from)];
     taken_back_[static_cast<std::size_t>(to)] = taken_back_[static_cast<std::size_t>(from)];
   }
@@ -172,8 +209,8 @@ class Decoder {
       detail::fail<ValueError>(function, "sequence", detail::join("0 to ", sequences() - 1), sequence);
   }
 
-  void check_place(const char* function, Index length) const {
-    constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  void check_length(const char* function, Index length) const {
+    constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
     if (length > most) detail::fail<ValueError>(function, "x", detail::join("at most ", most, " tokens"), length);
   }
 
@@ -186,7 +223,7 @@ class Decoder {
   }
 
   void check_layer(const char* function, const Context& context) const {
-    layer_->check_ready(function, context);
+    detail::LayerChecks<T>(function, layer_->state_).ready(context);
     const std::span<const OnlineKMeans<T>> routers = layer_->routers();
     bool same = routers.size() == revisions_.size();
     for (std::size_t h = 0; h < revisions_.size() && same; ++h) same = routers[h].revision() == revisions_[h];
@@ -199,31 +236,38 @@ class Decoder {
                Context& context) {
     check_rows(function, x, y, static_cast<Index>(sequences.size()));
     check_layer(function, context);
-    places_.clear();
+    positions_.clear();
     for (const std::int32_t s : sequences) {
-      check_place(function, lengths_[static_cast<std::size_t>(s)] + 1);
-      places_.push_back(static_cast<std::int32_t>(lengths_[static_cast<std::size_t>(s)]));
+      check_length(function, lengths_[static_cast<std::size_t>(s)] + 1);
+      positions_.push_back(static_cast<std::int32_t>(lengths_[static_cast<std::size_t>(s)]));
     }
     if (sequences.empty()) return;
-    const detail::LayerState<T>& parts = layer_->parts_;
+    const detail::LayerState<T>& state = layer_->state_;
     const Input<T> input(x);
-    const detail::CheckedInput<T> in(input, places_);
-    const detail::StepTokens tokens{sequences, places_};
-    const bool local = parts.heads.local.count > 0;
-    if (local) local_.step(parts, parts.heads.local, in, tokens, y, false, context);
-    if (parts.heads.routed.count > 0) routed_.step(parts, parts.heads.routed, in, tokens, y, local, context);
-    if (parts.config.bias) detail::add_bias(y, parts.parameters.b_o.data(), context);
+    const detail::CheckedInput<T> in(input, positions_);
+    const detail::StepTokens tokens{sequences, positions_};
+    std::size_t entered = 0;  // blocks whose caches have the tokens
+    try {
+      for (detail::DecoderHeads<T>& heads : heads_) {
+        heads.step(in, tokens, y, context);
+        ++entered;
+      }
+      if (state.config.bias) detail::add_bias(y, state.parameters.b_o.data(), context);
+    } catch (...) {
+      for (std::size_t b = 0; b < entered; ++b) heads_[b].undo_step(tokens);
+      throw;
+    }
     for (const std::int32_t s : sequences) {
       ++lengths_[static_cast<std::size_t>(s)];
       Index& taken_back = taken_back_[static_cast<std::size_t>(s)];
-      taken_back = std::max<Index>(0, taken_back - 1);
+      taken_back = (std::max<Index>)(0, taken_back - 1);
     }
   }
 
   const RoutingAttention<T>* layer_;
-  detail::DecoderHeads<T> local_, routed_;
+  std::vector<detail::DecoderHeads<T>> heads_;  // one for each block that has heads
   std::vector<Index> lengths_, taken_back_;
-  std::vector<std::int32_t> all_, places_, named_;
+  std::vector<std::int32_t> all_, positions_, named_;
   std::vector<std::uint64_t> revisions_;
   Index max_rollback_ = 0;
 };

@@ -1,321 +1,265 @@
-// One group of heads of a layer, token by token: what heads_forward does for the newest token of each sequence.
+// One block of heads, one step of a decoder: the steps of HeadsPass for the newest token of each sequence.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "coterie/decoder/cache.hpp"
-#include "coterie/layer/heads.hpp"
+#include "coterie/decoder/step_plan.hpp"
+#include "coterie/layer/heads_pass.hpp"
 
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
 /// The newest tokens of some sequences.
 struct StepTokens {
-  std::span<const std::int32_t> sequences, places;  ///< row by row; places in the sequence
-  Index count() const { return static_cast<Index>(places.size()); }
+  std::span<const std::int32_t> sequences, positions;  ///< row by row; positions in the sequence
+  Index count() const { return static_cast<Index>(positions.size()); }
+  Index sequence(Index i) const { return sequences[static_cast<std::size_t>(i)]; }
+  Index position(Index i) const { return positions[static_cast<std::size_t>(i)]; }
 };
 
+/// The caches of a block of heads, and what it computes for the newest tokens.
+///
+/// Where step, fill or make_room_to_copy throw, the sequences are as they were, but for what fill has entered.
 template <class T>
 class DecoderHeads {
  public:
-  DecoderHeads() = default;
-
-  DecoderHeads(const LayerState<T>& layer, const HeadBlock& group, const DecoderConfig& sizes)
-      : clustered_(group.routed && layer.config.routing != Routing::dense),
-        history_(sizes.max_rollback + std::max<Index>(group.taps, 2)) {
-    if (group.count == 0) return;
+  /// Refers to the layer and its block.
+  DecoderHeads(const LayerState<T>& layer, const HeadBlock& block, Index sequences, Index max_rollback)
+      : layer_(&layer),
+        block_(&block),
+        max_rollback_(max_rollback),
+        history_(max_rollback + (std::max<Index>)(block.taps, 2)) {
     const RoutingAttentionConfig& c = layer.config;
-    const bool dense = group.routed && !clustered_;
+    const bool dense = block.kind == BlockKind::dense;
     globals_ = dense ? 0 : c.globals;
-    beginning_ = dense ? 0 : std::max(c.globals, c.dense_up_to);
-    lists_ = clustered_ ? c.clusters : 1;
-    positions_ = group.positions == PositionKind::alibi ? StepPositions::listed
-                 : group.positions == PositionKind::none || group.positions == PositionKind::rotary
+    beginning_ = dense ? 0 : (std::max)(c.globals, c.dense_up_to);
+    window_ = dense ? 0 : block.window;
+    positions_ = block.positions == PositionKind::alibi ? StepPositions::listed
+                 : block.positions == PositionKind::none || block.positions == PositionKind::rotary
                      ? StepPositions::none
-                     : StepPositions::places;
-    window_ = dense ? 0 : group.routed ? c.window : c.local_window;
-    capacity_ = cache_capacity(window_, sizes.max_rollback);
-    units_.resize(static_cast<std::size_t>(clustered_ ? group.kv_count : 1));
-    plans_.resize(units_.size());
-    for (std::size_t u = 0; u < units_.size(); ++u) {
-      HeadCache& unit = units_[u];
-      unit.cols = clustered_ ? group.head_dim : group.kv_cols();
-      unit.first_col = static_cast<Index>(u) * unit.cols;
-      unit.lists.resize(static_cast<std::size_t>(sizes.sequences * lists_));
-      unit.beginning.resize(static_cast<std::size_t>(beginning_ > 0 ? sizes.sequences : 0));
-    }
-    if (group.taps > 1) queries_.setZero(sizes.sequences * history_, group.cols());
-    if (group.induction) pending_.setZero(sizes.sequences * history_, group.kv_cols());
-    if (clustered_) labels_.assign(static_cast<std::size_t>(sizes.sequences * history_) * units_.size(), -1);
-    keys_.resize(0, group.kv_cols());
-    values_.resize(0, group.kv_cols());
+                     : StepPositions::absolute;
+    const Index units = block.clustered() ? block.kv_count : 1;
+    cache_ = HeadCache<T>({.sequences = sequences,
+                           .units = units,
+                           .unit_cols = block.kv_cols() / units,
+                           .lists = block.clustered() ? block.clusters : 1,
+                           .capacity = cache_capacity(window_, max_rollback),
+                           .beginning = beginning_,
+                           .globals = globals_});
+    if (block.taps > 1) queries_.setZero(sequences * history_, block.cols());
+    if (block.induction) pending_.setZero(sequences * history_, block.kv_cols());
+    if (block.clustered()) labels_.assign(static_cast<std::size_t>(sequences * history_ * units), -1);
+    plans_.resize(static_cast<std::size_t>(units));
+    distances_.resize(static_cast<std::size_t>(units));
     for (AttentionPlan& plan : plans_) {
       plan.memory_tokens = c.memory;
-      plan.combine = clustered_ && has_members(c) ? Combine::lse : Combine::single;
+      plan.combine = block.has_members() ? Combine::lse : Combine::single;
     }
-    most_rows_ = capacity_ > 0
-                     ? sizes.sequences * (lists_ * pages_for(capacity_) + pages_for(beginning_)) * HeadCache::page_rows
-                     : std::numeric_limits<Index>::max();
-    if (sizes.reserve > 0) reserve(c, sizes);
   }
 
-  /// y (+)= the group's share of the output for the newest tokens, which enter the cache.
-  void step(const LayerState<T>& layer, const HeadBlock& group, const CheckedInput<T>& in, const StepTokens& tokens,
-            View<T> y, bool add, Context& context) {
+  const HeadBlock& block() const { return *block_; }
+
+  /// y (+)= the block's share of the output for the newest tokens, which enter the cache.
+  void step(const CheckedInput<T>& in, const StepTokens& tokens, View<T> y, Context& context) {
     const Index n = tokens.count();
     Arena& arena = context.workspace().shared();
     Arena::Scope scope(arena);
-    const auto take = [&](Buffer<T> HeadsTape<T>::*, Index rows, Index columns) {
-      return arena.matrix<T>(rows, columns);
-    };
-    const auto convolved = [&](View<T> from, View<T> to) { convolve_newest(layer, group, tokens, from, to, arena); };
-    HeadsMatrices<T> m = prepare_rows(layer, group, in, take, convolved, context);
-    if (clustered_) route(layer, group, in, m, context);
-    read_rows(layer, group, in, take, m, context);
-    for (Index i = 0; i < n; ++i) {
-      remember(group, tokens, i, m, key_labels(labels_now_), n);
-      enter(group, tokens, i, m);
+    HeadsPass<T> pass(*layer_, *block_, in, context);
+    const HeadsMatrices<T>& m = pass.matrices();
+    pass.take_matrices(arena);
+    pass.project();
+    if (block_->taps > 0) convolve_newest(tokens, m.projected_q, m.normalised_q, arena);
+    pass.normalise();
+    if (block_->clustered()) pass.assign(labels_now_);
+    pass.rotate();
+    // What is remembered of a token that fails is overwritten when its position comes again.
+    for (Index i = 0; i < n; ++i) remember(tokens, i, m, labels_now_.key_labels(), n);
+    for (Index i = 0; i < n; ++i) each_entry(tokens, i, [&](const CacheEntry& at) { cache_.make_room(at); });
+    for (Index i = 0; i < n; ++i) enter(tokens, i, m);
+    try {
+      for (Index u = 0; u < units(); ++u) plan_step(tokens, u);
+      const AttentionConfig config = pass.attention_config(false);
+      const AttentionTerms<T> terms = step_terms(pass, arena);
+      attention_forward(Plans(plans_), ConstView<T>(m.attended_q), cache_.keys(), cache_.values(), m.out, config,
+                        context, terms);
+      pass.output(y);
+    } catch (...) {
+      undo_step(tokens);
+      throw;
     }
-    for (std::size_t u = 0; u < units_.size(); ++u) plan_step(layer.config, group, tokens, u);
-    const AttentionConfig config = attention_config(layer, group, in, false, arena);
-    const AttentionTerms<T> terms = step_terms(layer, group, tokens, arena);
-    attention_forward(Plans(plans_), ConstView<T>(m.read_q), view(std::as_const(keys_)), view(std::as_const(values_)),
-                      m.out, config, context, terms);
-    product<T>(m.out, view(layer.parameters.w_o).rows(group.first_col(), group.cols()), y, context, add);
   }
 
-  /// Enters the tokens of an empty sequence, by the matrices and labels of their forward pass.
-  void fill(const HeadBlock& group, Index sequence, const HeadsTape<T>& tape, Index count) {
+  /// Undoes the last step, which was of these tokens.
+  void undo_step(const StepTokens& tokens) noexcept {
+    for (Index i = 0; i < tokens.count(); ++i)
+      each_entry(tokens, i, [&](const CacheEntry& at) { cache_.undo_append(at); });
+  }
+
+  /// Enters the tokens of an empty sequence, by the matrices and labels of their forward pass. Where it throws, those
+  /// before stay.
+  void fill(Index sequence, const HeadsTape<T>& tape, Index count) {
     const HeadsMatrices<T>& m = tape.matrices;
     for (Index i = 0; i < count; ++i) {
-      const auto s = static_cast<std::int32_t>(sequence), place = static_cast<std::int32_t>(i);
-      const StepTokens token{{&s, 1}, {&place, 1}};
+      const auto s = static_cast<std::int32_t>(sequence), position = static_cast<std::int32_t>(i);
+      const StepTokens token{{&s, 1}, {&position, 1}};
       const auto from = [&](View<T> all) { return all.cols() > 0 ? all.rows(i, 1) : all; };
       HeadsMatrices<T> one;
-      one.q = from(m.q);
-      one.v = from(m.v);
-      one.read_k = from(m.read_k);
-      const std::span<const std::int32_t> labels = key_labels(tape.plans);
-      remember(group, token, 0, one, labels.empty() ? labels : labels.subspan(static_cast<std::size_t>(i)), count);
-      enter(group, token, 0, one);
+      one.projected_q = from(m.projected_q);
+      one.projected_v = from(m.projected_v);
+      one.attended_k = from(m.attended_k);
+      const std::span<const std::int32_t> labels = tape.plans.key_labels();
+      remember(token, 0, one, labels.empty() ? labels : labels.subspan(static_cast<std::size_t>(i)), count);
+      each_entry(token, 0, [&](const CacheEntry& at) { cache_.make_room(at); });
+      enter(token, 0, one);
     }
   }
 
   /// Takes the last token of a sequence of `length` back.
-  void take_back(const HeadBlock& group, Index sequence, Index length) {
-    const Index place = length - 1 - (group.induction ? 1 : 0);  // of the key that the token has brought
-    if (group.count == 0 || place < 0) return;
-    for (std::size_t u = 0; u < units_.size(); ++u) {
-      CacheList& list = list_of(u, sequence, place);
-      --list.end;
-      if (place < globals_) --list.globals;
-      if (place < beginning_) --units_[u].beginning[static_cast<std::size_t>(sequence)].end;
-    }
+  void take_back(Index sequence, Index length) noexcept {
+    const auto s = static_cast<std::int32_t>(sequence), position = static_cast<std::int32_t>(length - 1);
+    each_entry({{&s, 1}, {&position, 1}}, 0, [&](const CacheEntry& at) { cache_.take_back(at); });
   }
 
-  void clear(Index sequence) {
-    for (HeadCache& unit : units_) {
-      for (CacheList& list : lists_of(unit, sequence)) unit.clear(list);
-      if (beginning_ > 0) unit.clear(unit.beginning[static_cast<std::size_t>(sequence)]);
-    }
-  }
+  void clear(Index sequence) noexcept { cache_.clear(sequence); }
+
+  /// Memory for copy(from, to).
+  void make_room_to_copy(Index from, Index to) { cache_.make_room_to_copy(from, to); }
 
   /// Makes sequence `to` what `from` is.
-  void copy(Index from, Index to) {
-    clear(to);
-    for (HeadCache& unit : units_) {
-      const std::span<CacheList> sources = lists_of(unit, from), targets = lists_of(unit, to);
-      for (std::size_t l = 0; l < sources.size(); ++l) copy_list(unit, sources[l], targets[l]);
-      if (beginning_ > 0)
-        copy_list(unit, unit.beginning[static_cast<std::size_t>(from)], unit.beginning[static_cast<std::size_t>(to)]);
-    }
+  void copy(Index from, Index to) noexcept {
+    cache_.copy(from, to);
     for (RowMatrix<T>* rows : {&queries_, &pending_})
-      if (rows->rows() > 0) rows->middleRows(to * history_, history_) = rows->middleRows(from * history_, history_);
-    const auto per_sequence = static_cast<std::ptrdiff_t>(history_) * static_cast<std::ptrdiff_t>(units_.size());
-    if (!labels_.empty())
-      std::copy_n(labels_.begin() + from * per_sequence, per_sequence, labels_.begin() + to * per_sequence);
+      std::copy_n(rows->data() + from * history_ * rows->cols(), rows->rows() > 0 ? history_ * rows->cols() : 0,
+                  rows->data() + to * history_ * rows->cols());
+    const Index labels = labels_.empty() ? 0 : history_ * units();
+    std::copy_n(labels_.begin() + from * labels, labels, labels_.begin() + to * labels);
+  }
+
+  /// Memory for so many tokens of every sequence.
+  void reserve(Index tokens) {
+    cache_.reserve(tokens, max_rollback_);
+    const Index sequences = cache_.shape().sequences, entries = sequences * block_->probes;
+    const Index memory = plans_.front().memory_tokens;
+    const Index seen = window_ > 0 ? (std::max)(std::min(tokens, window_), (std::min)(tokens, beginning_)) : tokens;
+    const Index keys = entries * (memory + globals_ + 2 * key_block + seen);
+    for (std::size_t u = 0; u < plans_.size(); ++u) {
+      StepPlan::reserve(plans_[u], distances_[u], entries, keys);
+      if (positions_ != StepPositions::none)
+        plans_[u].key_positions.reserve(static_cast<std::size_t>(cache_.rows() + memory));
+    }
+    if (!block_->clustered()) return;
+    for (auto* labels : {&labels_now_.query_labels, &labels_now_.own_key_labels})
+      labels->reserve(plans_.size() * static_cast<std::size_t>(sequences));
+    labels_now_.members.resize(block_->has_members() ? 2 * plans_.size() : 0);
+    for (ClusterMembers& members : labels_now_.members) {
+      members.begin.reserve(static_cast<std::size_t>(block_->clusters) + 1);
+      members.rows.reserve(static_cast<std::size_t>(entries));
+    }
   }
 
   std::size_t bytes() const {
-    const Index numbers = keys_.size() + values_.size() + queries_.size() + pending_.size();
-    std::size_t sum = static_cast<std::size_t>(numbers) * sizeof(T) + labels_.capacity() * sizeof(std::int32_t);
-    for (const HeadCache& unit : units_) sum += unit.bytes();
+    std::size_t sum = cache_.bytes() + static_cast<std::size_t>(queries_.size() + pending_.size()) * sizeof(T);
+    sum += labels_.capacity() * sizeof(std::int32_t);
     for (const AttentionPlan& plan : plans_)
       sum += (plan.keys.capacity() + plan.key_positions.capacity()) * sizeof(std::int32_t);
+    for (const std::vector<std::int32_t>& distances : distances_) sum += distances.capacity() * sizeof(std::int32_t);
     return sum;
   }
 
  private:
-  std::span<CacheList> lists_of(HeadCache& unit, Index sequence) const {
-    return std::span<CacheList>(unit.lists)
-        .subspan(static_cast<std::size_t>(sequence * lists_), static_cast<std::size_t>(lists_));
+  Index units() const { return static_cast<Index>(plans_.size()); }
+
+  std::int32_t& label_of(Index unit, Index sequence, Index position) {
+    return labels_[static_cast<std::size_t>((sequence * history_ + position % history_) * units() + unit)];
   }
 
-  std::int32_t& label_of(std::size_t unit, Index sequence, Index place) {
-    return labels_[static_cast<std::size_t>(sequence * history_ + place % history_) * units_.size() + unit];
-  }
-  /// The list that the key of a place is in.
-  CacheList& list_of(std::size_t unit, Index sequence, Index place) {
-    const Index list = clustered_ ? label_of(unit, sequence, place) : 0;
-    return lists_of(units_[unit], sequence)[static_cast<std::size_t>(list)];
+  /// Calls f(entry) for every unit, with the entry of the key that token i brings: its own, or of induction heads that
+  /// of the token before; there may be none.
+  template <class F>
+  void each_entry(const StepTokens& tokens, Index i, const F& f) {
+    const Index sequence = tokens.sequence(i), position = tokens.position(i) - (block_->induction ? 1 : 0);
+    for (Index u = 0; u < units() && position >= 0; ++u)
+      f(CacheEntry{u, sequence, block_->clustered() ? label_of(u, sequence, position) : 0, position});
   }
 
   // u = convolve(q) of the newest tokens, from the queries that are remembered.
-  void convolve_newest(const LayerState<T>& layer, const HeadBlock& group, const StepTokens& tokens, View<T> q,
-                       View<T> u, Arena& arena) {
-    const T** const rows = arena.take<const T*>(group.taps);
-    const Index d = group.head_dim;
+  void convolve_newest(const StepTokens& tokens, View<T> q, View<T> u, Arena& arena) {
+    const HeadBlock& block = *block_;
+    const T** const rows = arena.take<const T*>(block.taps);
+    const Index d = block.head_dim;
     for (Index i = 0; i < tokens.count(); ++i) {
-      const Index place = tokens.places[static_cast<std::size_t>(i)];
-      const Index sequence = tokens.sequences[static_cast<std::size_t>(i)];
-      const Index reach = std::min(group.taps, place + 1);
-      for (Index h = 0; h < group.count; ++h) {
+      const Index position = tokens.position(i), sequence = tokens.sequence(i);
+      const Index reach = (std::min)(block.taps, position + 1);
+      for (Index h = 0; h < block.count; ++h) {
         rows[0] = q.row(i) + h * d;
         for (Index t = 1; t < reach; ++t)
-          rows[t] = view(queries_).row(sequence * history_ + (place - t) % history_) + h * d;
-        convolve_row<T>(rows, reach, view(layer.parameters.taps).rows(group.taps_first + h * group.taps, group.taps),
+          rows[t] = view(queries_).row(sequence * history_ + (position - t) % history_) + h * d;
+        convolve_row<T>(rows, reach, view(layer_->parameters.taps).rows(block.taps_first + h * block.taps, block.taps),
                         u.row(i) + h * d);
       }
     }
   }
 
-  // Labels of queries and keys, and of several probes the clusters of the queries.
-  void route(const LayerState<T>& layer, const HeadBlock& group, const CheckedInput<T>& in, const HeadsMatrices<T>& m,
-             Context& context) {
-    const RoutingAttentionConfig& c = layer.config;
-    if (!has_members(c)) {
-      assign_labels(layer, group, in, m, labels_now_, context);
-      return;
-    }
-    labels_now_.members.resize(units_.size());
-    Arena& arena = context.workspace().shared();
-    Arena::Scope scope(arena);
-    const Index n = in.x.rows();
-    const View<T> scores = arena.matrix<T>(n, c.clusters), scratch = arena.matrix<T>(n, group.head_dim);
-    const Index units = static_cast<Index>(units_.size());
-    const auto query_labels = HeadsPlans::grow(labels_now_.query_labels, units * n);
-    const auto own_labels = HeadsPlans::grow(labels_now_.key_labels, group.shared ? 0 : units * n);
-    for (std::size_t u = 0; u < units_.size(); ++u) {
-      const Index unit = static_cast<Index>(u);
-      if (!group.shared) {
-        layer.routers[u].scores(router_keys(group, m).of(unit, scratch, c, context), scores, context);
-        best_columns<T>(scores, labels_of(own_labels, unit, n), context);
-      }
-      layer.routers[u].scores(router_queries(group, m).of(unit, scratch, c, context), scores, context);
-      best_columns<T>(scores, labels_of(query_labels, unit, n), context);
-      coterie::nearest_members(scores, {.probes = c.probes}, labels_now_.members[u], context);
-    }
-  }
-
   // Keeps what later tokens, or the taking back of this one, need of token i. labels: of `stride` rows for each unit.
-  void remember(const HeadBlock& group, const StepTokens& tokens, Index i, const HeadsMatrices<T>& m,
-                std::span<const std::int32_t> labels, Index stride) {
-    const Index place = tokens.places[static_cast<std::size_t>(i)];
-    const Index sequence = tokens.sequences[static_cast<std::size_t>(i)], at = sequence * history_ + place % history_;
-    if (queries_.rows() > 0) std::copy_n(m.q.row(i), group.cols(), view(queries_).row(at));
-    if (pending_.rows() > 0) std::copy_n(m.read_k.row(i), group.kv_cols(), view(pending_).row(at));
-    if (clustered_)
-      for (std::size_t u = 0; u < units_.size(); ++u)
-        label_of(u, sequence, place) = labels[u * static_cast<std::size_t>(stride) + static_cast<std::size_t>(i)];
+  void remember(const StepTokens& tokens, Index i, const HeadsMatrices<T>& m, std::span<const std::int32_t> labels,
+                Index stride) {
+    const Index sequence = tokens.sequence(i), position = tokens.position(i),
+                at = sequence * history_ + position % history_;
+    if (queries_.rows() > 0) std::copy_n(m.projected_q.row(i), block_->cols(), view(queries_).row(at));
+    if (pending_.rows() > 0) std::copy_n(m.attended_k.row(i), block_->kv_cols(), view(pending_).row(at));
+    for (Index u = 0; u < units() && block_->clustered(); ++u)
+      label_of(u, sequence, position) = labels[static_cast<std::size_t>(u * stride + i)];
   }
 
-  // The key that token i brings enters its lists: its own, or of induction heads that of the token before, with its value.
-  void enter(const HeadBlock& group, const StepTokens& tokens, Index i, const HeadsMatrices<T>& m) {
-    const Index sequence = tokens.sequences[static_cast<std::size_t>(i)];
-    const Index place = tokens.places[static_cast<std::size_t>(i)] - (group.induction ? 1 : 0);
-    if (place < 0) return;
-    const T* const key = group.induction ? view(pending_).row(sequence * history_ + place % history_) : m.read_k.row(i);
-    for (std::size_t u = 0; u < units_.size(); ++u) {
-      HeadCache& unit = units_[u];
-      CacheList& list = list_of(u, sequence, place);
-      if (place < globals_) ++list.globals;
-      write(unit, unit.append(list, capacity_), key, m.v.row(i), place);
-      if (place < beginning_)
-        write(unit, unit.append(unit.beginning[static_cast<std::size_t>(sequence)], 0), key, m.v.row(i), place);
-    }
+  // The key that token i brings enters its lists, with the token's value.
+  void enter(const StepTokens& tokens, Index i, const HeadsMatrices<T>& m) noexcept {
+    each_entry(tokens, i, [&](const CacheEntry& at) {
+      const T* const key =
+          block_->induction ? view(pending_).row(at.sequence * history_ + at.position % history_) : m.attended_k.row(i);
+      cache_.append(at, key, m.projected_v.row(i));
+    });
   }
 
-  void write(HeadCache& unit, Index row, const T* key, const T* value, Index place) {
-    need_rows(unit.pages() * HeadCache::page_rows);
-    std::copy_n(key + unit.first_col, unit.cols, view(keys_).row(row) + unit.first_col);
-    std::copy_n(value + unit.first_col, unit.cols, view(values_).row(row) + unit.first_col);
-    unit.places[static_cast<std::size_t>(row)] = static_cast<std::int32_t>(place);
-  }
-
-  // At least so many rows, doubling as far as there can be more; the numbers stay.
-  void need_rows(Index rows) {
-    if (rows <= keys_.rows()) return;
-    rows = std::max(rows, std::min({2 * keys_.rows(), keys_.rows() + (Index(1) << 20), most_rows_}));
-    keys_.conservativeResize(rows, keys_.cols());
-    values_.conservativeResize(rows, values_.cols());
-    for (HeadCache& unit : units_) unit.places.resize(static_cast<std::size_t>(rows));
-    for (AttentionPlan& plan : plans_) {
-      plan.key_tokens = rows;
-      if (positions_ != StepPositions::none)
-        plan.key_positions.resize(static_cast<std::size_t>(rows + plan.memory_tokens));
-    }
-  }
-
-  // Page by page: the same slots.
-  void copy_list(HeadCache& unit, const CacheList& from, CacheList& to) {
-    to.end = from.end;
-    to.globals = from.globals;
-    for (const std::int32_t page : from.pages) {
-      to.pages.push_back(unit.take_page());
-      need_rows(unit.pages() * HeadCache::page_rows);
-      const Index source = page * HeadCache::page_rows, target = to.pages.back() * HeadCache::page_rows;
-      for (Index i = 0; i < HeadCache::page_rows; ++i) {
-        for (RowMatrix<T>* rows : {&keys_, &values_})
-          std::copy_n(view(*rows).row(source + i) + unit.first_col, unit.cols,
-                      view(*rows).row(target + i) + unit.first_col);
-        unit.places[static_cast<std::size_t>(target + i)] = unit.places[static_cast<std::size_t>(source + i)];
-      }
-    }
-  }
-
-  // What token i of a step sees of a unit's keys.
-  void plan_step(const RoutingAttentionConfig& c, const HeadBlock& group, const StepTokens& tokens, std::size_t u) {
-    HeadCache& unit = units_[u];
-    AttentionPlan& plan = plans_[u];
-    plan.tokens = tokens.count();
-    StepPlan step(unit, plan, positions_);
-    const Self self = !group.routed ? (group.induction ? Self::never : Self::visible) : *c.self;
+  // What the tokens of a step see of a unit's keys.
+  void plan_step(const StepTokens& tokens, Index u) {
+    const Self self = block_->self;
+    StepPlan step(plans_[static_cast<std::size_t>(u)], distances_[static_cast<std::size_t>(u)], positions_,
+                  tokens.count(), cache_.rows(), cache_.positions(u));
     for (Index i = 0; i < tokens.count(); ++i) {
-      const Index place = tokens.places[static_cast<std::size_t>(i)];
-      const Index sequence = tokens.sequences[static_cast<std::size_t>(i)];
-      const auto beginning_row = [&](Index ordinal) {
-        return HeadCache::row(unit.beginning[static_cast<std::size_t>(sequence)], ordinal, 0);
-      };
-      if (place < beginning_) {
-        const bool sees_self = self == Self::visible || (self == Self::only_if_alone && place == 0);
-        step.add(place, true, 0, beginning_row, 0, place + (sees_self ? 1 : 0), beginning_row);
-        step.end_row(place);
+      const Index position = tokens.position(i), sequence = tokens.sequence(i);
+      const auto beginning_row = [&](Index ordinal) { return cache_.beginning_row(u, sequence, ordinal); };
+      if (position < beginning_) {
+        const bool sees_self = self == Self::visible || (self == Self::only_if_alone && position == 0);
+        step.add(position, true, 0, beginning_row, 0, position + (sees_self ? 1 : 0), beginning_row);
+        step.end_row(position);
         continue;
       }
-      // The query's clusters, each with the keys up to the query, itself included, and the first that its window reaches.
-      const auto of_cluster = [&](Index cluster) { return seen_of(group, unit, u, sequence, place, cluster); };
+      // The query's clusters, each with the keys up to the query, itself included, and the first that its window
+      // reaches.
+      const auto of_cluster = [&](Index cluster) { return seen_of(u, sequence, position, cluster); };
       bool others = false;
-      each_cluster(c, u, i, [&](Index cluster) {
+      each_cluster(u, i, [&](Index cluster) {
         const Seen seen = of_cluster(cluster);
         others |= seen.up_to - (seen.has_self ? 1 : 0) > seen.begin;
       });
       bool first = true;
-      each_cluster(c, u, i, [&](Index cluster) {
+      each_cluster(u, i, [&](Index cluster) {
         Seen seen = of_cluster(cluster);
         if (seen.has_self && (self == Self::never || (self == Self::only_if_alone && others))) --seen.up_to;
-        const CacheList& list = lists_of(unit, sequence)[static_cast<std::size_t>(cluster)];
+        const CacheList& list = cache_.list(u, sequence, cluster);
         // Global tokens are no longer among the cluster's keys: they stand before all of them.
         const Index dropped = list.globals;
-        const auto row_of = [&](Index ordinal) { return HeadCache::row(list, ordinal + dropped, capacity_); };
-        step.add(place, first, globals_, beginning_row, std::max(seen.begin, dropped) - dropped,
-                 std::max(seen.up_to, dropped) - dropped, row_of);
+        const auto row_of = [&](Index ordinal) { return cache_.row(list, ordinal + dropped); };
+        step.add(position, first, globals_, beginning_row, (std::max)(seen.begin, dropped) - dropped,
+                 (std::max)(seen.up_to, dropped) - dropped, row_of);
         first = false;
       });
-      step.end_row(place);
+      step.end_row(position);
     }
   }
 
@@ -323,95 +267,59 @@ class DecoderHeads {
     Index begin = 0, up_to = 0;  // ordinals of the cluster's keys
     bool has_self = false;       // the last one is the query's own
   };
-  Seen seen_of(const HeadBlock& group, HeadCache& unit, std::size_t u, Index sequence, Index place, Index cluster) {
+  Seen seen_of(Index u, Index sequence, Index position, Index cluster) {
     Seen seen;
-    seen.has_self = !clustered_ || label_of(u, sequence, place) == cluster;
+    seen.has_self = !block_->clustered() || label_of(u, sequence, position) == cluster;
     // The key of an induction head's query is not in yet, but counts in the window.
-    seen.up_to =
-        lists_of(unit, sequence)[static_cast<std::size_t>(cluster)].end + (group.induction && seen.has_self ? 1 : 0);
-    seen.begin = window_ > 0 ? std::max<Index>(0, seen.up_to - window_) : 0;
+    seen.up_to = cache_.list(u, sequence, cluster).end + (block_->induction && seen.has_self ? 1 : 0);
+    seen.begin = window_ > 0 ? (std::max<Index>)(0, seen.up_to - window_) : 0;
     return seen;
   }
 
   // Calls f(cluster) for the clusters of row i, ascending.
   template <class F>
-  void each_cluster(const RoutingAttentionConfig& c, std::size_t u, Index i, const F& f) const {
-    if (!clustered_) return f(0);
-    if (!has_members(c))
-      return f(
-          labels_now_.query_labels[u * labels_now_.query_labels.size() / units_.size() + static_cast<std::size_t>(i)]);
-    const ClusterMembers& members = labels_now_.members[u];
+  void each_cluster(Index u, Index i, const F& f) const {
+    if (!block_->clustered()) return f(0);
+    const std::vector<std::int32_t>& labels = labels_now_.query_labels;
+    if (!block_->has_members())
+      return f(labels[static_cast<std::size_t>(u) * (labels.size() / plans_.size()) + static_cast<std::size_t>(i)]);
+    const std::size_t lists = labels_now_.members.size() / plans_.size();  // per unit: of queries, then of keys
+    const ClusterMembers& members = labels_now_.members[static_cast<std::size_t>(u) * lists];
     for (Index cluster = 0; cluster < members.clusters; ++cluster) {
       const auto rows = members.of(cluster);
       if (std::binary_search(rows.begin(), rows.end(), static_cast<std::int32_t>(i))) f(cluster);
     }
   }
 
-  // What attention adds: the terms of forward, but ALiBi's as a table of the keys at hand, for one of all distances grows.
-  AttentionTerms<T> step_terms(const LayerState<T>& layer, const HeadBlock& group, const StepTokens& tokens,
-                               Arena& arena) const {
-    if (positions_ != StepPositions::listed) return attention_terms(layer, group, tokens.places, arena);
-    AttentionTerms<T> terms;
-    add_memory_terms(layer, group, terms);
+  // What attention adds: the terms of forward, but ALiBi's as a table of the keys at hand, for one of all distances
+  // grows.
+  AttentionTerms<T> step_terms(HeadsPass<T>& pass, Arena& arena) const {
+    if (positions_ != StepPositions::listed) return pass.attention_terms();
+    AttentionTerms<T> terms = pass.memory_terms();
     std::size_t most = 1;
-    for (const HeadCache& unit : units_) most = std::max(most, unit.distances.size());
-    const View<T> table = arena.matrix<T>(group.count, static_cast<Index>(most));
-    for (Index h = 0; h < group.count; ++h) {
-      const HeadCache& unit = units_[units_.size() == 1 ? 0 : static_cast<std::size_t>(h / group.heads_per_kv())];
-      const double slope = alibi_slope(h, group.count);
-      for (std::size_t i = 0; i < unit.distances.size(); ++i)
-        table(h, static_cast<Index>(i)) = alibi_bias_at<T>(slope, unit.distances[i]);
+    for (const std::vector<std::int32_t>& distances : distances_) most = (std::max)(most, distances.size());
+    const View<T> table = arena.matrix<T>(block_->count, static_cast<Index>(most));
+    for (Index h = 0; h < block_->count; ++h) {
+      const auto& distances = distances_[units() == 1 ? 0 : static_cast<std::size_t>(h / block_->heads_per_kv())];
+      const double slope = alibi_slope(h, block_->count);
+      for (std::size_t i = 0; i < distances.size(); ++i)
+        table(h, static_cast<Index>(i)) = alibi_bias_at<T>(slope, distances[i]);
     }
     terms.bias = table;
     return terms;
   }
 
-  // Memory for so many tokens of every sequence.
-  void reserve(const RoutingAttentionConfig& c, const DecoderConfig& sizes) {
-    const Index n = sizes.reserve, kept = capacity_ > 0 ? std::min(n, capacity_) : n;
-    const Index list_pages = pages_for(kept);
-    // Lists keep the pages of tokens that were taken back.
-    const Index taken_back = lists_ * pages_for(std::min(n, sizes.max_rollback));
-    const Index lists_pages = std::min(lists_ * list_pages, lists_ + pages_for(n) + taken_back);
-    const Index beginning_pages = pages_for(std::min(n, beginning_));
-    const Index all = sizes.sequences * (lists_pages + beginning_pages);
-    const Index entries = sizes.sequences * (clustered_ ? c.probes : 1);
-    const Index seen = window_ > 0 ? std::max(std::min(n, window_), std::min(n, beginning_)) : n;
-    const Index keys = entries * (c.memory + globals_ + 2 * key_block + seen);
-    for (HeadCache& unit : units_) unit.reserve(list_pages, beginning_pages, all, keys);
-    need_rows(all * HeadCache::page_rows);
-    if (clustered_) {
-      labels_now_.query_labels.reserve(units_.size() * static_cast<std::size_t>(sizes.sequences));
-      labels_now_.key_labels.reserve(units_.size() * static_cast<std::size_t>(sizes.sequences));
-    }
-    labels_now_.members.resize(clustered_ && has_members(c) ? units_.size() : 0);
-    for (ClusterMembers& members : labels_now_.members) {
-      members.begin.reserve(static_cast<std::size_t>(c.clusters) + 1);
-      members.rows.reserve(static_cast<std::size_t>(entries));
-      members.scratch.reserve(static_cast<std::size_t>(entries));
-    }
-    for (AttentionPlan& plan : plans_) {
-      for (auto* v : {&plan.entries, &plan.row_entries, &plan.row_begin, &plan.query_positions, &plan.task_begin})
-        v->reserve(static_cast<std::size_t>(entries + 1));
-      plan.groups.reserve(static_cast<std::size_t>(entries));
-      plan.visible.reserve(static_cast<std::size_t>(entries));
-      plan.visible_too.reserve(static_cast<std::size_t>(entries));
-      plan.parts.reserve(static_cast<std::size_t>(entries));
-      plan.keys.reserve(static_cast<std::size_t>(keys));
-    }
-  }
-
-  bool clustered_ = false;
+  const LayerState<T>* layer_;
+  const HeadBlock* block_;
   StepPositions positions_ = StepPositions::none;
-  Index history_ = 0;                  // tokens of which labels, queries and pending keys are remembered
-  Index beginning_ = 0, globals_ = 0;  // first tokens that are kept; those that all others see
-  Index window_ = 0, capacity_ = 0;    // keys of a list that a query sees; that are kept; 0: all
-  Index most_rows_ = 0;                // that lists can take
-  Index lists_ = 1;                    // of a unit and sequence
-  std::vector<HeadCache> units_;
-  std::vector<AttentionPlan> plans_;  // of the current step, one per unit
-  RowMatrix<T> keys_, values_;        // cache rows x key/value heads * d
-  RowMatrix<T> queries_, pending_;    // sequences * history x c: projected; keys whose values are to come
+  Index max_rollback_ = 0;
+  Index history_ = 0;                                 // tokens of which labels, queries and pending keys are remembered
+  Index beginning_ = 0, globals_ = 0;                 // first tokens that are kept; those that all others see
+  Index window_ = 0;                                  // keys of a list that a query sees; 0: all
+  HeadCache<T> cache_;                                // a unit for each plan
+  std::vector<AttentionPlan> plans_;                  // of the current step
+  std::vector<std::vector<std::int32_t>> distances_;  // per plan: see StepPositions::listed
+  RowMatrix<T> queries_, pending_;    // sequences * history x columns: projected; keys whose values are to come
   std::vector<std::int32_t> labels_;  // sequences * history x units: of the keys
   HeadsPlans labels_now_;             // labels and clusters of the current step
 };

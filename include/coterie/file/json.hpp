@@ -122,6 +122,14 @@ class JsonReader {
     }
   }
 
+  /// Reads a null where there is one; whether there was.
+  bool null() {
+    skip_space();
+    if (text_.substr(at_, 4) != "null") return false;
+    at_ += 4;
+    return true;
+  }
+
   /// A whole number of at least 0 that fits in Index. Fractions and exponents are not numbers here.
   Index whole_number() {
     skip_space();
@@ -130,7 +138,7 @@ class JsonReader {
     for (; at_ < text_.size() && text_[at_] >= '0' && text_[at_] <= '9'; ++at_) {
       const Index digit = text_[at_] - '0';
       if (at_ > begin && value == 0) fail("a number without leading zeros");
-      if (value > (std::numeric_limits<Index>::max() - digit) / 10) fail("a number of 63 bits");
+      if (value > ((std::numeric_limits<Index>::max)() - digit) / 10) fail("a number of 63 bits");
       value = 10 * value + digit;
     }
     if (at_ == begin) fail("a whole number");

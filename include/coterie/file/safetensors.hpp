@@ -104,7 +104,7 @@ inline std::string shape_text(std::span<const Index> shape) {
 
 /// Bytes of a tensor; nothing if they are more than Index counts, or not whole bytes.
 inline std::optional<Index> tensor_bytes(Dtype dtype, std::span<const Index> shape) {
-  constexpr Index most = std::numeric_limits<Index>::max();
+  constexpr Index most = (std::numeric_limits<Index>::max)();
   const bool empty = std::find(shape.begin(), shape.end(), 0) != shape.end();
   Index bits = dtype_info(dtype).bits;
   for (const Index size : shape) {
@@ -145,9 +145,9 @@ class SafetensorsView {
 
   /// The tensor of a name; null if there is none.
   const SafetensorsTensor* find(std::string_view name) const& {
-    const auto place = std::lower_bound(tensors_.begin(), tensors_.end(), name,
-                                        [](const SafetensorsTensor& t, std::string_view n) { return t.name < n; });
-    return place != tensors_.end() && place->name == name ? &*place : nullptr;
+    const auto at = std::lower_bound(tensors_.begin(), tensors_.end(), name,
+                                     [](const SafetensorsTensor& t, std::string_view n) { return t.name < n; });
+    return at != tensors_.end() && at->name == name ? &*at : nullptr;
   }
 
   void tensors() const&& = delete;
@@ -339,7 +339,7 @@ inline void check_ranges(const std::vector<HeaderTensor>& tensors, Index size, c
   Index end = 0;
   for (const HeaderTensor& t : tensors) {
     order.push_back(&t);
-    end = std::max(end, t.end);
+    end = (std::max)(end, t.end);
   }
   if (end > size) throw FileError(join(where, ": truncated: expected ", end, " bytes of tensors, got ", size));
   std::sort(order.begin(), order.end(), [](const HeaderTensor* a, const HeaderTensor* b) {
@@ -361,12 +361,12 @@ inline void check_ranges(const std::vector<HeaderTensor>& tensors, Index size, c
 /// Reads a file that is in memory. The result refers to `bytes`; `source` is what errors call it.
 ///
 /// Requires: a header length of at most 100 MB and of the bytes that there are; a header of UTF-8 JSON that is one object
-/// of tensors and, as "__metadata__", strings; no name twice; known dtypes; shapes that can be counted; data_offsets of the size
+/// of tensors and, as "__metadata__", strings or null; no name twice; known dtypes; shapes that can be counted; data_offsets of the size
 /// of shape and dtype, in the file, without overlaps and holes, to its end. Otherwise FileError, which says "truncated", "not a
 /// safetensors file", "newer than this library" (an unknown dtype) or "damaged".
 /// Cost: the header's; the numbers are not touched.
 /// Source: the format of github.com/huggingface/safetensors; unlike its own reader this one refuses names, keys and fields that
-/// stand twice, unknown fields, and a header that does not begin with '{'.
+/// occur twice, unknown fields, and a header that does not begin with '{'.
 inline SafetensorsView parse_safetensors(std::span<const std::byte> bytes, std::string source = "memory") {
   const std::string where = detail::join("parse_safetensors: '", source, "'");
   const std::string_view header = detail::header_text(bytes, where);
@@ -385,9 +385,10 @@ inline SafetensorsView parse_safetensors(std::span<const std::byte> bytes, std::
       return;
     }
     if (std::exchange(has_metadata, true)) twice(name);
+    if (json.null()) return;
     json.object([&](std::string key) {
-      const auto [place, fresh] = view.metadata_.try_emplace(std::move(key), json.string());
-      if (!fresh) twice(place->first);
+      const auto [at, fresh] = view.metadata_.try_emplace(std::move(key), json.string());
+      if (!fresh) twice(at->first);
     });
   });
   json.end();

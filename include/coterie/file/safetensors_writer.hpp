@@ -1,4 +1,4 @@
-// Writes safetensors files.
+// The writer of safetensors files.
 #pragma once
 
 #include <algorithm>
@@ -33,9 +33,8 @@ class SafetensorsWriter {
   template <class T>
   void add(std::string name, ConstView<T> matrix) {
     static_assert(detail::Storable<T>, "the writer takes matrices of float or double");
-    claim(name);
-    tensors_.push_back({std::move(name), detail::dtype_of<T>, matrix.rows(), matrix.cols(),
-                        [matrix](const Sink& sink) { put(matrix, sink); }});
+    add_tensor({std::move(name), detail::dtype_of<T>, matrix.rows(), matrix.cols(),
+                [matrix](const Sink& sink) { put(matrix, sink); }});
   }
   template <class M>
   requires detail::ReadableRows<M, typename detail::RowMajorStorage<std::remove_cvref_t<M>>::Scalar>
@@ -47,9 +46,8 @@ class SafetensorsWriter {
 
   /// Adds a whole number, as a 1 x 1 tensor of I64. Requires: as add().
   void add_number(std::string name, std::int64_t value) {
-    claim(name);
-    tensors_.push_back({std::move(name), Dtype::i64, 1, 1,
-                        [value](const Sink& sink) { put(ConstView<std::int64_t>(&value, 1, 1), sink); }});
+    add_tensor({std::move(name), Dtype::i64, 1, 1,
+                [value](const Sink& sink) { put(ConstView<std::int64_t>(&value, 1, 1), sink); }});
   }
 
   /// Sets a string of the metadata, also one that has been set before. Requires: UTF-8 (ValueError).
@@ -63,7 +61,7 @@ class SafetensorsWriter {
   /// The file, in memory. Requires: as write().
   std::vector<std::byte> bytes() const {
     std::vector<std::byte> result;
-    emit([&](const std::byte* data, std::size_t size) { result.insert(result.end(), data, data + size); });
+    send_to([&](const std::byte* data, std::size_t size) { result.insert(result.end(), data, data + size); });
     return result;
   }
 
@@ -72,7 +70,7 @@ class SafetensorsWriter {
   /// Requires: a header of at most 100 MB (ValueError).
   void write(const std::filesystem::path& path) const {
     detail::ReplacedFile file("SafetensorsWriter::write", path);
-    emit([&](const std::byte* data, std::size_t size) { file.write(data, size); });
+    send_to([&](const std::byte* data, std::size_t size) { file.write(data, size); });
     file.commit();
   }
 
@@ -85,12 +83,21 @@ class SafetensorsWriter {
     std::function<void(const Sink&)> put;
   };
 
-  void claim(const std::string& name) {
+  // An error leaves the writer as it was.
+  void add_tensor(Tensor tensor) {
     const char* const function = "SafetensorsWriter::add";
+    const std::string& name = tensor.name;
     if (!detail::is_utf8(name) || name == "__metadata__")
       detail::fail<ValueError>(function, "name", "UTF-8, and not __metadata__", detail::in_quotes(name));
-    if (!names_.insert(name).second)
+    const auto [at, fresh] = names_.insert(name);
+    if (!fresh)
       detail::fail<ValueError>(function, "name", "one that is new", detail::join(detail::in_quotes(name), " twice"));
+    try {
+      tensors_.push_back(std::move(tensor));
+    } catch (...) {
+      names_.erase(at);
+      throw;
+    }
   }
 
   template <class T>
@@ -106,7 +113,7 @@ class SafetensorsWriter {
     sink(buffer.data(), filled);
   }
 
-  void emit(const Sink& sink) const {
+  void send_to(const Sink& sink) const {
     // Wide elements first: with the header's padding, every tensor begins at a multiple of its elements' size.
     std::vector<const Tensor*> order;
     for (const Tensor& tensor : tensors_) order.push_back(&tensor);

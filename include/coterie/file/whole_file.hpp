@@ -1,4 +1,4 @@
-// Files as a whole: read at once, or replaced at once so that a crash leaves the old one or the new one.
+// Whole files: read at once, or replaced at once, so that a crash leaves the old one or the new one.
 #pragma once
 
 #include <cerrno>
@@ -7,11 +7,14 @@
 #include <cstring>
 #include <filesystem>
 #include <memory>
+#include <new>
 #include <string>
 #include <system_error>
 #include <utility>
 
-#if __has_include(<unistd.h>) && __has_include(<fcntl.h>)
+#if defined(_WIN32)
+#include <io.h>
+#elif __has_include(<unistd.h>) && __has_include(<fcntl.h>)
 #include <fcntl.h>
 #include <unistd.h>
 #define COTERIE_HAS_FSYNC
@@ -48,7 +51,8 @@ struct FileBytes {
   std::size_t size = 0;
 };
 
-/// Reads a file as a whole. Requires a regular file that can be read and does not shrink meanwhile (FileError).
+/// Reads a file as a whole. Requires a regular file that can be read, fits in memory and does not shrink meanwhile
+/// (FileError).
 inline FileBytes read_file(const char* function, const std::filesystem::path& path) {
   std::error_code error;
   const std::filesystem::file_status status = std::filesystem::status(path, error);
@@ -61,32 +65,79 @@ inline FileBytes read_file(const char* function, const std::filesystem::path& pa
   if (!file) fail_file(function, path, "a readable file", last_error());
   FileBytes bytes;
   bytes.size = static_cast<std::size_t>(size);
-  bytes.data = std::shared_ptr<std::byte[]>(new std::byte[bytes.size]);
+  try {
+    if (bytes.size != size) throw std::bad_alloc();
+    bytes.data = std::shared_ptr<std::byte[]>(new std::byte[bytes.size]);
+  } catch (const std::bad_alloc&) {
+    fail_file(function, path, "a file that fits in memory", join(size, " bytes"));
+  }
   const std::size_t got = std::fread(bytes.data.get(), 1, bytes.size, file.get());
   if (got != bytes.size) fail_file(function, path, join(bytes.size, " bytes").c_str(), join(got));
   return bytes;
 }
 
-/// A file that appears under its name when it is complete: written to a temporary one beside it, flushed to the disk, renamed.
-/// Whatever goes wrong before the renaming, the old file stays and the temporary one goes. A crash can leave it ("name.tmp").
-/// Permissions of the old file are kept; where `path` is a symbolic link, the file that it points to is replaced.
+/// Brings what has been written to a file to the disk. False on error (errno).
+inline bool flush_to_disk(std::FILE* file) {
+  if (std::fflush(file) != 0) return false;
+#if defined(_WIN32)
+  return ::_commit(::_fileno(file)) == 0;
+#elif defined(COTERIE_HAS_FSYNC)
+  return ::fsync(::fileno(file)) == 0;
+#else
+  return true;
+#endif
+}
+
+/// Brings the names in a directory to the disk, where the file system can do this.
+inline void flush_names([[maybe_unused]] const std::filesystem::path& directory) {
+#if defined(COTERIE_HAS_FSYNC)
+  if (const int number = ::open(directory.c_str(), O_RDONLY); number >= 0) {
+    static_cast<void>(::fsync(number));
+    ::close(number);
+  }
+#endif
+}
+
+/// The path at the end of a chain of symbolic links, whether there is a file or not. Requires that it ends (FileError).
+inline std::filesystem::path follow_links(const char* function, const std::filesystem::path& path) {
+  std::filesystem::path end = path;
+  std::error_code error;
+  for (int links = 0; std::filesystem::is_symlink(end, error); ++links) {
+    const std::filesystem::path target = std::filesystem::read_symlink(end, error);
+    if (error) fail_file(function, end, "a readable link", error.message());
+    if (links == 40) fail_file(function, path, "a name to write to", "links that do not end");
+    end = end.parent_path() / target;  // an absolute target replaces all of it
+  }
+  return end;
+}
+
+/// A file that appears under its name when it is complete: written to a temporary one beside it, flushed to the disk,
+/// renamed.
+///
+/// Whatever goes wrong before the renaming, the old file stays and the temporary one goes. A crash can leave it
+/// ("name.tmp", or "name.tmp1" and so on where that exists). Permissions of the old file are kept; where `path` is a
+/// symbolic link, the file that it points to is replaced or made.
 class ReplacedFile {
  public:
-  ReplacedFile(const char* function, const std::filesystem::path& path) : function_(function), path_(path) {
+  /// Requires a name of a regular file or of none, in a directory that can be written to (FileError).
+  ReplacedFile(const char* function, const std::filesystem::path& path)
+      : function_(function), path_(follow_links(function, path)) {
     std::error_code error;
-    if (std::filesystem::is_symlink(path, error)) {
-      path_ = std::filesystem::weakly_canonical(path, error);
-      if (error) fail_file(function_, path, "a name to write to", error.message());
-    }
-    if (std::filesystem::is_directory(path_, error)) fail_file(function_, path_, "a file", "a directory");
-    // "x": never somebody else's file. Other names where a crash has left one, or another process saves here as well.
-    for (int number = 0; number < 100 && !file_; ++number) {
+    const std::filesystem::file_status old = std::filesystem::status(path_, error);
+    if (std::filesystem::is_directory(old)) fail_file(function_, path_, "a file", "a directory");
+    if (std::filesystem::exists(old) && !std::filesystem::is_regular_file(old))
+      fail_file(function_, path_, "a regular file, or none", "another kind");
+    for (int number = 0; number < most_temporaries && !file_; ++number) {
       temporary_ = path_;
       temporary_ += number == 0 ? std::string(".tmp") : join(".tmp", number);
-      file_ = open_file(temporary_, "wbx");
-      if (!file_ && errno != EEXIST) break;
+      file_ = open_file(temporary_, "wbx");  // "x": never somebody else's file
+      if (!file_ && errno != EEXIST) fail_file(function_, temporary_, "a file that can be made", last_error());
     }
-    if (!file_) fail_file(function_, temporary_, "a file that can be made", last_error());
+    if (!file_)
+      fail_file(function_, path_, "room for a temporary file beside it",
+                join(most_temporaries,
+                     " of them (.tmp, .tmp1, ...), left by programs that ended while they wrote: "
+                     "delete them"));
   }
 
   ReplacedFile(const ReplacedFile&) = delete;
@@ -103,13 +154,10 @@ class ReplacedFile {
       fail_file(function_, temporary_, "room for the file", last_error());
   }
 
-  /// Gives the file its name.
+  /// Gives the file its name. After an error (FileError, std::bad_alloc) the old file is there.
   void commit() {
-    bool good = std::fflush(file_.get()) == 0;
-#ifdef COTERIE_HAS_FSYNC
-    good = good && ::fsync(::fileno(file_.get())) == 0;
-#endif
-    if (!good) fail_file(function_, temporary_, "room for the file", last_error());
+    const std::filesystem::path directory = path_.has_parent_path() ? path_.parent_path() : ".";
+    if (!flush_to_disk(file_.get())) fail_file(function_, temporary_, "room for the file", last_error());
     if (std::fclose(file_.release()) != 0) fail_file(function_, temporary_, "room for the file", last_error());
     std::error_code error;
     const std::filesystem::file_status old = std::filesystem::status(path_, error);
@@ -117,17 +165,12 @@ class ReplacedFile {
     std::filesystem::rename(temporary_, path_, error);
     if (error) fail_file(function_, path_, "a name to write to", error.message());
     done_ = true;
-#ifdef COTERIE_HAS_FSYNC
-    // The name is on the disk when its directory is. File systems that cannot do this have renamed all the same.
-    const std::filesystem::path parent = path_.has_parent_path() ? path_.parent_path() : ".";
-    if (const int directory = ::open(parent.c_str(), O_RDONLY); directory >= 0) {
-      static_cast<void>(::fsync(directory));
-      ::close(directory);
-    }
-#endif
+    flush_names(directory);
   }
 
  private:
+  static constexpr int most_temporaries = 100;
+
   const char* function_;
   std::filesystem::path path_, temporary_;
   FileHandle file_;

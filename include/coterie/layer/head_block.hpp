@@ -22,8 +22,8 @@ inline const char* block_name(BlockKind kind) {
   return kind == BlockKind::local ? "local" : kind == BlockKind::routed ? "routed" : "dense";
 }
 
-/// Consecutive heads of one kind. Everything that differs between blocks stands here, resolved; passes read
-/// nothing of that kind from the config.
+/// Consecutive heads of one kind. Everything that can differ between blocks stands here, resolved; passes read of the
+/// config only what is the same for all.
 struct HeadBlock {
   BlockKind kind = BlockKind::local;
   Index first = 0, count = 0;        ///< query heads
@@ -180,8 +180,8 @@ struct DistanceRange {
   Index first = 0, count = 0;
 };
 
-/// The distances that the table of a block has to hold, where the longest sequence of keys has `longest` (at least 1) of
-/// them; only ALiBi's depends on that. Others take the nearest column.
+/// The distances that the table of a block has to hold, where the longest sequence has `longest` keys (at least 1);
+/// only ALiBi's depends on that. Distances outside take the nearest column.
 inline DistanceRange table_distances(const RoutingAttentionConfig& c, const HeadBlock& block, Index longest) {
   const bool local = block.kind == BlockKind::local;
   Index back = block.buckets.max_distance, ahead = c.causal ? 0 : back;  // t5_buckets

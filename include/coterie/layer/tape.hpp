@@ -1,10 +1,9 @@
 // What a forward pass of a layer leaves behind.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <span>
 #include <utility>
 #include <vector>
@@ -12,61 +11,13 @@
 #include "coterie/attention/attention.hpp"
 #include "coterie/core/cluster_members.hpp"
 #include "coterie/core/workspace.hpp"
-#include "coterie/layer/initialise.hpp"
+#include "coterie/layer/head_block.hpp"
+#include "coterie/layer/input.hpp"
+#include "coterie/plan/complete.hpp"
 
 namespace coterie {
 
 namespace detail {
-
-/// Numbers that outlive a call: grows, never shrinks, keeps nothing when it grows.
-template <class T>
-class Buffer {
- public:
-  /// A rows x cols matrix, uninitialised.
-  View<T> matrix(Index rows, Index cols) {
-    if (!data_ || rows * cols > capacity_) {
-      data_.reset();
-      capacity_ = 0;
-      data_.reset(static_cast<T*>(::operator new[](static_cast<std::size_t>(rows * cols) * sizeof(T), alignment)));
-      capacity_ = rows * cols;
-    }
-    return {data_.get(), rows, cols};
-  }
-
- private:
-  static constexpr std::align_val_t alignment{Arena::alignment};
-  struct Free {
-    void operator()(T* p) const { ::operator delete[](p, alignment); }
-  };
-  std::unique_ptr<T, Free> data_;
-  Index capacity_ = 0;
-};
-
-/// Place of every row in its sequence, queries' places counted among their keys.
-struct Places {
-  std::vector<std::int32_t> queries, keys;  ///< keys empty: as queries
-};
-
-/// Labels and plans of a group of heads; vectors keep their memory from call to call.
-struct HeadsPlans {
-  std::vector<std::int32_t> query_labels, key_labels;  ///< heads x rows; key_labels empty: as query_labels
-  std::vector<ClusterMembers> members;  ///< per head lists of the queries, and of the keys; empty where labels do
-  std::vector<AttentionPlan> plans;
-  std::vector<AttentionPlan> made;  ///< memory for what is put on top of each plan
-  std::size_t count = 0;            ///< plans in use: 1 for all heads, or one per key/value head
-
-  std::span<const AttentionPlan> used() const { return {plans.data(), count}; }
-  /// The first `number` plans, to be built.
-  std::span<AttentionPlan> use(std::size_t number) {
-    if (plans.size() < number) plans.resize(number), made.resize(number);
-    count = number;
-    return {plans.data(), number};
-  }
-  static std::span<std::int32_t> grow(std::vector<std::int32_t>& v, Index size) {
-    v.resize(static_cast<std::size_t>(size));
-    return v;
-  }
-};
 
 /// The piece of labels, heads x rows, that belongs to a head.
 template <class L>
@@ -74,36 +25,112 @@ std::span<L> labels_of(std::span<L> all, Index head, Index rows) {
   return all.subspan(static_cast<std::size_t>(head * rows), static_cast<std::size_t>(rows));
 }
 
-/// The matrices of a group of heads in a forward pass; d head width, c = heads * d, e = key/value heads * d.
-template <class T>
-struct HeadsMatrices {
-  View<T> q;        ///< tokens x c: projected queries; normalised where nobody needs them otherwise
-  View<T> u;        ///< tokens x c: normalised queries, where kept; else, and where normalised in place, q itself
-  View<T> k;        ///< key rows x e: keys, if not shared; normalised where attention reads them so
-  View<T> v;        ///< key rows x e: values; one row of zeros more for induction
-  View<T> route;    ///< tokens x e: what routers see of queries: u, or sums over the query heads of a key/value head
-  View<T> read_q;   ///< tokens x c: queries as attention reads them: u or q, or rotated
-  View<T> read_k;   ///< key rows x e: keys likewise: k, u or q
-  View<T> out;      ///< tokens x c: what attention gave
-  View<T> inverse;  ///< tokens x heads: what normalise_rows says of u, where kept
-  View<T> key_inverse;  ///< key rows x key/value heads: the same of k
+/// Labels and plans of a block of heads; vectors keep their memory from call to call.
+class HeadsPlans {
+ public:
+  std::vector<std::int32_t> query_labels;    ///< key/value heads x query rows
+  std::vector<std::int32_t> own_key_labels;  ///< key/value heads x key rows; empty where keys have those of the queries
+  std::vector<ClusterMembers> members;       ///< per head lists of the queries, and of the keys; empty where labels do
+  std::vector<AttentionPlan> plans;
+  std::vector<PlanScratch> scratch;  ///< per plan, for builders run side by side
+  std::size_t count = 0;             ///< plans in use: 1 for all heads, or one per key/value head
+
+  /// Labels of the keys: their own, or those of the queries.
+  std::span<const std::int32_t> key_labels() const { return own_key_labels.empty() ? query_labels : own_key_labels; }
+
+  std::span<const AttentionPlan> used() const { return {plans.data(), count}; }
+  /// The first `number` plans, to be built. Where memory ends, none are in use.
+  std::span<AttentionPlan> use(std::size_t number) {
+    count = 0;
+    if (plans.size() < number) plans.resize(number);
+    if (scratch.size() < number) scratch.resize(number);
+    count = number;
+    return {plans.data(), number};
+  }
+  static std::span<std::int32_t> grow(std::vector<std::int32_t>& labels, Index size) {
+    labels.resize(static_cast<std::size_t>(size));
+    return labels;
+  }
 };
 
-/// A group of heads on a tape.
+/// The matrices of a block of heads in a forward pass; d head width, c = heads * d, e = key/value heads * d. Some names
+/// can be the same rows.
+template <class T>
+struct HeadsMatrices {
+  View<T> projected_q;   ///< tokens x c; normalised in place where nobody needs the projected ones afterwards
+  View<T> normalised_q;  ///< tokens x c: normalised, after the convolution if any; else projected_q
+  View<T> routed_q;      ///< tokens x e: what routers see: normalised_q, or sums of it over heads of a key/value head
+  View<T> attended_q;    ///< tokens x c: what attention reads: one of the first two, or rotated
+  View<T> projected_k;   ///< source rows x e, unless shared; normalised in place where attention reads them so
+  View<T> attended_k;    ///< source rows x e: projected_k, or where shared one of the first two; or rotated
+  View<T> projected_v;   ///< source rows x e; one row of zeros more for induction
+  View<T> out;           ///< tokens x c: what attention gave
+  View<T> q_inverse_deviation;  ///< tokens x heads: what normalise_rows says of normalised_q, where kept
+  View<T> k_inverse_deviation;  ///< source rows x key/value heads: the same of projected_k
+
+  HeadsMatrices() = default;
+
+  /// Takes all matrices from an arena.
+  HeadsMatrices(const HeadBlock& block, Index tokens, Index source_rows, Arena& arena) {
+    lay_out(block, tokens, source_rows, [&](Index rows, Index cols) { return arena.matrix<T>(rows, cols); });
+  }
+
+  /// Bytes that they take.
+  static std::size_t bytes(const HeadBlock& block, Index tokens, Index source_rows) {
+    std::size_t sum = 0;
+    HeadsMatrices().lay_out(block, tokens, source_rows, [&](Index rows, Index cols) {
+      sum += Arena::bytes_for<T>(rows * cols);
+      return View<T>();
+    });
+    return sum;
+  }
+
+ private:
+  template <class Take>
+  void lay_out(const HeadBlock& block, Index n, Index source_rows, const Take& take) {
+    const Index cols = block.cols(), kv_cols = block.kv_cols();
+    projected_q = take(n, cols);
+    // Who needs projected queries beside normalised ones: the convolution's gradient, and attention that reads them.
+    const bool both = block.taps > 0 || (block.shared && block.logits != Logits::normalised);
+    normalised_q = both ? take(n, cols) : projected_q;
+    routed_q = block.sums_queries() ? take(n, kv_cols) : normalised_q;
+    if (!block.shared) projected_k = take(source_rows, kv_cols);
+    projected_v = take(source_rows + (block.induction ? 1 : 0), kv_cols);
+    out = take(n, cols);
+    if (block.normalises_queries()) q_inverse_deviation = take(n, block.count);
+    if (block.normalises_keys()) k_inverse_deviation = take(source_rows, block.kv_count);
+
+    attended_q = block.logits == Logits::normalised ? normalised_q : projected_q;
+    attended_k = !block.shared ? projected_k : block.logits == Logits::raw ? projected_q : normalised_q;
+    if (!rotates_copies(block)) return;
+    attended_q = take(n, cols);
+    attended_k = block.attends_same_rows() ? attended_q : take(source_rows, kv_cols);
+  }
+
+  // Rows are rotated in place unless routers or normalise_rows_backward read them as they were.
+  static bool rotates_copies(const HeadBlock& block) {
+    return block.positions == PositionKind::rotary &&
+           (block.clustered() || block.shared || block.logits != Logits::raw);
+  }
+};
+
+/// A block of heads on a tape.
 template <class T>
 struct HeadsTape {
+  Arena arena;  ///< of the matrices
   HeadsMatrices<T> matrices;
   HeadsPlans plans;
   AttentionTape<T> attention;
-  Buffer<T> q, u, k, v, route, read_q, read_k, out, inverse, key_inverse;
 };
 
 }  // namespace detail
 
 template <class T>
 class RoutingAttention;
+namespace detail {
 template <class T>
-class Decoder;
+class LayerChecks;
+}
 
 /// What backward and update_router need of a forward pass, and diagnostics: labels, plans, cluster sizes.
 /// Make it once and use it for every step; its memory grows to the largest step and stays.
@@ -114,9 +141,8 @@ class RoutingAttentionTape {
   RoutingAttentionTape(RoutingAttentionTape&& other) noexcept { *this = std::move(other); }
   RoutingAttentionTape& operator=(RoutingAttentionTape&& other) noexcept {
     if (this == &other) return *this;
-    places_ = std::move(other.places_);
-    local_ = std::move(other.local_);
-    routed_ = std::move(other.routed_);
+    positions_ = std::move(other.positions_);
+    blocks_ = std::move(other.blocks_);
     config_ = other.config_;
     crosses_ = other.crosses_;
     key_tokens_ = other.key_tokens_;
@@ -127,35 +153,48 @@ class RoutingAttentionTape {
   /// Tokens of the forward pass; -1 before the first.
   Index tokens() const { return tokens_; }
 
-  /// Clusters of the queries of a routed head, one per token (-1: none); empty for dense routing. Heads are counted
-  /// among the routed ones, here and below; query heads that share a key/value head count as one.
+  /// Clusters of the queries of a routed head, one per token (-1: none); empty for dense heads.
+  /// Here and below heads are counted among the routed ones, or among the dense ones of a layer without these; query
+  /// heads that share a key/value head count as one.
   std::span<const std::int32_t> labels(Index routed_head) const {
-    return slice("Tape::labels", routed_.plans.query_labels, routed_head, tokens_);
+    return slice("Tape::labels", content().plans.query_labels, routed_head, tokens_);
   }
   /// Clusters of the keys of a routed head; those of the queries where they are shared.
   std::span<const std::int32_t> key_labels(Index routed_head) const {
-    const auto& keys = routed_.plans.key_labels;
-    return slice("Tape::key_labels", keys.empty() ? routed_.plans.query_labels : keys, routed_head, key_tokens_);
+    return slice("Tape::key_labels", content().plans.key_labels(), routed_head, key_tokens_);
   }
   /// How many queries each cluster of a routed head has; allocates.
   std::vector<double> cluster_sizes(Index routed_head) const {
-    std::vector<double> sizes(static_cast<std::size_t>(config_.clusters), 0.0);
+    std::vector<double> sizes(static_cast<std::size_t>(content_block().clusters), 0.0);
     for (const std::int32_t label : labels(routed_head))
       if (label >= 0) sizes[static_cast<std::size_t>(label)] += 1;
     return sizes;
   }
 
-  /// The plans of the routed heads: one each, or one for all where routing is dense.
-  std::span<const AttentionPlan> plans() const { return routed_.plans.used(); }
+  /// The plans of the routed heads, one each; of a layer without them, that of its dense heads.
+  std::span<const AttentionPlan> plans() const { return content().plans.used(); }
   /// The plan of all local heads, in a span of one; empty when there are none.
-  std::span<const AttentionPlan> local_plans() const { return local_.plans.used(); }
+  std::span<const AttentionPlan> local_plans() const { return block(detail::BlockKind::local).plans.used(); }
+  /// The plan of all dense heads, in a span of one; empty when there are none.
+  std::span<const AttentionPlan> dense_plans() const { return block(detail::BlockKind::dense).plans.used(); }
 
  private:
   friend class RoutingAttention<T>;
+  friend class detail::LayerChecks<T>;
+
+  const detail::HeadsTape<T>& block(detail::BlockKind kind) const { return blocks_[detail::Heads::index(kind)]; }
+  detail::HeadBlock content_block() const {
+    const detail::Heads heads = tokens_ < 0 ? detail::Heads() : detail::head_blocks(config_);
+    const detail::HeadBlock& routed = heads[detail::BlockKind::routed];
+    return routed.count > 0 ? routed : heads[detail::BlockKind::dense];
+  }
+  const detail::HeadsTape<T>& content() const {
+    return block(content_block().count > 0 ? content_block().kind : detail::BlockKind::routed);
+  }
 
   std::span<const std::int32_t> slice(const char* function, std::span<const std::int32_t> all, Index head,
                                       Index rows) const {
-    const Index heads = tokens_ < 0 ? 0 : detail::routed_kv_heads(config_);
+    const Index heads = content_block().kv_count;
     if (head < 0 || head >= heads)
       detail::fail<ValueError>(function, "routed_head", detail::join("0 to ", heads, " - 1"), head);
     if (all.empty()) return {};
@@ -165,8 +204,8 @@ class RoutingAttentionTape {
   Index tokens_ = -1, key_tokens_ = -1;
   bool crosses_ = false;           // keys and values came from a source
   RoutingAttentionConfig config_;  // of the layer that wrote it
-  detail::Places places_;
-  detail::HeadsTape<T> local_, routed_;
+  detail::RowPositions positions_;
+  std::array<detail::HeadsTape<T>, 3> blocks_;  // local, routed, dense
 };
 
 }  // namespace coterie

@@ -1,135 +1,21 @@
-// What the plan builders share: alignment, self rule, ragged sequences, and the one loop that makes groups and intervals.
+// The builder that makes the plan of a pattern: groups of equal labels, and an interval for each query.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <optional>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "coterie/core/cluster_members.hpp"
-#include "coterie/core/offsets.hpp"
-#include "coterie/plan/plan.hpp"
+#include "coterie/plan/complete.hpp"
+#include "coterie/plan/pattern.hpp"
 
-namespace coterie {
+namespace coterie::detail {
 
-/// Whether a query sees the key at its own (aligned) position. Where it is left out it still counts in the window.
-enum class Self {
-  visible,        ///< like any other key
-  only_if_alone,  ///< left out, unless nothing else is visible
-  never,          ///< left out
-};
-
-/// The position c(i) of query i among the keys of its sequence, where their numbers differ; c(i) = i where they do not.
-enum class Alignment {
-  bottom_right,  ///< i + keys - tokens: the last query meets the last key (caches, chunks); default of causal patterns
-  top_left,      ///< i: the first query meets the first key
-  proportional,  ///< i*keys/tokens, rounded down; default of two-sided patterns
-};
-
-namespace detail {
-
-/// One sequence of a ragged batch: its first rows and their numbers.
-struct Sequence {
-  Index query_begin = 0, tokens = 0, key_begin = 0, keys = 0;
-  Alignment alignment = Alignment::bottom_right;
-
-  /// c(i) for the query row `row`.
-  Index position(Index row) const {
-    const Index i = row - query_begin;
-    switch (alignment) {
-      case Alignment::bottom_right:
-        return i + keys - tokens;
-      case Alignment::top_left:
-        return i;
-      case Alignment::proportional:
-        break;
-    }
-    return i * keys / tokens;
-  }
-  bool has_equal_lengths() const { return tokens == keys; }
-};
-
-/// A pattern in terms that serve every builder: a query that has r of its group's keys up to its position sees the ranks
-/// [r - before, r + after).
-struct Pattern {
-  Index tokens = 0, keys = 0, clusters = 1;
-  Index before = 0, after = 0;
-  Alignment alignment = Alignment::bottom_right;
-  Self self = Self::visible;
-  std::span<const Index> offsets, key_offsets;  // empty: one sequence
-
-  Index sequences() const { return sequence_count(offsets); }
-
-  Sequence sequence(Index s) const {
-    const RowRange query_rows = sequence_rows(offsets, tokens, s), key_rows = sequence_rows(key_offsets, keys, s);
-    Sequence result{query_rows.begin, query_rows.count(), key_rows.begin, key_rows.count()};
-    result.alignment = result.has_equal_lengths() ? Alignment::top_left : alignment;  // all the same, without division
-    return result;
-  }
-
-  /// Sees `window` ranks up to the query's position (0: all) and `ahead` after it.
-  void see(Index window, Index ahead) {
-    const Index all = tokens + keys + 1;  // more than any rank or position is away from any other
-    before = window == 0 ? all : std::min(window, all);
-    after = std::min(ahead, all);
-  }
-};
-
-/// Collects the fault of a rule that is none.
-inline void check_self(Faults& faults, Self self) {
-  faults.expect(self == Self::visible || self == Self::only_if_alone || self == Self::never, "self",
-                "visible, only_if_alone or never", static_cast<int>(self));
-}
-
-/// Reads and checks the fields that all configs share.
-template <class Config>
-Pattern read_pattern(Faults& faults, const Config& config, Index tokens, Index keys) {
-  constexpr Index most = std::numeric_limits<std::int32_t>::max();
-  Pattern pattern;
-  pattern.tokens = tokens;
-  pattern.keys = keys;
-  pattern.alignment = config.alignment.value_or(config.causal ? Alignment::bottom_right : Alignment::proportional);
-  pattern.self = config.self;
-  pattern.offsets = config.offsets;
-  pattern.key_offsets = config.key_offsets;
-
-  const int alignment = static_cast<int>(pattern.alignment);
-  faults.expect(alignment >= 0 && alignment <= 2, "alignment", "bottom_right, top_left or proportional", alignment);
-  check_self(faults, config.self);
-  bool good = tokens >= 0 && tokens <= most && keys >= 0 && keys <= most;
-  faults.expect(tokens >= 0 && tokens <= most, "tokens", "0 to 2147483647", tokens);
-  faults.expect(keys == tokens || (keys >= 0 && keys <= most), "keys", "0 to 2147483647", keys);
-  if (good && !config.offsets.empty()) {
-    good = check_offsets(faults, "offsets", config.offsets, tokens);
-    if (config.key_offsets.empty()) {
-      faults.expect(tokens == keys, "key_offsets", "offsets of the keys, for they are not as many as the tokens",
-                    "none");
-      good = good && tokens == keys;
-      pattern.key_offsets = config.offsets;
-    }
-  }
-  if (good && !config.key_offsets.empty()) {
-    const std::size_t bounds = config.offsets.empty() ? 2 : config.offsets.size();
-    good = config.key_offsets.size() == bounds;
-    if (!good) faults.expect(false, "key_offsets", join(bounds, " values, as offsets"), config.key_offsets.size());
-    good = good && check_offsets(faults, "key_offsets", config.key_offsets, keys);
-  }
-  if (good && config.self != Self::visible && pattern.alignment == Alignment::proportional)
-    for (Index s = 0; s < pattern.sequences(); ++s)
-      if (!pattern.sequence(s).has_equal_lengths()) {
-        faults.expect(false, "self", "Self::visible, for proportional alignment of unequal lengths has no self",
-                      join("another rule in sequence ", s));
-        break;
-      }
-  return pattern;
-}
-
-/// Sorts rows stably by bucket_of(row) in [0, buckets), by counting; rows in bucket -1 are left out. The rows are those of
-/// `rows`, or 0 to count - 1 where it is null. `ends` has room for buckets + 1 numbers, and is left with where in `sorted`
-/// each bucket ends.
+/// Sorts rows stably by bucket_of(row) in [0, buckets), by counting; rows in bucket -1 are left out. The rows are those
+/// of `rows`, or 0 to count - 1 where it is null. `ends` has room for buckets + 1 numbers, and gets the end of each
+/// bucket in `sorted`.
 template <class BucketOf>
 void counting_sort(const std::int32_t* rows, Index count, Index buckets, BucketOf bucket_of, std::int32_t* ends,
                    std::vector<std::int32_t>& sorted) {
@@ -149,16 +35,21 @@ void counting_sort(const std::int32_t* rows, Index count, Index buckets, BucketO
 }
 
 /// Makes the plan of a pattern. Labels: one per row, in [-1, clusters); both empty: all rows are in cluster 0.
-/// Groups are the (sequence, cluster) that have a query or a key, sequence by sequence.
+///
+/// Groups are the (sequence, cluster) that have a query or a key, sequence by sequence. `scratch`: kept by the caller,
+/// or null: the builder's own. Where memory ends (std::bad_alloc), the plan is left without derived arrays.
 class PlanBuilder {
  public:
-  PlanBuilder(const Pattern& pattern, AttentionPlan& plan) : pattern_(pattern), plan_(plan) {}
+  PlanBuilder(const Pattern& pattern, AttentionPlan& plan, PlanScratch* scratch)
+      : pattern_(pattern), plan_(plan), scratch_(scratch != nullptr ? *scratch : own_) {}
+  PlanBuilder(const PlanBuilder&) = delete;
+  PlanBuilder& operator=(const PlanBuilder&) = delete;
 
   /// Builds with labels label_of(position): the aligned position of a query, the position of a key.
   template <class LabelOf>
   void build_by_position(LabelOf label_of) {
     divide_scratch(pattern_.tokens + pattern_.keys);
-    std::int32_t* const query_labels = plan_.scratch.data();
+    std::int32_t* const query_labels = scratch_.numbers.data();
     std::int32_t* const key_labels = query_labels + pattern_.tokens;
     for (Index s = 0; s < pattern_.sequences(); ++s) {
       const Sequence sequence = pattern_.sequence(s);
@@ -185,30 +76,35 @@ class PlanBuilder {
     plan_.entries.assign(queries.rows.begin(), queries.rows.end());
     plan_.keys.assign(keys.rows.begin(), keys.rows.end());
     make_groups();
-    complete(plan_);
+    complete(plan_, &scratch_);
     if (combine == Combine::lse && pattern_.self == Self::only_if_alone) leave_self_out();
   }
 
+  /// Scratch memory, free until build().
+  std::vector<std::int32_t>& numbers() { return scratch_.numbers; }
+
  private:
   void begin_plan(Combine combine) {
+    clear_derived(plan_);  // so that an unfinished plan is refused
     plan_.tokens = pattern_.tokens;
     plan_.key_tokens = pattern_.keys;
     plan_.memory_tokens = 0;
     plan_.combine = combine;
   }
 
-  // The plan's scratch holds `labels` labels, the sequence of every row where there are several, and where the buckets of
-  // the sorted queries and keys end.
+  // Divides scratch memory into `labels` labels, the sequence of every row where there are several, and the ends of the
+  // buckets of sorted queries and keys.
   void divide_scratch(Index labels) {
     const Index rows = pattern_.sequences() > 1 ? pattern_.tokens + pattern_.keys : 0;
-    const Index ends = std::max(pattern_.clusters, pattern_.sequences()) + 1;
+    const Index ends = (std::max)(pattern_.clusters, pattern_.sequences()) + 1;
     const auto size = static_cast<std::size_t>(labels + rows + 2 * ends);
-    if (plan_.scratch.size() < size) plan_.scratch.resize(size);
+    std::vector<std::int32_t>& numbers = scratch_.numbers;
+    if (numbers.size() < size) numbers.resize(size);
     if (rows > 0) {
-      query_sequences_ = plan_.scratch.data() + labels;
+      query_sequences_ = numbers.data() + labels;
       key_sequences_ = query_sequences_ + pattern_.tokens;
     }
-    ends_ = plan_.scratch.data() + labels + rows;
+    ends_ = numbers.data() + labels + rows;
     more_ends_ = ends_ + ends;
   }
 
@@ -216,7 +112,8 @@ class PlanBuilder {
     query_labels_ = query_labels;
     key_labels_ = key_labels;
     begin_plan(Combine::single);
-    one_list_ = note_sequences() && std::ranges::equal(query_labels, key_labels);  // self-attention
+    const bool same_labels = std::equal(query_labels.begin(), query_labels.end(), key_labels.begin(), key_labels.end());
+    one_list_ = note_sequences() && same_labels;  // self-attention
     sort(query_labels_, pattern_.tokens, query_sequences_, ends_, plan_.entries);
     entry_ends_ = key_ends_ = ends_;
     if (one_list_) {
@@ -226,11 +123,11 @@ class PlanBuilder {
       sort(key_labels_, pattern_.keys, key_sequences_, more_ends_, plan_.keys);
     }
     make_groups();
-    complete(plan_);
+    complete(plan_, &scratch_);
   }
 
-  // Writes which sequence each row is in, and real positions where row numbers do not give the distances. True where
-  // they do: queries and keys have the same rows in every sequence.
+  // Writes the sequence of every row, and positions where row numbers do not give the distances. True where they do:
+  // queries and keys have the same rows in every sequence.
   bool note_sequences() {
     bool by_rows = true;
     for (Index s = 0; s < pattern_.sequences(); ++s) {
@@ -253,7 +150,7 @@ class PlanBuilder {
     return false;
   }
 
-  // By cluster, then stably by sequence: linear also for many clusters and many short sequences. Buckets are the
+  // Sorts by cluster, then stably by sequence: linear also for many clusters and many short sequences. Buckets are the
   // sequences where there are several, otherwise the clusters.
   void sort(std::span<const std::int32_t> labels, Index count, const std::int32_t* sequences, std::int32_t* ends,
             std::vector<std::int32_t>& sorted) {
@@ -267,18 +164,17 @@ class PlanBuilder {
     }
     const std::int32_t* rows = nullptr;
     if (pattern_.clusters > 1) {
-      std::vector<std::int32_t>& by_cluster = plan_.row_entries;  // free until complete() writes it
-      counting_sort(nullptr, count, pattern_.clusters, cluster_of, ends, by_cluster);
-      rows = by_cluster.data();
-      count = static_cast<Index>(by_cluster.size());
+      counting_sort(nullptr, count, pattern_.clusters, cluster_of, ends, scratch_.sorted);
+      rows = scratch_.sorted.data();
+      count = static_cast<Index>(scratch_.sorted.size());
     }
     counting_sort(rows, count, pattern_.sequences(), sequence_of, ends, sorted);
   }
 
-  // A bucket is a list, a cluster or, where there are several, a sequence; and a group, except that sequences of several
-  // clusters are cut where the label changes.
+  // A bucket is a list, a cluster or, where there are several sequences, a sequence. It is a group, except that a
+  // sequence of several clusters is cut where the label changes.
   void make_groups() {
-    constexpr std::int32_t none = std::numeric_limits<std::int32_t>::max();
+    constexpr std::int32_t none = (std::numeric_limits<std::int32_t>::max)();
     plan_.groups.clear();
     plan_.visible.resize(plan_.entries.size());
     const bool two = pattern_.after > 0 && pattern_.self != Self::visible;
@@ -301,7 +197,7 @@ class PlanBuilder {
       while (group.entry_end < entry_end || group.key_end < key_end) {
         group = {group.entry_end, entry_end, group.key_end, key_end};
         if (!lists_ && several && pattern_.clusters > 1) {
-          const std::int32_t label = std::min(of_entry(group.entry_begin), of_key(group.key_begin));
+          const std::int32_t label = (std::min)(of_entry(group.entry_begin), of_key(group.key_begin));
           for (group.entry_end = group.entry_begin; of_entry(group.entry_end) == label;) ++group.entry_end;
           for (group.key_end = group.key_begin; of_key(group.key_end) == label;) ++group.key_end;
         }
@@ -325,9 +221,9 @@ class PlanBuilder {
       visible[e] = {begin, leaves_out ? after_self - 1 : end};
       if (visible_too != nullptr) visible_too[e] = {leaves_out ? after_self : end, end};
     };
-    Index up_to = 0;  // keys at positions up to the query's: a finger, for both lists ascend
+    Index up_to = 0;  // keys at positions up to the query's; it only grows, for both lists ascend
     if (one_list_) {
-      // The finger moves by one key, the query's own.
+      // It grows by one key, the query's own.
       for (std::int32_t e = group.entry_begin; e < group.entry_end; ++e) {
         ++up_to;
         see(e, up_to, up_to, true);
@@ -343,8 +239,8 @@ class PlanBuilder {
     }
   }
 
-  // Self::only_if_alone for one softmax over several entries: one that shows nothing but the query's own key shows it only
-  // where no other entry of the row shows a key.
+  // Self::only_if_alone for one softmax over several entries: an entry that shows nothing but the query's own key shows
+  // it only where no other entry of the row shows a key.
   void leave_self_out() {
     for (Index s = 0; s < pattern_.sequences(); ++s) {
       const Sequence sequence = pattern_.sequence(s);
@@ -375,15 +271,15 @@ class PlanBuilder {
 
   const Pattern& pattern_;
   AttentionPlan& plan_;
+  PlanScratch own_, &scratch_;
   std::span<const std::int32_t> query_labels_, key_labels_;
   std::int32_t* query_sequences_ = nullptr;
   std::int32_t* key_sequences_ = nullptr;
-  std::int32_t *ends_ = nullptr, *more_ends_ = nullptr;  // in the plan's scratch
+  std::int32_t *ends_ = nullptr, *more_ends_ = nullptr;  // in scratch memory
   const std::int32_t* entry_ends_ = nullptr;             // of the buckets
   const std::int32_t* key_ends_ = nullptr;
   bool one_list_ = false;  // queries and keys are the same rows, in the same buckets
   bool lists_ = false;     // buckets are lists of members, not labels
 };
 
-}  // namespace detail
-}  // namespace coterie
+}  // namespace coterie::detail

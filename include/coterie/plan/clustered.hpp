@@ -35,7 +35,7 @@ namespace detail {
 template <class Config>
 Pattern read_clustered(Faults& faults, const Config& config, const char* argument, Index clusters, Index tokens,
                        Index keys) {
-  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
   faults.expect(clusters >= 1 && clusters <= most, argument, "1 to 2147483647", clusters);
   faults.expect(config.window >= 0, "window", "at least 0", config.window);
   Pattern pattern = read_pattern(faults, config, tokens, keys);
@@ -56,8 +56,8 @@ inline std::int32_t check_labels(const char* function, const char* argument, std
                                  Index clusters) {
   std::int32_t lowest = -1, highest = -1;
   for (const std::int32_t label : labels) {
-    lowest = std::min(lowest, label);
-    highest = std::max(highest, label);
+    lowest = (std::min)(lowest, label);
+    highest = (std::max)(highest, label);
   }
   if (lowest >= -1 && highest < clusters) return highest;
   std::size_t i = 0;
@@ -74,16 +74,16 @@ inline std::int32_t random_label(std::uint64_t seed, Index position, Index clust
 }  // namespace detail
 
 /// Writes the plan in which every query sees the keys of its sequence that have its label.
-/// Shapes: one label per query row and one per key row; for self-attention the same span twice. Label -1: in no cluster,
-///   so a query sees nothing and a key is seen by nobody.
+/// Shapes: one label per query row and one per key row; for self-attention the same span twice. Label -1: in no
+///   cluster, so a query sees nothing and a key is seen by nobody.
 /// Formula: with r the number of the cluster's keys at positions up to c(i), a query sees the keys of ranks
 ///   [r - window, r) if causal, [r - (window + 1)/2, r + window/2) otherwise, all up to c(i) or all for window 0.
 /// Requires: a config as its fields say and labels in [-1, clusters), otherwise ValueError, and the plan is unchanged.
-/// Allocates: only where the plan's vectors have to grow.
+/// Allocates: only where the plan and `scratch` have to grow; without one (null) the call's own.
 /// Cost: linear in tokens, keys, sequences and the highest label.
 /// Source: Roy et al. 2021, section 4.1, with causality by intervals of the sorted members: ours.
 inline void plan_clustered(std::span<const std::int32_t> query_labels, std::span<const std::int32_t> key_labels,
-                           const ClusteredConfig& config, AttentionPlan& plan) {
+                           const ClusteredConfig& config, AttentionPlan& plan, PlanScratch* scratch = nullptr) {
   const char* const function = "plan_clustered";
   detail::Faults faults(function);
   detail::Pattern pattern =
@@ -91,9 +91,9 @@ inline void plan_clustered(std::span<const std::int32_t> query_labels, std::span
                              static_cast<Index>(key_labels.size()));
   std::int32_t highest = detail::check_labels(function, "query_labels", query_labels, config.clusters);
   if (key_labels.data() != query_labels.data() || key_labels.size() != query_labels.size())
-    highest = std::max(highest, detail::check_labels(function, "key_labels", key_labels, config.clusters));
-  pattern.clusters = std::max(highest, 0) + 1;  // clusters that no label names cost nothing
-  detail::PlanBuilder(pattern, plan).build(query_labels, key_labels);
+    highest = (std::max)(highest, detail::check_labels(function, "key_labels", key_labels, config.clusters));
+  pattern.clusters = (std::max)(highest, 0) + 1;  // clusters that no label names cost nothing
+  detail::PlanBuilder(pattern, plan, scratch).build(query_labels, key_labels);
 }
 
 /// Writes a clustered plan whose labels are drawn from a seed: the paper's baseline.
@@ -101,11 +101,11 @@ inline void plan_clustered(std::span<const std::int32_t> query_labels, std::span
 /// Requires, Allocates: as plan_clustered.
 /// Cost: linear in tokens, keys, clusters and sequences.
 /// Source: Roy et al. 2021, section 5 (random Transformer).
-inline void plan_random(const RandomConfig& config, AttentionPlan& plan) {
+inline void plan_random(const RandomConfig& config, AttentionPlan& plan, PlanScratch* scratch = nullptr) {
   detail::Faults faults("plan_random");
   const detail::Pattern pattern = detail::read_clustered(faults, config, "clusters", config.clusters, config.tokens,
                                                          config.keys == 0 ? config.tokens : config.keys);
-  detail::PlanBuilder(pattern, plan).build_by_position([&config](Index position) {
+  detail::PlanBuilder(pattern, plan, scratch).build_by_position([&config](Index position) {
     return detail::random_label(config.seed, position, config.clusters);
   });
 }

@@ -17,15 +17,15 @@ struct DenseConfig {
 
 /// Writes the plan in which every query sees all keys of its sequence: [0, keys), or [0, c(i)] if causal.
 /// Requires: a config as its fields say, otherwise ValueError, and the plan is unchanged.
-/// Allocates: only where the plan's vectors have to grow.
+/// Allocates: only where the plan and `scratch` have to grow; without one (null) the call's own.
 /// Cost: linear in tokens, keys and sequences.
-inline void plan_dense(const DenseConfig& config, AttentionPlan& plan) {
+inline void plan_dense(const DenseConfig& config, AttentionPlan& plan, PlanScratch* scratch = nullptr) {
   detail::Faults faults("plan_dense");
   detail::Pattern pattern =
       detail::read_pattern(faults, config, config.tokens, config.keys == 0 ? config.tokens : config.keys);
   faults.raise();
   pattern.see(0, config.causal ? 0 : pattern.tokens + pattern.keys);
-  detail::PlanBuilder(pattern, plan).build({}, {});
+  detail::PlanBuilder(pattern, plan, scratch).build({}, {});
 }
 
 }  // namespace coterie

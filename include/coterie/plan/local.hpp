@@ -19,9 +19,9 @@ struct LocalConfig {
 
 /// Writes the plan in which query i sees the keys of its sequence at positions (c(i) - window, c(i) + lookahead].
 /// Requires: a config as its fields say, otherwise ValueError, and the plan is unchanged.
-/// Allocates: only where the plan's vectors have to grow.
+/// Allocates: only where the plan and `scratch` have to grow; without one (null) the call's own.
 /// Cost: linear in tokens, keys and sequences.
-inline void plan_local(const LocalConfig& config, AttentionPlan& plan) {
+inline void plan_local(const LocalConfig& config, AttentionPlan& plan, PlanScratch* scratch = nullptr) {
   detail::Faults faults("plan_local");
   faults.expect(config.window >= 1, "window", "at least 1", config.window);
   faults.expect(config.lookahead >= 0, "lookahead", "at least 0", config.lookahead);
@@ -30,7 +30,7 @@ inline void plan_local(const LocalConfig& config, AttentionPlan& plan) {
       detail::read_pattern(faults, config, config.tokens, config.keys == 0 ? config.tokens : config.keys);
   faults.raise();
   pattern.see(config.window, config.lookahead);
-  detail::PlanBuilder(pattern, plan).build({}, {});
+  detail::PlanBuilder(pattern, plan, scratch).build({}, {});
 }
 
 }  // namespace coterie

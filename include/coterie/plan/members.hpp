@@ -51,11 +51,10 @@ inline void check_members(const char* function, const std::string& name, const C
   }
 }
 
-/// Requires every row in one list at most, otherwise ValueError. `plan`: for its scratch memory.
-inline void check_single(const char* function, const ClusterMembers& members, AttentionPlan& plan) {
-  std::vector<std::int32_t>& seen = plan.scratch;
+/// Requires every row in one list at most, otherwise ValueError. `seen`: scratch memory.
+inline void check_single(const char* function, const ClusterMembers& members, std::vector<std::int32_t>& seen) {
   const auto tokens = static_cast<std::size_t>(members.tokens);
-  seen.resize(std::max(seen.size(), tokens));
+  seen.resize((std::max)(seen.size(), tokens));
   std::fill_n(seen.begin(), tokens, 0);
   for (const std::int32_t row : members.rows)
     if (seen[static_cast<std::size_t>(row)]++ > 0)
@@ -67,20 +66,21 @@ inline void check_single(const char* function, const ClusterMembers& members, At
 
 /// Writes the plan in which every query sees, for each of its clusters, the cluster's keys of its sequence.
 ///
-/// With balanced_members for queries and keys: the paper's membership. It is not strictly causal: lists of causal plans change
-/// with later tokens, and with them what earlier queries see. With nearest_members of several probes for the queries
-/// and of one for the keys, and Combine::lse: multi-probe search, strictly causal.
-/// A query in several clusters has several entries; config.combine says what becomes of them: the mean of their outputs, or
-/// one softmax over all their keys, where a key that two clusters show counts twice. A query in none sees nothing.
-/// Formula: in each cluster as plan_clustered. Self::only_if_alone looks at each cluster for the mean, at all of a row's
-///   for one softmax.
+/// With balanced_members for queries and keys: the paper's membership. It is not strictly causal: lists of causal plans
+/// change with later tokens, and with them what earlier queries see. With nearest_members of several probes for the
+/// queries and of one for the keys, and Combine::lse: multi-probe search, strictly causal. A query in several clusters
+/// has several entries; config.combine says what becomes of them: the mean of their outputs, or one softmax over all
+/// their keys, where a key that two clusters show counts twice. A query in none sees nothing.
+/// Formula: in each cluster as plan_clustered. Self::only_if_alone looks at each cluster for the mean, at all of a
+///   row's for one softmax.
 /// Requires: lists as ClusterMembers says, of as many clusters and of the sequences that the offsets say; at most one
-///   cluster of a query for Combine::single; a config as its fields say; otherwise ValueError, and the plan is unchanged.
-/// Allocates: only where the plan's vectors have to grow.
+///   cluster of a query for Combine::single; a config as its fields say; otherwise ValueError, and the plan is
+///   unchanged.
+/// Allocates: only where the plan and `scratch` have to grow; without one (null) the call's own.
 /// Cost: linear in tokens, keys, members, and sequences times clusters.
 /// Source: Roy et al. 2021, section 4.1; multi-probe as in inverted-file search, ours.
 inline void plan_members(const ClusterMembers& queries, const ClusterMembers& keys, const MembersConfig& config,
-                         AttentionPlan& plan) {
+                         AttentionPlan& plan, PlanScratch* scratch = nullptr) {
   const char* const function = "plan_members";
   detail::Faults faults(function);
   faults.expect(config.combine == Combine::single || config.combine == Combine::mean || config.combine == Combine::lse,
@@ -91,8 +91,9 @@ inline void plan_members(const ClusterMembers& queries, const ClusterMembers& ke
   detail::check_members(function, "queries", queries, pattern, false);
   if (&keys != &queries || pattern.offsets.data() != pattern.key_offsets.data())
     detail::check_members(function, "keys", keys, pattern, true);
-  if (config.combine == Combine::single) detail::check_single(function, queries, plan);
-  detail::PlanBuilder(pattern, plan).build(queries, keys, config.combine);
+  detail::PlanBuilder builder(pattern, plan, scratch);
+  if (config.combine == Combine::single) detail::check_single(function, queries, builder.numbers());
+  builder.build(queries, keys, config.combine);
 }
 
 }  // namespace coterie

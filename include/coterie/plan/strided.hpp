@@ -1,4 +1,4 @@
-// Strided attention: queries see the keys at a multiple of the stride away.
+// Strided attention: queries see the keys that are a multiple of the stride away.
 #pragma once
 
 #include "coterie/plan/clustered.hpp"
@@ -21,14 +21,14 @@ struct StridedConfig {
 /// Requires, Allocates: as plan_clustered.
 /// Cost: linear in tokens, keys and sequences.
 /// Source: Child et al. 2019 (Sparse Transformer), the strided pattern.
-inline void plan_strided(const StridedConfig& config, AttentionPlan& plan) {
+inline void plan_strided(const StridedConfig& config, AttentionPlan& plan, PlanScratch* scratch = nullptr) {
   detail::Faults faults("plan_strided");
   const Index keys = config.keys == 0 ? config.tokens : config.keys;
   detail::Pattern pattern = detail::read_clustered(faults, config, "stride", config.stride, config.tokens, keys);
   // No two positions are further apart: a longer stride groups them no differently, and would cost its length.
-  const Index stride = std::min(config.stride, config.tokens + keys + 1);
+  const Index stride = (std::min)(config.stride, config.tokens + keys + 1);
   pattern.clusters = stride;
-  detail::PlanBuilder(pattern, plan).build_by_position([stride](Index position) {
+  detail::PlanBuilder(pattern, plan, scratch).build_by_position([stride](Index position) {
     const Index residue = position % stride;
     return static_cast<std::int32_t>(residue < 0 ? residue + stride : residue);
   });

@@ -1,4 +1,4 @@
-// Clusters of the keys of a cache, and how keys enter them: the memory of KeyIndex.
+// The clusters of the keys of a cache: the memory of KeyIndex.
 #pragma once
 
 #include <algorithm>
@@ -14,23 +14,10 @@
 #include "coterie/kernel/product.hpp"
 #include "coterie/router/seeding.hpp"
 
-namespace coterie {
+namespace coterie::detail {
 
-/// Settings of KeyIndex; designated initialisers in this order.
-struct KeyIndexConfig {
-  Index kv_heads = 1;      ///< key/value heads side by side in the cache, each with clusters of its own
-  Index clusters = 0;      ///< of every head, at least 1; the square root of the number of keys is a good number
-  Index sinks = 4;         ///< first keys, which every query sees; at least 0
-  Index recent = 64;       ///< last keys, which every query sees; at least 0
-  Index sample = 0;        ///< keys of a head that k-means sees at most; 0: 32 * clusters
-  Index steps = 5;         ///< Lloyd steps; at least 0
-  std::uint64_t seed = 0;  ///< of the sample and of k-means++
-};
-
-namespace detail {
-
-/// Lists of rows by cluster, for every key/value head of a cache.
-template <class T>
+/// Lists of rows by cluster, for every key/value head of a cache. Config: KeyIndexConfig.
+template <class T, class Config>
 class KeyClusters {
  public:
   struct Head {
@@ -41,7 +28,7 @@ class KeyClusters {
     std::vector<std::vector<std::int32_t>> members;  // ascending
   };
 
-  explicit KeyClusters(const KeyIndexConfig& config) : config_(config) {
+  explicit KeyClusters(const Config& config) : config_(config) {
     Faults faults("KeyIndex");
     faults.expect(config.kv_heads >= 1, "kv_heads", "at least 1", config.kv_heads);
     faults.expect(config.clusters >= 1, "clusters", "at least 1", config.clusters);
@@ -49,17 +36,17 @@ class KeyClusters {
     faults.expect(config.recent >= 0, "recent", "at least 0", config.recent);
     faults.expect(config.sample >= 0, "sample", "at least 0", config.sample);
     faults.expect(config.steps >= 0, "steps", "at least 0", config.steps);
-    constexpr Index most = std::numeric_limits<std::int32_t>::max() / 64;  // so that no product of settings overflows
+    constexpr Index most = (std::numeric_limits<std::int32_t>::max)() / 64;  // so that no product of settings overflows
     for (const auto& [name, value] : {std::pair{"clusters", config.clusters}, std::pair{"sinks", config.sinks}})
       faults.expect(value <= most, name, join("at most ", most), value);
     faults.raise();
     heads_.resize(static_cast<std::size_t>(config.kv_heads));
   }
 
-  const KeyIndexConfig& config() const { return config_; }
+  const Config& config() const { return config_; }
   Index tokens() const { return tokens_; }
   Index dim() const { return dim_; }
-  /// Keys that are in clusters; all others are in sight of every query.
+  /// Keys that are in clusters; every query sees all others.
   RowRange clustered() const { return clustered_; }
 
   const Head& of(const char* function, Index kv_head) const {
@@ -71,37 +58,40 @@ class KeyClusters {
   /// Keys that a plan can list at most which looks into `probed` clusters.
   Index most_listed(Index probed) const {
     const Index inside = clustered_.count();
-    return tokens_ - inside + (probed < config_.clusters ? std::min(inside, probed * longest_) : inside);
+    return tokens_ - inside + (probed < config_.clusters ? (std::min)(inside, probed * longest_) : inside);
   }
 
+  /// New clusters of the keys between the first and the recent ones; the old ones stay until the new ones are there.
   void build(ConstView<T> k, Context& context) {
-    check_keys("KeyIndex::build", k, 0, std::max<Index>(1, k.cols() / config_.kv_heads));
-    dim_ = k.cols() / config_.kv_heads;
-    tokens_ = k.rows();
-    longest_ = 0;
-    const Index begin = std::min(config_.sinks, tokens_), end = std::max(begin, tokens_ - config_.recent);
-    clustered_ = {begin, begin};
-    for (Head& head : heads_) head = Head();
-    if (begin == end) return;
-    std::vector<RowMatrix<T>> samples(heads_.size());
-    context.for_each(config_.kv_heads, [&](Index h, Index) {
-      samples[static_cast<std::size_t>(h)] = seed(k.columns(h * dim_, dim_), {begin, end}, h);
-    });
-    for (std::size_t h = 0; h < heads_.size(); ++h) settle(heads_[h], samples[h], context);
-    take(k, end, context);
+    check_keys("KeyIndex::build", k, 0, (std::max<Index>)(1, k.cols() / config_.kv_heads));
+    KeyClusters made(config_);
+    made.dim_ = k.cols() / config_.kv_heads;
+    made.tokens_ = k.rows();
+    const Index begin = (std::min)(config_.sinks, made.tokens_), end = (std::max)(begin, made.tokens_ - config_.recent);
+    made.clustered_ = {begin, begin};
+    if (begin < end) {
+      std::vector<RowMatrix<T>> samples(made.heads_.size());
+      context.for_each(config_.kv_heads, [&](Index h, Index) {
+        samples[static_cast<std::size_t>(h)] = made.seed(k.columns(h * made.dim_, made.dim_), {begin, end}, h);
+      });
+      for (std::size_t h = 0; h < made.heads_.size(); ++h) made.settle(made.heads_[h], samples[h], context);
+      made.take(k, end, context);
+    }
+    *this = std::move(made);
   }
 
+  /// Puts the keys that are not among the recent ones any more into the clusters that there are.
   void append(ConstView<T> k, Context& context) {
-    check_keys("KeyIndex::append", k, tokens_, dim_ > 0 ? dim_ : std::max<Index>(1, k.cols() / config_.kv_heads));
+    check_keys("KeyIndex::append", k, tokens_, dim_ > 0 ? dim_ : (std::max<Index>)(1, k.cols() / config_.kv_heads));
+    if (heads_.front().count > 0) take(k, k.rows() - config_.recent, context);
     dim_ = k.cols() / config_.kv_heads;
     tokens_ = k.rows();
-    if (heads_.front().count > 0) take(k, tokens_ - config_.recent, context);
   }
 
  private:
   void check_keys(const char* function, ConstView<T> k, Index rows, Index d) const {
     if (k.rows() < rows) fail<ShapeError>(function, "k", join("at least ", rows, " rows"), join(k.rows(), " rows"));
-    constexpr Index most = std::numeric_limits<std::int32_t>::max();
+    constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
     if (k.rows() > most) fail<ShapeError>(function, "k", join("at most ", most, " rows"), join(k.rows(), " rows"));
     check_shape<T>(function, "k", k, k.rows(), config_.kv_heads * d);
   }
@@ -128,14 +118,15 @@ class KeyClusters {
     RowMatrix<T> centroids = RowMatrix<T>::Zero(config_.clusters, dim_);
     SeedingScratch<T> scratch;
     // Where no key of the sample is finite, one centroid takes them all.
-    head.count = std::max<Index>(
-        1, seed_centroids<T>(view(std::as_const(sample)).columns(0, dim_), view(centroids), seed, scratch));
+    head.count = (std::max<Index>)(1, seed_centroids<T>(view(std::as_const(sample)).columns(0, dim_), view(centroids),
+                                                        seed, scratch));
     head.nearest.resize(head.count, dim_ + 1);
-    for (Index c = 0; c < head.count; ++c) place(head, c, centroids.data() + c * dim_);
+    for (Index c = 0; c < head.count; ++c) set_centroid(head, c, centroids.data() + c * dim_);
     return sample;
   }
 
-  /// Lloyd steps by distance; a centroid without rows stays.
+  /// Lloyd steps by distance, on the kernel; a centroid without rows stays. The router's lloyd_step goes by dot
+  /// product.
   void settle(Head& head, const RowMatrix<T>& sample, Context& context) const {
     std::vector<std::int32_t> labels(static_cast<std::size_t>(sample.rows()));
     std::vector<double> counts, sums;
@@ -155,7 +146,7 @@ class KeyClusters {
         if (count == 0) continue;
         for (Index j = 0; j < dim_; ++j)
           centroid[static_cast<std::size_t>(j)] = static_cast<T>(sums[static_cast<std::size_t>(c * dim_ + j)] / count);
-        place(head, c, centroid.data());
+        set_centroid(head, c, centroid.data());
       }
     }
     head.centroids = head.nearest.leftCols(dim_).transpose();
@@ -167,17 +158,31 @@ class KeyClusters {
     for (Index j = 0; j < dim_; ++j) to[j] = key[j] - head.mean(0, j);
     to[dim_] = 1;
   }
-  void place(Head& head, Index c, const T* centroid) const {
+  void set_centroid(Head& head, Index c, const T* centroid) const {
     T* const row = head.nearest.data() + c * (dim_ + 1);
     std::copy(centroid, centroid + dim_, row);
     row[dim_] = striped_sum<T>(dim_, [=](Index j) { return centroid[j] * centroid[j]; }) / -2;
   }
 
-  /// Puts the keys before `end` that are in no cluster yet into clusters.
+  /// Puts the keys before `end` that are in no cluster yet into clusters: all of them, in all heads, or on error none.
   void take(ConstView<T> k, Index end, Context& context) {
+    const Index begin = clustered_.end, longest = longest_;
+    try {
+      take_some(k, end, context);
+    } catch (...) {
+      for (Head& head : heads_)
+        for (std::vector<std::int32_t>& members : head.members)
+          while (!members.empty() && members.back() >= begin) members.pop_back();
+      clustered_.end = begin;
+      longest_ = longest;
+      throw;
+    }
+  }
+
+  void take_some(ConstView<T> k, Index end, Context& context) {
     constexpr Index most = 8192;  // keys at a time
     while (clustered_.end < end) {
-      const Index begin = clustered_.end, count = std::min(end - begin, most), chunk = 256;
+      const Index begin = clustered_.end, count = (std::min)(end - begin, most), chunk = 256;
       Arena& arena = context.workspace().shared();
       Arena::Scope scope(arena);
       const View<T> rows = arena.matrix<T>(count, dim_ + 1);
@@ -191,19 +196,18 @@ class KeyClusters {
         for (Index i = 0; i < count; ++i) {
           std::vector<std::int32_t>& members = head.members[static_cast<std::size_t>(labels[i])];
           members.push_back(static_cast<std::int32_t>(begin + i));
-          longest_ = std::max(longest_, static_cast<Index>(members.size()));
+          longest_ = (std::max)(longest_, static_cast<Index>(members.size()));
         }
       }
       clustered_.end = begin + count;
     }
   }
 
-  KeyIndexConfig config_;
+  Config config_;
   Index tokens_ = 0, dim_ = 0;
   RowRange clustered_;
   Index longest_ = 0;  // keys of the largest cluster
   std::vector<Head> heads_;
 };
 
-}  // namespace detail
-}  // namespace coterie
+}  // namespace coterie::detail

@@ -1,5 +1,5 @@
-// An index over the key/value cache of a head that was never trained to be routed: clusters of its keys, of which a query
-// looks into the few that promise most.
+// An index over the key/value cache of a head that was never trained to be routed: clusters of its keys, of which a
+// query looks into the few that promise most.
 //
 //     KeyIndex<float> index({.clusters = 256});
 //     index.build(k, context);                                    // once: k-means
@@ -19,10 +19,22 @@
 
 #include "coterie/attention/attention.hpp"
 #include "coterie/kernel/product.hpp"
+#include "coterie/plan/complete.hpp"
 #include "coterie/retrieval/key_clusters.hpp"
 #include "coterie/router/members.hpp"
 
 namespace coterie {
+
+/// Settings of KeyIndex; designated initialisers in this order.
+struct KeyIndexConfig {
+  Index kv_heads = 1;  ///< key/value heads side by side in the cache, each with clusters of its own
+  Index clusters = 0;  ///< clusters of every head, at least 1; the square root of the number of keys is a good number
+  Index sinks = 4;     ///< first keys, which every query sees; at least 0
+  Index recent = 64;   ///< last keys, which every query sees; at least 0
+  Index sample = 0;    ///< most keys of a head that k-means sees; 0: 32 * clusters
+  Index steps = 5;     ///< Lloyd steps; at least 0
+  std::uint64_t seed = 0;  ///< seed of the sample and of k-means++
+};
 
 /// What a query asks of a KeyIndex.
 struct ProbeConfig {
@@ -42,6 +54,7 @@ struct ProbeScratch {
     explicit Worker(InstructionSet instructions) : context(instructions) {}
     Context context;  // serial, with a workspace of its own: heads run side by side
     AttentionPlan plan;
+    PlanScratch plan_scratch;
     ClusterMembers members;
   };
   std::deque<Worker> workers;
@@ -58,10 +71,9 @@ struct ProbeScratch {
                probed = static_cast<std::size_t>(queries * probes);
     const auto groups = static_cast<std::size_t>(std::min(queries * probes, clusters) + 1);
     for (Worker& w : workers) {
-      w.members.scratch.reserve(probed);
       w.members.rows.reserve(probed);
       w.members.begin.reserve(static_cast<std::size_t>(clusters) + 1);
-      for (auto* list : {&w.plan.entries, &w.plan.row_entries, &w.plan.scratch}) list->reserve(entries);
+      for (auto* list : {&w.plan.entries, &w.plan.row_entries, &w.plan_scratch.numbers}) list->reserve(entries);
       w.plan.row_begin.reserve(static_cast<std::size_t>(queries) + 1);
       w.plan.visible.reserve(entries);
       w.plan.keys.reserve(std::bit_ceil(static_cast<std::size_t>(keys)));  // it grows with every key
@@ -76,8 +88,8 @@ struct ProbeScratch {
     std::size_t shared = 0, own = 0;
     for (Worker& w : workers) {
       w.context.workspace().prepare(1);
-      shared = std::max(shared, w.context.workspace().shared().bytes());
-      own = std::max(own, w.context.workspace().worker(0).bytes());
+      shared = (std::max)(shared, w.context.workspace().shared().bytes());
+      own = (std::max)(own, w.context.workspace().worker(0).bytes());
     }
     for (Worker& w : workers) {
       w.context.workspace().shared().reserve(shared);
@@ -90,15 +102,16 @@ struct ProbeScratch {
 
 /// Clusters of the keys of a cache, head by head, and attention over a few of them.
 ///
-/// A query sees the first `sinks` keys, the last `recent` ones, and of the keys between those the `probes` clusters whose
-/// centroids have the largest dot products with it; one softmax over all of these, each key once. Keys enter clusters as
-/// they leave the recent ones. Keys and queries may be rotated or not; they are taken as they are.
-/// How much of the attention that keeps depends on the heads: peaked ones lose little, of flat ones it keeps about the share
-/// of keys that it looks at. Measure with plan() and attention_recall().
+/// A query sees the first `sinks` keys, the last `recent` ones, and of the keys between those the `probes` clusters
+/// whose centroids have the largest dot products with it; one softmax over all of these, each key once. Keys enter
+/// clusters as they leave the recent ones. Keys and queries may be rotated or not; they are taken as they are.
+/// How much of the attention that keeps depends on the heads: peaked ones lose little, of flat ones it keeps about the
+/// share of keys that it looks at. Measure with plan() and attention_recall().
 /// Until build() has found clusters, a query sees all keys: attend() is dense attention.
-/// Threads and determinism: the same clusters and outputs for any number of workers. const calls may run at the same time,
-/// each with a Context of its own.
-/// Source: inverted-file search (Jegou et al. 2011) for the clusters of Roy et al. 2021; sinks as in Xiao et al. 2024; ours.
+/// Threads and determinism: the same clusters and outputs for any number of workers. const calls may run at the same
+///   time, each with a Context of its own.
+/// Source: inverted-file search (Jegou et al. 2011) for the clusters of Roy et al. 2021; sinks as in Xiao et al. 2024;
+///   ours.
 template <class T>
 class KeyIndex {
  public:
@@ -120,23 +133,29 @@ class KeyIndex {
 
   /// Forgets all clusters and makes new ones of the keys between the first and the recent ones.
   ///
-  /// k-means by distance (k-means++, then config().steps Lloyd steps) on a sample of config().sample keys; then every key joins
-  /// its nearest centroid, the lowest on ties. Distances, unlike dot products, do not see what all keys have in common; nor do
-  /// probabilities.
-  /// Shapes: k tokens x kv_heads*d. Requires: that, d at least 1, at most 2^31 - 1 rows (ShapeError); otherwise nothing changes.
+  /// k-means by distance (k-means++, then config().steps Lloyd steps) on a sample of config().sample keys; then every
+  /// key joins its nearest centroid, the lowest on ties. Distances, unlike dot products, do not see what all keys have
+  /// in common; nor do probabilities.
   /// A key with NaN or infinity moves no centroid; it is in some cluster, and reaches the queries that look into that.
-  /// Allocates: its result, and the sample.
-  /// Cost: 2 tokens clusters d operations for the keys, and (2 + steps) of that for the sample in place of all keys, for each head; up to 128
-  /// clusters k-means++ takes 2 + log clusters times as long.
+  ///
+  /// Shapes: k tokens x kv_heads*d.
+  /// Requires: that, d at least 1, at most 2^31 - 1 rows (ShapeError). On any error, also of a task or of memory, the
+  ///   index is as it was.
+  /// Allocates: its result beside the old one, and the sample.
+  /// Cost: 2 tokens clusters d operations for the keys, and (2 + steps) of that for the sample in place of all keys,
+  ///   for each head; up to 128 clusters k-means++ takes 2 + log clusters times as long.
   void build(ConstView<T> k, Context& context) { clusters_.build(k, context); }
 
-  /// Takes in the rows that the cache has grown by since the last call of build() or append(): those that are not
-  /// among the recent ones any more join their nearest centroid. Centroids stay where they are, and keys in their clusters.
+  /// Takes in the rows that the cache has grown by since the last call of build() or append(): those that are not among
+  /// the recent ones any more join their nearest centroid. Centroids stay where they are, and keys in their clusters.
   ///
-  /// Clusters grow with the cache, and the cost of a query with them: build() again when it has doubled, and the cost per key
-  /// stays constant on the whole.
-  /// Shapes: k tokens x kv_heads*d, at least tokens() rows, of which the first are those that the index knows; only those that leave the recent
-  /// ones are read. Requires: that, at most 2^31 - 1 rows (ShapeError); otherwise nothing changes.
+  /// Clusters grow with the cache, and the cost of a query with them: build() again when it has doubled, and the cost
+  /// per key stays constant on the whole.
+  ///
+  /// Shapes: k tokens x kv_heads*d, at least tokens() rows, of which the first are those that the index knows; only
+  ///   those that leave the recent ones are read.
+  /// Requires: that, at most 2^31 - 1 rows (ShapeError). On any error, also of a task or of memory, the index is as it
+  ///   was.
   /// Allocates: where lists have to grow, by doubling.
   /// Threads and determinism: row by row or many at once, the same clusters.
   /// Cost: 2 clusters d operations a key and head.
@@ -144,15 +163,18 @@ class KeyIndex {
 
   /// out = softmax(scale q k^T) v over the keys that each query sees.
   ///
-  /// Shapes: q queries x heads*d, k tokens() x kv_heads*d, v tokens() x kv_heads*dv, out queries x heads*dv. Query head h
-  ///   reads key/value head h / (heads/kv_heads), in clusters of its own choice. All queries see all of the cache: none lies
-  ///   before a key.
-  /// Requires: those, out apart from the others (ShapeError); a config as its fields say (ValueError); otherwise nothing is written.
-  /// Overwrites out. Without keys it is zero. NaN and infinity of a key or value reach the queries that see it and no others.
+  /// Shapes: q queries x heads*d, k tokens() x kv_heads*d, v tokens() x kv_heads*dv, out queries x heads*dv. Query head
+  ///   h reads key/value head h / (heads/kv_heads), in clusters of its own choice. All queries see all of the cache:
+  ///   none lies before a key.
+  /// Requires: those, out apart from the others (ShapeError); a config as its fields say (ValueError); otherwise
+  ///   nothing is written.
+  /// Overwrites out. Without keys it is zero. NaN and infinity of a key or value reach the queries that see it and no
+  ///   others.
   /// Allocates: nothing after warm-up, until clusters grow.
-  /// Threads and determinism: a row's bits depend on that row, the index, its keys and values, the instruction set and the build: a batch
-  ///   equals its rows one by one. Heads, and pieces of 256 queries, run side by side.
-  /// Cost: per query and head 2 clusters d operations to choose, 4 d per key seen to attend; none of it grows with tokens().
+  /// Threads and determinism: a row's bits depend on that row, the index, its keys and values, the instruction set and
+  ///   the build: a batch equals its rows one by one. Heads, and pieces of 256 queries, run side by side.
+  /// Cost: per query and head 2 clusters d operations to choose, 4 d per key seen to attend; none of it grows with
+  ///   tokens().
   void attend(ConstView<T> q, ConstView<T> k, ConstView<T> v, View<T> out, const ProbeConfig& config,
               Context& context) const {
     const char* const function = "KeyIndex::attend";
@@ -176,28 +198,30 @@ class KeyIndex {
 
     auto& scratch = context.workspace().template object<detail::ProbeScratch>();
     scratch.prepare(context);
-    const Index most = std::min(q.rows(), detail::probe_chunk);
+    const Index most = (std::min)(q.rows(), detail::probe_chunk);
     scratch.reserve(most, config.probes, this->config().clusters, clusters_.most_listed(most * config.probes));
     const Index chunks = (q.rows() + detail::probe_chunk - 1) / detail::probe_chunk;
     context.for_each(sizes.heads * chunks, [&](Index task, Index worker) {
       detail::ProbeScratch::Worker& own = scratch.workers[static_cast<std::size_t>(worker)];
       const Index head = task / chunks, kv = head / (sizes.heads / kv_heads),
                   first = task % chunks * detail::probe_chunk;
-      const Index count = std::min(q.rows() - first, detail::probe_chunk);
+      const Index count = (std::min)(q.rows() - first, detail::probe_chunk);
       const ConstView<T> rows = q.rows(first, count).columns(head * d, d);
       write_plan(rows, kv, config.probes, own.members, own.plan, own.context);
       // Not complete(): its time for all key rows is more than a query of a long cache may cost.
-      detail::derive(own.plan);
+      detail::derive(own.plan, own.plan_scratch.numbers);
       attention_forward(own.plan, rows, k.columns(kv * d, d), v.columns(kv * dv, dv),
                         out.rows(first, count).columns(head * dv, dv), {.scale = config.scale}, own.context);
     });
     scratch.level();
   }
 
-  /// Writes what attend() goes by: a plan for every query head, completed, of all queries and tokens() keys, Combine::lse.
+  /// Writes what attend() goes by: a plan for every query head, completed, of all queries and tokens() keys,
+  /// Combine::lse.
   ///
   /// For attention_recall() against a dense plan, for attention_forward() with a tape (log-sum-exp) or more terms.
-  /// Shapes: q queries x heads*d. Requires: that (ShapeError); a config as its fields say (ValueError); otherwise nothing is written.
+  /// Shapes: q queries x heads*d. Requires: that (ShapeError); a config as its fields say (ValueError); otherwise
+  ///   nothing is written.
   /// Allocates: where the plans have to grow. Cost: the choice of clusters, and linear in queries and tokens().
   void plan(ConstView<T> q, const ProbeConfig& config, std::vector<AttentionPlan>& plans, Context& context) const {
     const Sizes sizes = check_queries("KeyIndex::plan", q, config);
@@ -212,7 +236,7 @@ class KeyIndex {
       plan.visible_too.clear();
       write_plan(q.columns(head * sizes.d, sizes.d), head / (sizes.heads / this->config().kv_heads), config.probes,
                  own.members, plan, own.context);
-      complete(plan);
+      complete(plan, &own.plan_scratch);
     });
     scratch.level();
   }
@@ -233,7 +257,7 @@ class KeyIndex {
     faults.raise();
     // Before the first keys are known any width will do.
     const Index d = clusters_.dim() > 0 ? clusters_.dim() : q.cols() / heads;
-    detail::check_shape<T>(function, "q", q, q.rows(), heads * std::max<Index>(d, 1));
+    detail::check_shape<T>(function, "q", q, q.rows(), heads * (std::max<Index>)(d, 1));
     return {heads, d};
   }
 
@@ -260,7 +284,7 @@ class KeyIndex {
     for (Index i = 0; i < clusters_.clustered().begin; ++i) plan.keys.push_back(static_cast<std::int32_t>(i));
     for (Index i = clusters_.clustered().end; i < tokens(); ++i) plan.keys.push_back(static_cast<std::int32_t>(i));
     add_group(0, 0);
-    probes = std::min(probes, head.count);
+    probes = (std::min)(probes, head.count);
     if (probes == 0) return;
 
     // scores = q centroids^T
@@ -280,7 +304,7 @@ class KeyIndex {
     }
   }
 
-  detail::KeyClusters<T> clusters_;
+  detail::KeyClusters<T, KeyIndexConfig> clusters_;
 };
 
 }  // namespace coterie

@@ -154,15 +154,17 @@ void balanced_members(ConstView<T> scores, const BalancedConfig& config, Cluster
   if (config.unassigned == Unassigned::left_out) return;
 
   // Rows that nobody took join their best cluster: count them, move the lists apart from the back, add, sort.
-  std::vector<std::int32_t>& joins =
-      members.scratch;  // per row its cluster's list, -1: it is in one; then per list a count
-  joins.assign(static_cast<std::size_t>(n + lists), 0);
-  std::int32_t* const joined = joins.data() + n;
+  Arena& arena = context.workspace().shared();
+  Arena::Scope scope(arena);
+  std::int32_t* const joins = arena.take<std::int32_t>(n);       // per row its cluster's list, -1: it is in one
+  std::int32_t* const joined = arena.take<std::int32_t>(lists);  // per list a count
+  std::fill_n(joins, n, 0);
+  std::fill_n(joined, lists, 0);
   const auto selected = static_cast<std::size_t>(members.begin.back());
-  for (std::size_t i = 0; i < selected; ++i) joins[static_cast<std::size_t>(rows[i])] = -1;
+  for (std::size_t i = 0; i < selected; ++i) joins[rows[i]] = -1;
   for (Index s = 0; s < sequences; ++s)
     for (Index i = rows_of(s).begin; i < rows_of(s).end; ++i) {
-      std::int32_t& list = joins[static_cast<std::size_t>(i)];
+      std::int32_t& list = joins[i];
       if (list < 0) continue;
       list = static_cast<std::int32_t>(s * k + best_column(scores.row(i), k));
       ++joined[list];
@@ -180,7 +182,7 @@ void balanced_members(ConstView<T> scores, const BalancedConfig& config, Cluster
     added = before;
   }
   for (Index i = 0; i < n; ++i) {
-    const std::int32_t list = joins[static_cast<std::size_t>(i)];
+    const std::int32_t list = joins[i];
     if (list >= 0) rows[joined[list]++] = static_cast<std::int32_t>(i);
   }
   for (Index list = 0; list < lists; ++list)
@@ -199,8 +201,9 @@ void nearest_members(ConstView<T> scores, const NearestConfig& config, ClusterMe
   const Index sequences = sequence_count(config.offsets), lists = sequences * k;
   check_memberships(function, sequences, k, n * probes);
 
-  std::vector<std::int32_t>& probed = members.scratch;  // tokens x probes
-  probed.resize(static_cast<std::size_t>(n * probes));
+  Arena& shared = context.workspace().shared();
+  Arena::Scope shared_scope(shared);
+  std::int32_t* const probed = shared.take<std::int32_t>(n * probes);  // tokens x probes
   context.for_chunks(n, 256, [&](Index first, Index last, Index worker) {
     Arena& arena = context.workspace().worker(worker);
     Arena::Scope scope(arena);
@@ -208,7 +211,7 @@ void nearest_members(ConstView<T> scores, const NearestConfig& config, ClusterMe
     for (Index i = first; i < last; ++i) {
       for (Index c = 0; c < k; ++c) candidates[c] = {order_key(scores(i, c)), static_cast<std::int32_t>(c)};
       partition_best(candidates, k, probes);
-      for (Index p = 0; p < probes; ++p) probed[static_cast<std::size_t>(i * probes + p)] = candidates[p].number;
+      for (Index p = 0; p < probes; ++p) probed[i * probes + p] = candidates[p].number;
     }
   });
   members.tokens = n;
@@ -221,7 +224,7 @@ void nearest_members(ConstView<T> scores, const NearestConfig& config, ClusterMe
     for (Index s = 0; s < sequences; ++s) {
       const RowRange range = sequence_rows(config.offsets, n, s);
       for (Index i = range.begin; i < range.end; ++i)
-        for (Index p = 0; p < probes; ++p) f(i, s * k + probed[static_cast<std::size_t>(i * probes + p)]);
+        for (Index p = 0; p < probes; ++p) f(i, s * k + probed[i * probes + p]);
     }
   };
   each([&](Index, Index list) { ++members.begin[static_cast<std::size_t>(list) + 1]; });

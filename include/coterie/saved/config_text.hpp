@@ -1,4 +1,4 @@
-// The fields of a layer's config by name, as text and back: one list that writing, reading and comparing share.
+// Settings of a layer as text and back, by their paths.
 #pragma once
 
 #include <array>
@@ -18,72 +18,25 @@
 
 namespace coterie {
 
-/// The format of saved layers: of the files that this library writes, and the newest that it reads. A field, tensor or enumerator
-/// more is a new format.
-inline constexpr int format_version = 1;
-
 namespace detail {
 
-/// Calls f(name, field, since) for every field of a config, in the order of its declaration; `since` is the first format that has
-/// it. C: RoutingAttentionConfig, const or not. A new field belongs in here (a test counts them).
-template <class C, class F>
-requires std::same_as<std::remove_const_t<C>, RoutingAttentionConfig>
-void visit_fields(C& c, F&& f) {
-  f("model_dim", c.model_dim, 1);
-  f("heads", c.heads, 1);
-  f("kv_heads", c.kv_heads, 1);
-  f("head_dim", c.head_dim, 1);
-  f("routed_heads", c.routed_heads, 1);
-  f("clusters", c.clusters, 1);
-  f("window", c.window, 1);
-  f("local_window", c.local_window, 1);
-  f("lookahead", c.lookahead, 1);
-  f("causal", c.causal, 1);
-  f("routing", c.routing, 1);
-  f("membership", c.membership, 1);
-  f("probes", c.probes, 1);
-  f("unassigned", c.unassigned, 1);
-  f("combine", c.combine, 1);
-  f("mean_epsilon", c.mean_epsilon, 1);
-  f("query_share", c.query_share, 1);
-  f("shared_qk", c.shared_qk, 1);
-  f("self", c.self, 1);
-  f("induction", c.induction, 1);
-  f("local_induction", c.local_induction, 1);
-  f("key_taps", c.key_taps, 1);
-  f("normalisation", c.normalisation, 1);
-  f("logits", c.logits, 1);
-  f("gain", c.gain, 1);
-  f("learned_gain", c.learned_gain, 1);
-  f("memory", c.memory, 1);
-  f("soft_cap", c.soft_cap, 1);
-  f("dropout", c.dropout, 1);
-  f("bias", c.bias, 1);
-  f("globals", c.globals, 1);
-  f("dense_up_to", c.dense_up_to, 1);
-  f("local_positions", c.local_positions, 1);
-  f("routed_positions", c.routed_positions, 1);
-  f("rotary_layout", c.rotary_layout, 1);
-  f("rotary_base", c.rotary_base, 1);
-  f("position_buckets", c.position_buckets, 1);
-  f("max_distance", c.max_distance, 1);
-  f("routed_distances", c.routed_distances, 1);
-  f("decay", c.decay, 1);
-  f("average", c.average, 1);
-  f("renormalise", c.renormalise, 1);
-  f("dead_share", c.dead_share, 1);
-  f("split_share", c.split_share, 1);
-  f("commitment", c.commitment, 1);
-  f("seed", c.seed, 1);
-}
+/// The format of saved layers: of the files that this library writes, and the newest that it reads. A setting, tensor or
+/// enumerator more is a new format.
+inline constexpr int format_version = 2;
+
+/// The oldest format that this library reads. Format 1 names settings otherwise.
+inline constexpr int oldest_format = 2;
+
+/// The first format that has a setting. Those that came after format 2 are listed here by their paths.
+inline int first_format(std::string_view) { return 2; }
 
 /// The names of an enumeration's values 0, 1, ...; a new enumerator belongs in here.
 template <class E>
 inline constexpr std::array<std::string_view, 0> enum_names{};
 template <>
-inline constexpr std::array<std::string_view, 3> enum_names<Routing>{"learned", "random", "dense"};
+inline constexpr std::array<std::string_view, 2> enum_names<Routing>{"learned", "random"};
 template <>
-inline constexpr std::array<std::string_view, 2> enum_names<Membership>{"nearest", "balanced"};
+inline constexpr std::array<std::string_view, 2> enum_names<MembershipKind>{"nearest", "balanced"};
 template <>
 inline constexpr std::array<std::string_view, 2> enum_names<Unassigned>{"left_out", "nearest"};
 template <>
@@ -173,17 +126,18 @@ std::string read_field(std::string_view text, V& value) {
   }
 }
 
-/// Reads the fields of a config from a file of a format: text_of(name) gives the text of a field, null where the file has none. A
-/// field that came with a later format keeps its default. Returns what is wrong with the first field that is, or nothing.
-template <class C, class TextOf>
-std::string read_fields(C& config, int format, TextOf&& text_of) {
+/// Reads the settings of a config from a file of a format: text_of(path) gives the text of one, null where the file has
+/// none. A setting that came with a later format, as first(path) says, keeps its default. Returns what is wrong with the
+/// first one that is, or nothing.
+template <class C, class TextOf, class First>
+std::string read_settings(C& config, int format, TextOf&& text_of, First&& first) {
   std::string fault;
-  visit_fields(config, [&](std::string_view name, auto& field, int since) {
-    if (since > format || !fault.empty()) return;
-    const std::string* const text = text_of(name);
+  visit(config, [&](std::string_view path, auto& field) {
+    if (first(path) > format || !fault.empty()) return;
+    const std::string* const text = text_of(path);
     const std::string expected = text ? read_field(std::string_view(*text), field) : "a value";
     if (!expected.empty())
-      fault = join(name, ": damaged: expected ", expected, ", got ", text ? in_quotes(*text) : "none");
+      fault = join(path, ": damaged: expected ", expected, ", got ", text ? in_quotes(*text) : "none");
   });
   return fault;
 }

@@ -1,11 +1,13 @@
-// The weights of a layer of the routing transformer for PyTorch, by the names of its state_dict.
+// Layers of the routing transformer for PyTorch, by the names of its state_dict.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <set>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -51,17 +53,32 @@ class PytorchTensors {
 };
 
 /// Requires a config that has room for what the module's tensors hold, and no parameters that it has not.
-inline void check_pytorch_config(const char* function, const RoutingAttentionConfig& c) {
+inline void check_pytorch_config(const char* function, const RoutingAttentionConfig& c, Index queries_ahead) {
   Faults faults(function);
-  const bool any_local = c.routed_heads<c.heads, any_routed = c.routed_heads> 0;
-  faults.expect(c.kv_heads == c.heads, "kv_heads", "as many as heads (the module has no others)", c.kv_heads);
+  const bool any_local = c.local.heads > 0, any_routed = c.routed.heads > 0;
+  faults.expect(c.dense.heads == 0, "dense.heads", "0 (the module has none)", c.dense.heads);
+  faults.expect(c.kv_heads == all_heads(c), "kv_heads", "as many as heads (the module has no others)", c.kv_heads);
   faults.expect(c.bias || !any_local, "bias", "true with local heads (theirs have one)", "false");
   faults.expect(c.memory == 0 || !any_local, "memory", "0 with local heads (the module's have none)", c.memory);
   if (any_routed) {
-    faults.expect(c.routing == Routing::learned, "routing", "learned (the module has centroids)", "another");
-    faults.expect(c.normalisation == Normalisation::unit_length, "normalisation",
+    faults.expect(c.routed.routing == Routing::learned, "routed.routing", "learned (the module has centroids)",
+                  "another");
+    faults.expect(c.routed.matching.normalisation == Normalisation::unit_length, "routed.matching.normalisation",
                   "unit_length (the module's centroids are means of such rows)", "layer_norm");
   }
+  if (any_local) {
+    const Matching& m = c.local.matching;
+    faults.expect(
+        !*m.shared_qk && *m.self == Self::visible && *m.logits == Logits::raw && *m.gain == 1 && !*m.learned_gain,
+        "local.matching", "its default (the module's local heads are plain)", "another");
+  }
+  const bool turns = any_local && *c.local.positions.kind == PositionKind::rotary;
+  faults.expect(!turns || c.local.positions.layout == RotaryLayout::halves, "local.positions.layout",
+                "halves (the module's)", "interleaved");
+  faults.expect(queries_ahead == 0 || turns, "queries_ahead", "0 without rotary positions of local heads",
+                queries_ahead);
+  faults.expect(queries_ahead >= 0 && queries_ahead <= (std::numeric_limits<std::int32_t>::max)(), "queries_ahead",
+                "at least 0", queries_ahead);
   faults.raise();
 }
 
@@ -72,22 +89,35 @@ void transpose_rows(const std::vector<T>& weight, Index first, View<T> to) {
     for (Index j = 0; j < to.cols(); ++j) to(i, j) = weight[static_cast<std::size_t>((first + j) * to.rows() + i)];
 }
 
-/// Requires the frequencies of the rotary positions of local heads, where a file has them, to be those of the config. A hundredth
-/// covers the rounding of short floats; another base differs by more.
+/// Requires the frequencies of the rotary positions of local heads, where a file has them, to be those of the config. A
+///   hundredth covers the rounding of short floats; another base differs by more.
 template <class T>
 void check_pytorch_rotary(PytorchTensors<T>& tensors, const RoutingAttentionConfig& c) {
   constexpr char name[] = "local_attn.rel_pos.inv_freq";
   if (!tensors.has(name)) return;
-  if (*c.local_positions != PositionKind::rotary)
-    tensors.fail(join("tensor ", in_quotes(name), ": expected none but for local_positions = rotary, got one"));
+  if (*c.local.positions.kind != PositionKind::rotary)
+    tensors.fail(join("tensor ", in_quotes(name), ": expected none but for local.positions.kind = rotary, got one"));
   const Index half = c.head_dim / 2;
   const std::vector<T> frequencies = tensors.take(name, {half});
   for (Index j = 0; j < half; ++j) {
-    const double expected = std::pow(c.rotary_base, -static_cast<double>(j) / static_cast<double>(half));
+    const double expected = std::pow(c.local.positions.base, -static_cast<double>(j) / static_cast<double>(half));
     const double got = static_cast<double>(frequencies[static_cast<std::size_t>(j)]);
     if (!(std::abs(got - expected) <= 0.01 * expected))
-      tensors.fail(join("tensor ", in_quotes(name), ": expected the frequencies of rotary_base = ", c.rotary_base,
-                        ", got ", got, " for ", expected));
+      tensors.fail(join("tensor ", in_quotes(name), ": expected the frequencies of local.positions.base = ",
+                        c.local.positions.base, ", got ", got, " for ", expected));
+  }
+}
+
+/// Turns the columns of the first `heads` heads of w_q and b_q by `ahead` positions: rotation is linear, so that
+/// attention sees queries that stand so much further.
+template <class T>
+void turn_queries(Parameters<T>& p, Index heads, const RoutingAttentionConfig& c, Index ahead) {
+  const Rotary rotary(c.head_dim, c.local.positions.base, c.local.positions.layout);
+  const std::vector<std::int32_t> positions(static_cast<std::size_t>(c.model_dim), static_cast<std::int32_t>(ahead));
+  Context context;
+  for (RowMatrix<T>* columns : {&p.w_q, &p.b_q}) {
+    const View<T> turned = view(*columns).columns(0, heads * c.head_dim);
+    rotary.forward(turned, heads, std::span(positions).first(static_cast<std::size_t>(turned.rows())), context);
   }
 }
 
@@ -95,15 +125,16 @@ void check_pytorch_rotary(PytorchTensors<T>& tensors, const RoutingAttentionConf
 template <class T>
 void take_pytorch_centroids(PytorchTensors<T>& tensors, std::span<OnlineKMeans<T>> routers,
                             const RoutingAttentionConfig& c) {
-  const std::vector<T> means = tensors.take("global_attn.kmeans.means", {c.routed_heads, c.clusters, c.head_dim});
+  const std::vector<T> means =
+      tensors.take("global_attn.kmeans.means", {c.routed.heads, c.routed.clusters, c.head_dim});
   if (tensors.template take<std::int64_t>("global_attn.kmeans.initted", {})[0] == 0) return;
   // The module's decay is constant: so is ours once the schedule (1 + t) / (10 + t) has reached it.
-  const double updates = std::min(std::ceil((10 * c.decay - 1) / (1 - c.decay)), 0x1p53);
-  for (Index h = 0; h < c.routed_heads; ++h) {
-    const ConstView<T> centroids(means.data() + h * c.clusters * c.head_dim, c.clusters, c.head_dim);
+  const double updates = (std::min)(std::ceil((10 * c.routed.router.decay - 1) / (1 - c.routed.router.decay)), 0x1p53);
+  for (Index h = 0; h < c.routed.heads; ++h) {
+    const ConstView<T> centroids(means.data() + h * c.routed.clusters * c.head_dim, c.routed.clusters, c.head_dim);
     try {
       routers[static_cast<std::size_t>(h)].set_centroids(centroids, {},
-                                                         std::max(Index(1), static_cast<Index>(updates)));
+                                                         (std::max)(Index(1), static_cast<Index>(updates)));
     } catch (const ValueError& error) {
       tensors.fail(join("damaged: global_attn.kmeans.means: ", error.what()));
     }
@@ -114,11 +145,11 @@ void take_pytorch_centroids(PytorchTensors<T>& tensors, std::span<OnlineKMeans<T
 template <class T>
 void take_pytorch_memory(PytorchTensors<T>& tensors, std::string_view name, const RoutingAttentionConfig& c,
                          RowMatrix<T>& memory) {
-  const std::vector<T> numbers = tensors.take(name, {c.routed_heads, c.clusters, c.memory, c.head_dim});
+  const std::vector<T> numbers = tensors.take(name, {c.routed.heads, c.routed.clusters, c.memory, c.head_dim});
   const Index size = c.memory * c.head_dim;
-  for (Index h = 0; h < c.routed_heads; ++h) {
-    const T* const first = numbers.data() + h * c.clusters * size;
-    for (Index cluster = 1; cluster < c.clusters; ++cluster)
+  for (Index h = 0; h < c.routed.heads; ++h) {
+    const T* const first = numbers.data() + h * c.routed.clusters * size;
+    for (Index cluster = 1; cluster < c.routed.clusters; ++cluster)
       if (!std::equal(first, first + size, first + cluster * size))
         tensors.fail(join("tensor ", in_quotes(name),
                           ": expected the same memory for all clusters of a head (ours is per head), got "
@@ -134,34 +165,56 @@ void take_pytorch_memory(PytorchTensors<T>& tensors, std::string_view name, cons
 /// Makes a layer with the weights and centroids of a SelfAttention module of the routing transformer for PyTorch, whose
 /// state_dict was saved as a safetensors file; `prefix` is what stands before "to_q.weight" there, dot included.
 ///
-///     RoutingAttention<float> layer = import_pytorch<float>(read_safetensors("lm.safetensors"),
-///         "routing_transformer.layers.blocks.0.f.net.fn.", presets::pytorch(config));
+///     RoutingAttention<float> layer = import_pytorch<float>(read_safetensors("encoder.safetensors"),
+///         "layers.blocks.0.f.net.fn.", presets::pytorch(config));                 // of a RoutingTransformer
 ///
-/// The config says what the layer computes with them: presets::pytorch what the module does, but for the faults that it names. Sizes have to be those of the file: head_dim, heads and routed_heads as
-/// dim_head, heads and heads - n_local_attn_heads, clusters = max_seq_len / window_size, memory = num_mem_kv.
+/// The config says what the layer computes with the weights: presets::pytorch what the module does, but for the faults
+/// that it names. Sizes have to be those of the file: head_dim = dim_head, local.heads = n_local_attn_heads,
+/// routed.heads = the others, routed.clusters = max_seq_len / window_size, memory = num_mem_kv.
 ///
-///     local_to_qkv.weight [3*L*d, D], .bias [3*L*d]            local columns of w_q, w_k, w_v, b_q, b_k, b_v; the other biases are 0
+/// With D = model_dim, H = heads, d = head_dim, L local and R routed heads:
+///
+///     local_to_qkv.weight [3*L*d, D], .bias [3*L*d]   local columns of w_q, w_k, w_v, b_q, b_k, b_v; other biases are
+///     0
 ///     to_q.weight, to_k.weight (unless shared_qk), to_v.weight [R*d, D]      routed columns of w_q, w_k, w_v
 ///     to_out.weight [D, H*d]                                   w_o
-///     global_attn.kmeans.means [R, clusters, d], .initted []   centroids, as they stand; not initted: those of the seed
-///     global_attn.mem_key, .mem_value [R, clusters, memory, d] memory_keys, memory_values, if all clusters of a head have the same
-///     local_attn.rel_pos.inv_freq [d/2]                        may be missing; local_positions = rotary, and rotary_base
+///     global_attn.kmeans.means [R, clusters, d], .initted []   centroids as they are; not initted: those of the seed
+///     global_attn.mem_key, .mem_value [R, clusters, memory, d] memory_keys, memory_values
+///     local_attn.rel_pos.inv_freq [d/2]                        may be missing; local.positions.kind = rotary,
+///                                                              and its base
 ///
-/// With D = model_dim, H = heads, d = head_dim, L local and R routed heads; without routed heads to_q, to_k and to_v are empty or
-/// missing. F16, BF16 and F32 are read, and F64 for double. Averages go on from the centroids with decay itself, its schedule behind
-/// them; their counts are unknown.
-/// Requires: a config that makes sense, with bias where there are local heads, learned routing, Normalisation::unit_length, as
-///   many kv_heads as heads, and no parameter that the module has not: no gain (learned_gain = false), taps, biases by distance,
-///   nor memory beside local heads (ValueError); in the file, under the prefix, these tensors in these shapes and no others;
-///   memory that does not differ between clusters; finite centroids (FileError).
+/// Without routed heads to_q, to_k and to_v are empty or missing. F16, BF16 and F32 are read, and F64 for double.
+/// Averages go on from the centroids with decay itself, its schedule behind them; their counts are unknown.
+///
+/// What a layer cannot reproduce, although its weights are read:
+/// * The local heads of the module look back by blocks: a causal query sees its own block of local.window keys and
+///   `radius` blocks before it. A window agrees with that where a sequence has at most radius + 1 blocks, with
+///   local.window = (radius + 1) blocks. On longer sequences outputs differ.
+/// * A RoutingTransformerLM turns queries, keys and values of its routed heads by their positions before it routes
+///   them. No layer does that, so layers of a language model are read, but compute something else. Modules of a bare
+///   RoutingTransformer do not turn them.
+/// * Memory of routed heads is per cluster there, and per head here. It is read only where all clusters of a head have
+///   the same, which training does not leave so; causal modules with separate queries and keys always have memory.
+///
+/// Two-sided local heads of the module (package local-attention 1.11) turn queries too far: by the window times the
+/// radius ahead of their keys, which trained weights have adapted to. `queries_ahead` is that product: local columns of
+/// w_q and b_q are turned by it, which gives the module's outputs. 0: positions are the real ones, as in causal
+/// modules.
+///
+/// Requires: a config that makes sense, with bias where there are local heads, RotaryLayout::halves where those are
+///   rotary, learned routing, Normalisation::unit_length, as many kv_heads as heads, and no parameter that the module
+///   has not: no gain (learned_gain = false), taps, biases by distance, nor memory beside local heads; queries_ahead at
+///   least 0, and 0 without rotary local heads (ValueError). In the file, under the prefix, these tensors in these
+///   shapes and no others; memory that does not differ between clusters; finite centroids (FileError).
+/// Allocates: the layer.
 /// Source: the package routing-transformer, class SelfAttention.
 template <class T>
 RoutingAttention<T> import_pytorch(const SafetensorsView& file, std::string_view prefix,
-                                   const RoutingAttentionConfig& config) {
+                                   const RoutingAttentionConfig& config, Index queries_ahead = 0) {
   const char* const function = "import_pytorch";
   RoutingAttention<T> layer(config);
   const RoutingAttentionConfig& c = layer.config();
-  detail::check_pytorch_config(function, c);
+  detail::check_pytorch_config(function, c, queries_ahead);
   Parameters<T>& p = layer.parameters();
   constexpr std::array<std::string_view, 10> fillable{"w_q", "w_k", "w_v", "w_o",         "b_q",
                                                       "b_k", "b_v", "b_o", "memory_keys", "memory_values"};
@@ -171,8 +224,8 @@ RoutingAttention<T> import_pytorch(const SafetensorsView& file, std::string_view
   });
 
   detail::PytorchTensors<T> tensors(function, file, prefix);
-  const Index dim = c.model_dim, cols = c.heads * c.head_dim, routed_cols = c.routed_heads * c.head_dim,
-              local_cols = cols - routed_cols;
+  const Index dim = c.model_dim, cols = static_cast<Index>(detail::all_heads(c)) * c.head_dim,
+              routed_cols = c.routed.heads * c.head_dim, local_cols = cols - routed_cols;
   for (RowMatrix<T>* bias : {&p.b_q, &p.b_k, &p.b_v, &p.b_o}) bias->setZero();
   if (local_cols > 0) {
     const std::vector<T> weight = tensors.take("local_to_qkv.weight", {3 * local_cols, dim});
@@ -184,6 +237,7 @@ RoutingAttention<T> import_pytorch(const SafetensorsView& file, std::string_view
       first += local_cols;
     }
     detail::check_pytorch_rotary(tensors, c);
+    if (queries_ahead > 0) detail::turn_queries(p, local_cols / c.head_dim, c, queries_ahead);
   }
   const auto take_routed = [&](std::string_view name, RowMatrix<T>& w) {
     if (routed_cols == 0 && !tensors.has(name)) return;
@@ -191,7 +245,7 @@ RoutingAttention<T> import_pytorch(const SafetensorsView& file, std::string_view
     if (routed_cols > 0) detail::transpose_rows<T>(weight, 0, view(w).columns(w.cols() - routed_cols, routed_cols));
   };
   take_routed("to_q.weight", p.w_q);
-  if (!*c.shared_qk || routed_cols == 0) take_routed("to_k.weight", p.w_k);
+  if (!*c.routed.matching.shared_qk || routed_cols == 0) take_routed("to_k.weight", p.w_k);
   take_routed("to_v.weight", p.w_v);
   detail::transpose_rows<T>(tensors.take("to_out.weight", {dim, cols}), 0, view(p.w_o));
   if (routed_cols > 0) {

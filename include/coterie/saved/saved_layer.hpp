@@ -1,4 +1,4 @@
-// Layers as files: weights, centroids and the state of routers by name, the config and the format in the metadata.
+// Layers as files: weights and routers by name, their config and the format in the metadata.
 #pragma once
 
 #include <algorithm>
@@ -32,15 +32,6 @@ inline std::string router_name(std::string_view prefix, Index head, std::string_
   return join(prefix, "routers.", head, ".", what);
 }
 
-/// Whether products of two sizes of a resolved config can be counted; what a file says may be anything.
-inline bool countable_sizes(const RoutingAttentionConfig& c) {
-  const auto small = [](Index size) { return size <= std::numeric_limits<std::int32_t>::max(); };
-  return small(c.model_dim) && small(c.heads) && small(c.head_dim) && small(c.key_taps) && small(c.position_buckets) &&
-         small(c.lookahead) &&
-         (small(c.local_window) ||
-          (*c.local_positions != PositionKind::bias && *c.local_positions != PositionKind::shaw));
-}
-
 /// Reads the config of the layer under `prefix`.
 inline RoutingAttentionConfig read_config(const char* function, const SafetensorsView& file, std::string_view prefix) {
   const auto& metadata = file.metadata();
@@ -52,6 +43,9 @@ inline RoutingAttentionConfig read_config(const char* function, const Safetensor
   if (!expected.empty() || format < 1)
     file.fail(function, join(format_key, ": damaged: expected a whole number of at least 1, got ",
                              in_quotes(format_text->second)));
+  if (format < oldest_format)
+    file.fail(function, join(format_key, ": older than this library: expected ", oldest_format, " to ", format_version,
+                             ", got ", format, ", which coterie 0.1 reads"));
   if (format > format_version)
     file.fail(function,
               join(format_key, ": newer than this library: expected at most ", format_version, ", got ", format));
@@ -61,14 +55,15 @@ inline RoutingAttentionConfig read_config(const char* function, const Safetensor
   auto at = metadata.lower_bound(first);
   if (at == metadata.end() || !at->first.starts_with(first))
     file.fail(function, join("no saved layer: expected a config under the prefix ", in_quotes(prefix), ", got none"));
-  const std::string fault = read_fields(config, format, [&](std::string_view name) {
-    const auto text = metadata.find(config_key(prefix, name));
+  const auto text_of = [&](std::string_view path) {
+    const auto text = metadata.find(config_key(prefix, path));
     return text == metadata.end() ? nullptr : &text->second;
-  });
+  };
+  const std::string fault = read_settings(config, format, text_of, first_format);
   if (!fault.empty()) file.fail(function, join(first, fault));
   std::set<std::string> known;
-  visit_fields(config, [&](std::string_view name, const auto&, int since) {
-    if (since <= format) known.insert(config_key(prefix, name));
+  visit(config, [&](std::string_view path, const auto&) {
+    if (first_format(path) <= format) known.insert(config_key(prefix, path));
   });
   for (; at != metadata.end() && at->first.starts_with(first); ++at)
     if (!known.contains(at->first))
@@ -79,7 +74,6 @@ inline RoutingAttentionConfig read_config(const char* function, const Safetensor
   } catch (const ValueError& error) {
     file.fail(function, join("damaged: ", error.what()));
   }
-  if (!countable_sizes(config)) file.fail(function, "damaged: config: expected sizes below 2^31, got larger ones");
   return config;
 }
 
@@ -98,11 +92,11 @@ void check_tensors(const char* function, const SafetensorsView& file, std::strin
   };
   for (const TensorShape& shape : parameter_shapes(c))
     check(join(prefix, shape.name), dtype_of<T>, shape.rows, shape.cols);
-  const Index routers = c.routing == Routing::learned ? routed_kv_heads(c) : 0;
+  const Index routers = c.routed.routing == Routing::learned ? routed_kv_heads(c) : 0;
   for (Index h = 0; h < routers; ++h) {
-    check(router_name(prefix, h, "centroids"), dtype_of<T>, c.clusters, c.head_dim);
-    check(router_name(prefix, h, "counts"), Dtype::f64, 1, c.clusters);
-    check(router_name(prefix, h, "sums"), Dtype::f64, c.clusters, c.head_dim);
+    check(router_name(prefix, h, "centroids"), dtype_of<T>, c.routed.clusters, c.head_dim);
+    check(router_name(prefix, h, "counts"), Dtype::f64, 1, c.routed.clusters);
+    check(router_name(prefix, h, "sums"), Dtype::f64, c.routed.clusters, c.head_dim);
     check(router_name(prefix, h, "updates"), Dtype::i64, 1, 1);
     check(router_name(prefix, h, "frozen"), Dtype::i64, 1, 1);
   }
@@ -134,28 +128,34 @@ void fill_layer(const char* function, const SafetensorsView& file, std::string_v
     }
     routers[h].freeze(frozen);
   }
-  layer.parameters().visit([&](std::string_view name, View<T> m) { file.read(join(prefix, name), m); });
+  // Names first: from here on nothing throws, for check_tensors has passed and what is copied has its size.
+  std::vector<std::string> names;
+  layer.parameters().visit([&](std::string_view name, View<T>) { names.push_back(join(prefix, name)); });
+  std::size_t next = 0;
+  layer.parameters().visit([&](std::string_view, View<T> m) { file.read(names[next++], m); });
   std::copy(routers.begin(), routers.end(), layer.routers().begin());
 }
 
 }  // namespace detail
 
-/// Adds a layer to what will be written: its parameters as "<prefix>w_q" and so on, the state of the router of routed (key/value) head h
-/// (centroids, counts, sums, updates, frozen) as "<prefix>routers.<h>.centroids" and so on, its config as metadata
-/// "<prefix>config.<field>", and the format. Nothing else of a layer changes when it is trained.
+/// Adds a layer to what will be written: its parameters as "<prefix>w_q" and so on, the state of the router of routed
+/// (key/value) head h (centroids, counts, sums, updates, frozen) as "<prefix>routers.<h>.centroids" and so on, its
+/// config as metadata "<prefix>config.<path>", such as config.routed.window, and the format. Nothing else of a layer changes when it is trained.
 ///
 ///     SafetensorsWriter writer;
-///     for (std::size_t i = 0; i < layers.size(); ++i) add_layer(writer, "blocks." + std::to_string(i) + ".attention.", layers[i]);
+///     for (std::size_t i = 0; i < layers.size(); ++i)
+///       add_layer(writer, "blocks." + std::to_string(i) + ".attention.", layers[i]);
 ///     writer.add("embedding", embedding);
 ///     writer.write("model.safetensors");
 ///
-/// Requires: names that are new (ValueError). Refers to the layer: it must outlive the writing, and not change before it.
+/// Requires: names that are new (ValueError); the writer may have taken some of the layer by then. The writer refers to
+///   the layer, which must outlive the writing, and not change before it.
 template <class T>
 void add_layer(SafetensorsWriter& writer, std::string_view prefix, const RoutingAttention<T>& layer) {
-  writer.set_metadata(detail::format_key, std::to_string(format_version));
+  writer.set_metadata(detail::format_key, std::to_string(detail::format_version));
   writer.set_metadata("coterie.version", version);
-  detail::visit_fields(layer.config(), [&](std::string_view name, const auto& field, int) {
-    writer.set_metadata(detail::config_key(prefix, name), detail::field_text(field));
+  visit(layer.config(), [&](std::string_view path, const auto& field) {
+    writer.set_metadata(detail::config_key(prefix, path), detail::field_text(field));
   });
   layer.parameters().visit([&](std::string_view name, ConstView<T> m) { writer.add(detail::join(prefix, name), m); });
   Index head = 0;
@@ -170,10 +170,12 @@ void add_layer(SafetensorsWriter& writer, std::string_view prefix, const Routing
   }
 }
 
-/// Makes the layer that add_layer wrote under this prefix: it goes on with the bits of not having been stopped.
-/// Requires, otherwise FileError: a format of this library, or an older one (whose missing fields take their defaults); a config
-///   with all of its fields, no others, and values that make sense; under the prefix all tensors of the layer and no others, in
-///   the shapes of its config. Files of float make layers of float only, those of double of double: nothing is rounded.
+/// Makes the layer that add_layer wrote under this prefix; it goes on bit-identically to one that was never stopped.
+///
+/// Requires: a format from 2 on (files of coterie 0.1 have format 1) that is not newer than this library; settings that
+///   came after it take their defaults; a config with all the others, no others, and values that make sense; under the prefix all tensors of the layer and no others, in the
+///   shapes of its config (FileError). Files of float make layers of float only, those of double of double: nothing is
+///   rounded.
 /// Allocates: the layer, and only after its config has been found to fit the tensors in the file.
 template <class T>
 RoutingAttention<T> read_layer(const SafetensorsView& file, std::string_view prefix = {}) {
@@ -184,21 +186,20 @@ RoutingAttention<T> read_layer(const SafetensorsView& file, std::string_view pre
   return layer;
 }
 
-/// The same into a layer that is there; its memory stays where it is.
+/// The same into a layer that exists; its memory stays where it is.
 /// Requires: also the config of the layer, field by field (FileError, which names those that differ).
-/// Overwrites parameters and routers; all of them, or on error none.
+/// Overwrites parameters and routers: all of them, or on error none.
 template <class T>
 void read_layer(const SafetensorsView& file, std::string_view prefix, RoutingAttention<T>& layer) {
   const RoutingAttentionConfig config = detail::read_config("read_layer", file, prefix);
   std::string differences;
   std::vector<std::string> expected;
-  detail::visit_fields(
-      layer.config(), [&](std::string_view, const auto& field, int) { expected.push_back(detail::field_text(field)); });
+  visit(layer.config(), [&](std::string_view, const auto& field) { expected.push_back(detail::field_text(field)); });
   std::size_t i = 0;
-  detail::visit_fields(config, [&](std::string_view name, const auto& field, int) {
+  visit(config, [&](std::string_view path, const auto& field) {
     const std::string got = detail::field_text(field);
     if (got != expected[i])
-      differences += detail::join(differences.empty() ? "" : "; ", name, ": expected ", expected[i], ", got ", got);
+      differences += detail::join(differences.empty() ? "" : "; ", path, ": expected ", expected[i], ", got ", got);
     ++i;
   });
   if (!differences.empty()) file.fail("read_layer", detail::join(detail::config_key(prefix, ""), differences));
@@ -206,7 +207,8 @@ void read_layer(const SafetensorsView& file, std::string_view prefix, RoutingAtt
   detail::fill_layer("read_layer", file, prefix, layer);
 }
 
-/// Writes a layer to a file of its own; see add_layer and SafetensorsWriter::write.
+/// Writes a layer to a file of its own; see add_layer and SafetensorsWriter::write. On error what was there before
+/// stays.
 ///
 ///     save("layer.safetensors", layer);
 ///     RoutingAttention<float> same = load<float>("layer.safetensors");

@@ -1,4 +1,4 @@
-#include "coterie/layer/memberships.hpp"
+#include "coterie/layer/routing.hpp"
 
 #include <cmath>
 
