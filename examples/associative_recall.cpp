@@ -94,19 +94,19 @@ class Sequences {
 
 transformer::ModelConfig model_config(const std::string& pattern, std::uint64_t seed) {
   transformer::ModelConfig config{.vocabulary = keys + values, .layers = 1};
-  const bool local = pattern == "local", dense = pattern == "dense", random = pattern == "random";
   coterie::RoutingAttentionConfig& attention = config.attention;
-  attention = {.model_dim = 64,
-               .causal = true,
-               .seed = seed,
-               .local = {.heads = local ? 4 : 2, .window = window, .positions = {.kind = coterie::PositionKind::bias}}};
-  if (dense)
+  attention.model_dim = 64;
+  attention.causal = true;
+  attention.local = {
+      .heads = pattern == "local" ? 4 : 2, .window = window, .positions = {.kind = coterie::PositionKind::bias}};
+  if (pattern == "dense")
     attention.dense = {.heads = 2, .matching = {.shared_qk = true}, .positions = {.kind = coterie::PositionKind::none}};
   // Random groups of 32; twice as many clusters for routing, so that the window seldom cuts one off.
-  if (random)
+  if (pattern == "random")
     attention.routed = {.heads = 2, .clusters = length / window, .window = window, .routing = coterie::Routing::random};
-  if (!local && !dense && !random)
+  if (pattern == "routed")
     attention.routed = {.heads = 2, .clusters = 2 * length / window, .window = window, .router = {.decay = 0.99}};
+  attention.seed = seed;
   return config;
 }
 

@@ -130,19 +130,18 @@ coterie::RoutingAttentionConfig self_attention(bool causal, std::uint64_t seed) 
 
 coterie::RoutingAttentionConfig cross_attention(const std::string& pattern, std::uint64_t seed) {
   coterie::RoutingAttentionConfig config{.model_dim = model_dim, .seed = seed};
-  if (pattern == "dense") {
-    config.dense = {.heads = heads, .positions = {.kind = coterie::PositionKind::none}};
-    return config;
-  }
   // Half of a two-sided window lies after the query: this one never cuts.
-  config.routed = {.heads = heads, .clusters = clusters, .window = 2 * marked};
-  if (pattern == "random") {
-    config.routed.routing = coterie::Routing::random;
-    config.routed.clusters = clusters / probes;  // as many keys per query as routed heads see
-  } else {
-    config.routed.membership.probes = probes;
-    config.routed.router.decay = 0.9;
-  }
+  const Index all = 2 * marked;
+  if (pattern == "dense")
+    config.dense = {.heads = heads, .positions = {.kind = coterie::PositionKind::none}};
+  else if (pattern == "random")  // as many keys per query as routed heads see
+    config.routed = {.heads = heads, .clusters = clusters / probes, .window = all, .routing = coterie::Routing::random};
+  else
+    config.routed = {.heads = heads,
+                     .clusters = clusters,
+                     .window = all,
+                     .membership = {.probes = probes},
+                     .router = {.decay = 0.9}};
   return config;
 }
 

@@ -214,17 +214,15 @@ double keys_per_query(const Classifier::Tape& tape) {
 
 Result train(const std::string& pattern, const Settings& settings, Classifier::Tape& tape, coterie::Context& context) {
   const std::uint64_t seed = static_cast<std::uint64_t>(settings.seed);
-  const Index routed = pattern == "routed" ? heads / 2 : 0;
-  coterie::RoutingAttentionConfig config{.model_dim = model_dim,
-                                         .seed = seed,
-                                         .local = {.heads = heads - routed, .window = window + 1, .lookahead = window}};
-  if (routed > 0)
-    config.routed = {.heads = routed,
-                     .clusters = clusters,
-                     .window = window,
-                     .router = {.decay = 0.99},
-                     .matching = {.shared_qk = true}};
-  Classifier model(config, transformer::Random(seed));
+  coterie::RoutingAttentionConfig attention{.model_dim = model_dim, .seed = seed};
+  attention.local = {.heads = pattern == "routed" ? heads / 2 : heads, .window = window + 1, .lookahead = window};
+  if (pattern == "routed")
+    attention.routed = {.heads = heads / 2,
+                        .clusters = clusters,
+                        .window = window,
+                        .router = {.decay = 0.99},
+                        .matching = {.shared_qk = true}};
+  Classifier model(attention, transformer::Random(seed));
   Classifier::Gradients gradients = model.zero_gradients();
   transformer::AdamW<float> optimizer;
   Documents documents(batch_documents, seed + 1000);

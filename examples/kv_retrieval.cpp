@@ -113,14 +113,15 @@ transformer::ModelConfig model_config(const Settings& s) {
   const bool plain = s.model == "plain";
   transformer::ModelConfig config{.vocabulary = 256, .layers = 2, .feed_forward = 256, .embedding_deviation = 0.3};
   coterie::RoutingAttentionConfig& attention = config.attention;
-  attention = {.model_dim = plain ? 64 : 96, .causal = true, .seed = static_cast<std::uint64_t>(s.seed)};
-  if (plain) {
-    attention.dense = {.heads = 2};
-  } else {
-    attention.local = {.heads = 2, .window = 64, .positions = {.kind = coterie::PositionKind::bias}};
-    attention.dense = {.heads = 2, .matching = {.induction = true, .key_taps = 8}};
-  }
+  attention.model_dim = plain ? 64 : 96;
   config.feed_forward = 4 * attention.model_dim;
+  attention.causal = true;
+  attention.dense.heads = 2;
+  if (!plain) {
+    attention.local = {.heads = 2, .window = 64, .positions = {.kind = coterie::PositionKind::bias}};
+    attention.dense.matching = {.induction = true, .key_taps = 8};
+  }
+  attention.seed = static_cast<std::uint64_t>(s.seed);
   return config;
 }
 
@@ -183,11 +184,12 @@ void take_heads(const coterie::RoutingAttention<float>& layer, const Matrix& x, 
     return;
   }
   // Queries and keys: the last positions by their taps, normalised. Key t carries the value of position t + 1.
+  const Index taps = c.dense.matching.key_taps;
   Matrix mixed = Matrix::Zero(n, width);
   for (Index h = 0; h < heads; ++h)
-    for (Index t = 0; t < c.dense.matching.key_taps; ++t)
+    for (Index t = 0; t < taps; ++t)
       mixed.block(t, h * d, n - t, d).array() +=
-          rows.block(0, h * d, n - t, d).array().rowwise() * w.taps.row(h * c.dense.matching.key_taps + t).array();
+          rows.block(0, h * d, n - t, d).array().rowwise() * w.taps.row(h * taps + t).array();
   coterie::normalise_rows<float>(mixed, view(mixed), {}, d, context);
   k.middleCols(column, width) = mixed;
   for (Index h = 0; h < heads; ++h) mixed.middleCols(h * d, d) *= w.gain(0, h);  // logits are q.k / sqrt(d) again

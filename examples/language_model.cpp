@@ -18,7 +18,7 @@
 //
 //     held-out bits per byte               all    far   near   rest
 //     local                               2.60   2.29   2.49   2.73
-//     routed                              1.70   0.57   0.91   2.19
+//     routed                              1.70   0.57   0.92   2.19
 //     routed, twice the context           1.58   0.59   0.91   2.13
 //     routed, --clusters 1                2.19   1.94   1.07   2.38
 //
@@ -176,7 +176,7 @@ std::optional<int> make_tables(const Settings& settings, std::optional<Model>& m
     const coterie::RoutingAttentionConfig& attention = model->config().attention;
     std::printf("\n%s: %lld parameters; %lld of %lld heads routed", pattern.c_str(),
                 (long long)model->parameter_count(), (long long)(attention.routed.heads + attention.dense.heads),
-                (long long)settings.heads);
+                (long long)heads(model->config()));
     if (pattern == "routed" || pattern == "random")
       std::printf(", %lld clusters", (long long)attention.routed.clusters);
     std::printf("\n");

@@ -181,6 +181,16 @@ inline void add_settings(coterie::SafetensorsWriter& writer, const Settings& s) 
   for (const auto& [name, text] : s.file_texts) writer.set_metadata(detail::prefix + name, text);
 }
 
+/// All heads of a layer.
+inline Index heads(const transformer::ModelConfig& config) {
+  return config.attention.local.heads + config.attention.routed.heads + config.attention.dense.heads;
+}
+
+/// Whether a layer has heads of learned routing.
+inline bool has_routers(const transformer::ModelConfig& config) {
+  return config.attention.routed.heads > 0 && config.attention.routed.routing == coterie::Routing::learned;
+}
+
 /// Requires that the file of --load or --resume is large enough for a model of its settings (FileError): before memory
 /// is taken for it.
 inline void check_sizes(const coterie::SafetensorsView& file, const transformer::ModelConfig& config) {
@@ -191,29 +201,35 @@ inline void check_sizes(const coterie::SafetensorsView& file, const transformer:
     const std::string number = std::to_string(layer);
     file.require_shape(function, file.required(function, "blocks." + number + ".feed_forward.expand"),
                        std::array<Index, 2>{d, config.feed_forward});
-    const coterie::RoutedHeads& routed = config.attention.routed;
-    if (routed.heads > 0 && routed.routing == coterie::Routing::learned)
+    if (has_routers(config))
       file.require_shape(function, file.required(function, "blocks." + number + ".attention.routers.0.centroids"),
-                         std::array<Index, 2>{routed.clusters, d / (config.attention.local.heads + routed.heads)});
+                         std::array<Index, 2>{config.attention.routed.clusters, d / heads(config)});
   }
 }
 
 inline transformer::ModelConfig model_config(const std::string& pattern, const Settings& s) {
-  const Index others = pattern == "local" ? 0 : s.routed_heads;  // heads that are not local
   transformer::ModelConfig config{
       .vocabulary = 256, .layers = s.layers, .feed_forward = 4 * s.model_dim, .embedding_deviation = 0.3};
   coterie::RoutingAttentionConfig& attention = config.attention;
-  attention = {.model_dim = s.model_dim, .causal = true, .seed = static_cast<std::uint64_t>(s.model_seed)};
-  if (s.heads > others)
+  attention.model_dim = s.model_dim;
+  attention.causal = true;
+  const Index others = pattern == "local" ? 0 : s.routed_heads;  // beside local heads
+  if (others < s.heads)
     attention.local = {
         .heads = s.heads - others, .window = s.window, .positions = {.kind = coterie::PositionKind::bias}};
-  const coterie::Matching induction{.induction = true, .key_taps = 8};
+  const coterie::Matching matching{.induction = true, .key_taps = 8};
   if (pattern == "dense")
-    attention.dense = {.heads = others, .matching = induction};
-  else if (others > 0)
-    attention.routed = {.heads = others, .clusters = s.clusters, .window = s.window, .matching = induction};
-  if (pattern == "random") attention.routed.routing = coterie::Routing::random;
-  if (pattern == "routed") attention.routed.router.decay = 0.99;
+    attention.dense = {.heads = others, .matching = matching};
+  else if (pattern == "random")
+    attention.routed = {.heads = others,
+                        .clusters = s.clusters,
+                        .window = s.window,
+                        .routing = coterie::Routing::random,
+                        .matching = matching};
+  else if (pattern == "routed")
+    attention.routed = {
+        .heads = others, .clusters = s.clusters, .window = s.window, .router = {.decay = 0.99}, .matching = matching};
+  attention.seed = static_cast<std::uint64_t>(s.model_seed);
   return config;
 }
 

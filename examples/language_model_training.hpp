@@ -127,8 +127,7 @@ inline TrainingEnd train(Model& model, Training& training, Model::Tape& tape, co
                        settings.context);
     return sequences.batch(static_cast<std::uint64_t>(training.step));
   };
-  const coterie::RoutedHeads& routed = model.config().attention.routed;
-  const bool learned = routed.heads > 0 && routed.routing == coterie::Routing::learned;
+  const bool learned = has_routers(model.config());
   const bool saves = !settings.save.empty();
   const std::string text_name = saves ? fingerprint(text) : "";
   std::optional<examples::InterruptGuard> interrupt;

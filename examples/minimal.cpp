@@ -7,11 +7,9 @@ int main() {
   using namespace coterie;
   using Matrix = RowMatrix<float>;
   constexpr int keys = 64, values = 16, dim = 32, told = 2 * keys, tokens = told + keys;
-  // With local heads instead, {.heads = 2, .window = 32}, nothing is learned: the window is too short.
-  RoutingAttention<float> layer(
-      {.model_dim = dim,
-       .causal = true,
-       .routed = {.heads = 2, .clusters = 12, .window = 32, .matching = {.induction = true}}});
+  RoutingAttentionConfig config{.model_dim = dim, .causal = true};  // .local = {.heads = 2, .window = 32} cannot do it
+  config.routed = {.heads = 2, .clusters = 12, .window = 32, .matching = {.induction = true}};
+  RoutingAttention<float> layer(config);
   const Matrix embedding = Matrix::Random(keys + values, dim);
   Matrix read_out = 0.1f * Matrix::Random(dim, values), d_read_out(dim, values);
   Matrix x(tokens, dim), y(tokens, dim), p(tokens, values), d_y(tokens, dim), d_x(tokens, dim);

@@ -165,18 +165,18 @@ double error(const Signal& signal, const Matrix& prediction) {
 }
 
 Predictor train(const char* pattern, const Settings& settings, coterie::Context& context) {
-  const Index routed = std::string(pattern) == "routed" ? heads / 2 : 0;
-  const auto seed = static_cast<std::uint64_t>(settings.seed);
+  const bool routed = std::string(pattern) == "routed";
   coterie::RoutingAttentionConfig config{
-      .model_dim = model_dim, .causal = true, .seed = seed, .local = {.heads = heads - routed, .window = window}};
-  if (routed > 0)
-    config.routed = {.heads = routed,
+      .model_dim = model_dim, .causal = true, .seed = static_cast<std::uint64_t>(settings.seed)};
+  config.local = {.heads = routed ? heads / 2 : heads, .window = window};
+  if (routed)
+    config.routed = {.heads = heads / 2,
                      .clusters = 12,
                      .window = window,
                      .router = {.decay = 0.99},
                      .matching = {.induction = true, .key_taps = taps}};
-  Predictor model(config, transformer::Random(seed));
-  transformer::Random random(seed + 1000);
+  Predictor model(config, transformer::Random(static_cast<std::uint64_t>(settings.seed)));
+  transformer::Random random(static_cast<std::uint64_t>(settings.seed) + 1000);
   transformer::AdamW<float> optimizer;
   Predictor::Gradients gradients = model.zero_gradients();
   Predictor::Tape tape;

@@ -15,17 +15,16 @@ struct Sizes {
 };
 
 RoutingAttentionConfig config(const std::string& pattern, const Sizes& sizes) {
-  RoutingAttentionConfig config{
-      .model_dim = sizes.model_dim, .causal = true, .local = {.heads = sizes.heads, .window = sizes.w}};
+  RoutingAttentionConfig config{.model_dim = sizes.model_dim, .causal = true};
+  config.local = {.heads = sizes.heads, .window = sizes.w};
   if (pattern == "local") return config;
   config.seed = 1;
-  config.local.heads = sizes.heads - sizes.heads / 2;
-  if (pattern == "dense") {
-    config.dense = {
-        .heads = sizes.heads / 2, .matching = {.shared_qk = true}, .positions = {.kind = PositionKind::none}};
-    return config;
-  }
-  config.routed = {.heads = sizes.heads / 2, .clusters = std::max(Index(1), 2 * sizes.n / sizes.w), .window = sizes.w};
+  const Index half = sizes.heads / 2;
+  config.local.heads -= half;
+  if (pattern == "dense")
+    config.dense = {.heads = half, .matching = {.shared_qk = true}, .positions = {.kind = PositionKind::none}};
+  else
+    config.routed = {.heads = half, .clusters = std::max(Index(1), 2 * sizes.n / sizes.w), .window = sizes.w};
   if (pattern == "induction") config.routed.matching = {.induction = true, .key_taps = 8};
   return config;
 }
@@ -40,7 +39,7 @@ double flops(const RoutingAttention<T>& layer, const RoutingAttentionTape<T>& ta
   for (const RowMatrix<T>* w : {&p.w_q, &p.w_k, &p.w_v, &p.w_o}) weights += static_cast<double>(w->size());
   for (const AttentionPlan& plan : tape.local_plans())
     pairs += static_cast<double>(c.local.heads * statistics(plan).visible_pairs);
-  const Index shared_by = tape.plans().size() == 1 ? c.routed.heads + c.dense.heads : 1;
+  const Index others = c.routed.heads + c.dense.heads, shared_by = tape.plans().size() == 1 ? others : 1;
   for (const AttentionPlan& plan : tape.plans())
     pairs += static_cast<double>(shared_by * statistics(plan).visible_pairs);
   const double tokens = static_cast<double>(n), d = static_cast<double>(c.head_dim);

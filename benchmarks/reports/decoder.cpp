@@ -18,11 +18,8 @@ constexpr Index model_dim = 64, heads = 4, routed_heads = 2, head_dim = 64, clus
 constexpr Index pool = 4096;  ///< different tokens; they come again and again
 
 RoutingAttentionConfig layer_config(bool dense) {
-  RoutingAttentionConfig config{.model_dim = model_dim,
-                                .head_dim = head_dim,
-                                .causal = true,
-                                .seed = 1,
-                                .local = {.heads = heads - routed_heads, .window = window}};
+  RoutingAttentionConfig config{.model_dim = model_dim, .head_dim = head_dim, .causal = true, .seed = 1};
+  config.local = {.heads = heads - routed_heads, .window = window};
   if (dense)
     config.dense = {.heads = routed_heads, .matching = {.shared_qk = true}, .positions = {.kind = PositionKind::none}};
   else

@@ -10,14 +10,17 @@ using namespace transformer;
 
 namespace {
 
-ModelConfig small_model(const std::string& pattern, bool induction, Index feed_forward) {
+enum class Pattern { routed, random, dense };
+
+ModelConfig small_model(Pattern pattern, bool induction, Index feed_forward) {
   ModelConfig config = test::small_model(40, feed_forward);
   coterie::RoutingAttentionConfig& attention = config.attention;
   if (!induction) attention.routed.matching = {};
-  if (pattern == "random") attention.routed.routing = coterie::Routing::random;
-  if (pattern != "dense") return config;
-  attention.dense = {.heads = attention.routed.heads, .matching = attention.routed.matching};
-  attention.routed = {};
+  if (pattern == Pattern::random) attention.routed.routing = coterie::Routing::random;
+  if (pattern == Pattern::dense) {
+    attention.dense = {.heads = 2, .matching = attention.routed.matching};
+    attention.routed = {};
+  }
   return config;
 }
 
@@ -46,8 +49,8 @@ bool same_bits(const RowMatrix<float>& p, Index row, const RowMatrix<float>& exp
 }  // namespace
 
 TEST_CASE("a model token by token gives evaluate's rows bit for bit, at every position, with and without prefill") {
-  const ModelConfig config = GENERATE(small_model("routed", true, 50), small_model("routed", false, 0),
-                                      small_model("dense", true, 50), small_model("random", true, 50));
+  const ModelConfig config = GENERATE(small_model(Pattern::routed, true, 50), small_model(Pattern::routed, false, 0),
+                                      small_model(Pattern::dense, true, 50), small_model(Pattern::random, true, 50));
   const Model<float> model(config);
   const std::vector<std::int32_t> tokens = random_tokens(150, 8);
   const RowMatrix<float> expected = evaluated(model, tokens);
@@ -69,7 +72,7 @@ TEST_CASE("a model token by token gives evaluate's rows bit for bit, at every po
 }
 
 TEST_CASE("a prefill after tokens continues them") {
-  const Model<float> model(small_model("routed", true, 50));
+  const Model<float> model(small_model(Pattern::routed, true, 50));
   const std::vector<std::int32_t> tokens = random_tokens(60, 9);
   const RowMatrix<float> expected = evaluated(model, tokens);
   Context context;
@@ -81,7 +84,7 @@ TEST_CASE("a prefill after tokens continues them") {
 }
 
 TEST_CASE("sequences side by side, copies and rollbacks give what each sequence gives alone") {
-  const Model<float> model(small_model("routed", true, 50));
+  const Model<float> model(small_model(Pattern::routed, true, 50));
   const std::vector<std::int32_t> a = random_tokens(70, 10), b = random_tokens(70, 11);
   const RowMatrix<float> of_a = evaluated(model, a), of_b = evaluated(model, b);
   Context context;
@@ -110,7 +113,7 @@ TEST_CASE("sequences side by side, copies and rollbacks give what each sequence 
 }
 
 TEST_CASE("a model's decoder: nothing allocates after warm-up, and threads change no bits") {
-  const Model<float> model(small_model("routed", true, 50));
+  const Model<float> model(small_model(Pattern::routed, true, 50));
   const std::vector<std::int32_t> tokens = random_tokens(100, 12);
   RowMatrix<float> last(1, 40), p(1, 40);
   for (const Index threads : {1, 3}) {
@@ -128,7 +131,7 @@ TEST_CASE("a model's decoder: nothing allocates after warm-up, and threads chang
 }
 
 TEST_CASE("a model's decoder refuses what does not fit, and stays as it was") {
-  const Model<float> model(small_model("routed", true, 50));
+  const Model<float> model(small_model(Pattern::routed, true, 50));
   const std::vector<std::int32_t> tokens = random_tokens(10, 13);
   Context context;
   RowMatrix<float> p(1, 40), narrow(1, 39);
