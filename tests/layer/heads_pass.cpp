@@ -15,7 +15,7 @@ namespace {
 
 // Three blocks of two heads each: local, routed, dense.
 template <class T>
-detail::LayerState<T> three_blocks(bool shared, Index kv_heads = 0) {
+detail::LayerState<T> three_block_layer(bool shared, Index kv_heads = 0) {
   const RoutingAttentionConfig c{
       .model_dim = 10,
       .head_dim = 4,
@@ -56,7 +56,7 @@ struct Run {
 
 TEST_CASE("local, routed and dense blocks share one output and have labels and plans of their own") {
   for (const bool shared : {true, false}) {
-    const detail::LayerState<float> layer = three_blocks<float>(shared);
+    const detail::LayerState<float> layer = three_block_layer<float>(shared);
     const RowMatrix<float> x = Random(1).matrix<float>(30, 10);
     RowMatrix<float> y(30, 10), sum = RowMatrix<float>::Zero(30, 10);
     Context context;
@@ -93,7 +93,7 @@ TEST_CASE("gradients of three blocks are those of their function") {
                           Case{true, 0, Logits::normalised_keys, 0}, Case{false, 3, Logits::raw, 0},
                           Case{false, 3, Logits::normalised_keys, 0}, Case{false, 0, Logits::normalised, 0}}) {
     INFO("shared " << now.shared << ", kv_heads " << now.kv_heads << ", logits " << static_cast<int>(now.logits));
-    detail::LayerState<double> layer = three_blocks<double>(now.shared, now.kv_heads);
+    detail::LayerState<double> layer = three_block_layer<double>(now.shared, now.kv_heads);
     for (detail::HeadBlock& block : layer.heads.blocks)
       if (block.kind != detail::BlockKind::local || !now.shared) block.logits = now.logits;
     RowMatrix<double> x = Random(2).matrix<double>(12, 10);
