@@ -12,7 +12,7 @@ using namespace coterie;
 
 namespace {
 
-constexpr Index cache_heads = 3, cache_clusters = 5, width = 4;
+constexpr Index cache_heads = 3, cache_clusters = 5, cache_width = 4;
 
 KeyIndex<float> small_index() {
   return KeyIndex<float>({.kv_heads = cache_heads, .clusters = cache_clusters, .sinks = 2, .recent = 10});
@@ -33,8 +33,8 @@ std::vector<std::vector<std::int32_t>> members_of(const KeyIndex<float>& index) 
 void require_same(const KeyIndex<float>& index, const KeyIndex<float>& expected, const RowMatrix<float>& k) {
   REQUIRE(index.tokens() == expected.tokens());
   REQUIRE(members_of(index) == members_of(expected));
-  const RowMatrix<float> q = Random(9).matrix<float>(6, cache_heads * width), known = k.topRows(index.tokens());
-  RowMatrix<float> out(6, cache_heads * width), wanted = out;
+  const RowMatrix<float> q = Random(9).matrix<float>(6, cache_heads * cache_width), known = k.topRows(index.tokens());
+  RowMatrix<float> out(6, cache_heads * cache_width), wanted = out;
   Context context;
   for (const Index probes : {Index(2), cache_clusters}) {
     index.attend(q, known, known, out, {.probes = probes}, context);
@@ -46,7 +46,7 @@ void require_same(const KeyIndex<float>& index, const KeyIndex<float>& expected,
 }  // namespace
 
 TEST_CASE("an index whose build fails is as it was, whether it knew keys or not") {
-  const RowMatrix<float> k = Random(1).matrix<float>(400, cache_heads * width);
+  const RowMatrix<float> k = Random(1).matrix<float>(400, cache_heads * cache_width);
   for (const Index before : {0, 150}) {
     INFO("keys before: " << before);
     Cancellable host;
@@ -81,7 +81,7 @@ TEST_CASE("an index whose build fails is as it was, whether it knew keys or not"
 
 TEST_CASE("an index to which keys are appended takes all of them, or on error none") {
   const Index many = 9000;  // more than are taken at a time
-  const RowMatrix<float> k = Random(1).matrix<float>(many, cache_heads * width);
+  const RowMatrix<float> k = Random(1).matrix<float>(many, cache_heads * cache_width);
   for (const Index length : {Index(200), many}) {
     INFO("keys: " << length);
     Cancellable host;
