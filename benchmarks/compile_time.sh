@@ -14,8 +14,17 @@ eigen=${EIGEN:-/usr/include/eigen3}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-layer='RoutingAttention<float> layer(
+# The first layer is that of version 0.1, whose config was flat.
+layer='
+#if __has_include(<coterie/layer/head_block.hpp>)
+  RoutingAttention<float> layer({.model_dim = 64,
+                                 .causal = true,
+                                 .local = {.heads = 2, .window = 32},
+                                 .routed = {.heads = 2, .clusters = 16, .window = 32}});
+#else
+  RoutingAttention<float> layer(
       {.model_dim = 64, .heads = 4, .routed_heads = 2, .clusters = 16, .window = 32, .causal = true});
+#endif
   RowMatrix<float> x = RowMatrix<float>::Random(1024, 64), y(1024, 64);
   Context context;'
 

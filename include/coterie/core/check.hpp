@@ -2,10 +2,15 @@
 #pragma once
 
 #include <cassert>
+#include <concepts>
+#include <initializer_list>
 #include <locale>
+#include <ostream>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <type_traits>
 
 namespace coterie {
 
@@ -29,21 +34,79 @@ class FileError : public std::runtime_error {
 
 namespace detail {
 
-/// The parts as one text, the same in every locale. Throws where memory ends: never returns a part of the text.
-template <class... Parts>
-std::string join(const Parts&... parts) {
+/// A part of a message: a text, which it refers to, or a number. One type, so that messages compile once and not again
+/// for every length of a literal.
+class MessagePart {
+ public:
+  MessagePart(const char* text) : MessagePart(std::string_view(text)) {}         // NOLINT: converts on purpose
+  MessagePart(const std::string& text) : MessagePart(std::string_view(text)) {}  // NOLINT
+  MessagePart(std::string_view text) : text_(text) {}                            // NOLINT
+  MessagePart(char letter) : kind_(Kind::letter), letter_(letter) {}             // NOLINT
+  template <std::floating_point F>
+  MessagePart(F number) : kind_(Kind::real), real_(number) {}  // NOLINT
+  template <std::integral I>
+  MessagePart(I number) {  // NOLINT
+    if constexpr (std::is_signed_v<I>) {
+      kind_ = Kind::integer;
+      integer_ = number;
+    } else {
+      kind_ = Kind::natural;
+      natural_ = number;
+    }
+  }
+
+  void write(std::ostream& to) const {
+    switch (kind_) {
+      case Kind::text:
+        to << text_;
+        break;
+      case Kind::letter:
+        to << letter_;
+        break;
+      case Kind::real:
+        to << real_;
+        break;
+      case Kind::integer:
+        to << integer_;
+        break;
+      case Kind::natural:
+        to << natural_;
+        break;
+    }
+  }
+
+ private:
+  enum class Kind { text, letter, real, integer, natural };
+
+  Kind kind_ = Kind::text;
+  union {
+    std::string_view text_;
+    char letter_;
+    double real_;
+    long long integer_;
+    unsigned long long natural_;
+  };
+};
+
+[[gnu::noinline]] inline std::string join_parts(std::initializer_list<MessagePart> parts) {
   std::ostringstream text;
   text.exceptions(std::ios::badbit | std::ios::failbit);  // rethrows std::bad_alloc, which a stream swallows otherwise
   text.imbue(std::locale::classic());                     // no grouping of digits, whatever the program has set
-  (text << ... << parts);
+  for (const MessagePart& part : parts) part.write(text);
   return text.str();
 }
 
+/// The parts as one text, the same in every locale. Throws where memory ends: never returns a part of the text.
+template <class... Parts>
+std::string join(const Parts&... parts) {
+  return join_parts({MessagePart(parts)...});
+}
+
 /// Throws Error("function: argument: expected ..., got ..."). Out of line, so that the checked code stays small.
-template <class Error, class Expected, class Got>
-[[noreturn, gnu::cold, gnu::noinline]] void fail(const char* function, const char* argument, const Expected& expected,
-                                                 const Got& got) {
-  throw Error(join(function, ": ", argument, ": expected ", expected, ", got ", got));
+template <class Error>
+[[noreturn, gnu::cold, gnu::noinline]] void fail(const char* function, const char* argument,
+                                                 const MessagePart& expected, const MessagePart& got) {
+  throw Error(join_parts({function, ": ", argument, ": expected ", expected, ", got ", got}));
 }
 
 /// Collects the faults of a config, so that one error names them all. Where nothing may allocate, build texts by join()
@@ -52,11 +115,8 @@ class Faults {
  public:
   explicit Faults(const char* function) : function_(function) {}
 
-  template <class Expected, class Got>
-  void expect(bool good, const char* argument, const Expected& expected, const Got& got) {
-    if (good) return;
-    text_ += text_.empty() ? join(function_, ": ") : std::string("; ");
-    text_ += join(argument, ": expected ", expected, ", got ", got);
+  void expect(bool good, const char* argument, const MessagePart& expected, const MessagePart& got) {
+    if (!good) add(argument, expected, got);
   }
 
   void raise() const {
@@ -64,6 +124,11 @@ class Faults {
   }
 
  private:
+  [[gnu::cold, gnu::noinline]] void add(const char* argument, const MessagePart& expected, const MessagePart& got) {
+    text_ += text_.empty() ? join_parts({function_, ": "}) : std::string("; ");
+    text_ += join_parts({argument, ": expected ", expected, ", got ", got});
+  }
+
   const char* function_;
   std::string text_;
 };

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -43,8 +44,8 @@ inline std::vector<TensorShape> parameter_shapes(const RoutingAttentionConfig& c
   const Index cols = static_cast<Index>(all_heads(c)) * c.head_dim, kv_cols = c.kv_heads * c.head_dim;
   const Index key_cols = heads.key_heads * c.head_dim;
   std::vector<TensorShape> shapes;
-  const auto add = [&](std::string name, Index rows, Index n) {
-    if (rows > 0 && n > 0) shapes.push_back({std::move(name), rows, n});
+  const auto add = [&](std::string_view name, Index rows, Index n) __attribute__((noinline)) {
+    if (rows > 0 && n > 0) shapes.push_back({std::string(name), rows, n});
   };
   add("w_q", c.model_dim, cols);
   add("w_k", c.model_dim, key_cols);
@@ -94,7 +95,7 @@ Parameters<T> zero_parameters(const RoutingAttentionConfig& c) {
 template <class T>
 Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
   Parameters<T> p = zero_parameters<T>(c);
-  const auto uniform = [&](RowMatrix<T>& w, LayerStream stream) {
+  const auto uniform = [&](RowMatrix<T> & w, LayerStream stream) __attribute__((noinline)) {
     const double bound = w.rows() > 0 ? 1 / std::sqrt(static_cast<double>(w.rows())) : 0;
     for (Index i = 0; i < w.size(); ++i)
       w.data()[i] = static_cast<T>(
@@ -105,7 +106,8 @@ Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
   uniform(p.w_v, LayerStream::w_v);
   uniform(p.w_o, LayerStream::w_o);
   // `from`: numbers of the stream that another tensor has.
-  const auto normal = [&](RowMatrix<T>& m, LayerStream stream, double deviation = 1, Index from = 0) {
+  const auto normal = [&](RowMatrix<T> & m, LayerStream stream, double deviation = 1, Index from = 0)
+      __attribute__((noinline)) {
     for (Index i = 0; i < m.size(); ++i)
       m.data()[i] = static_cast<T>(
           deviation * random_normal(c.seed, static_cast<std::uint64_t>(stream), static_cast<std::uint64_t>(from + i)));

@@ -83,14 +83,17 @@ class BlockFaults {
  public:
   BlockFaults(Faults& faults, const char* block) : faults_(faults), block_(block) {}
 
-  template <class Expected, class Got>
-  void expect(bool good, const char* setting, const Expected& expected, const Got& got) {
-    if (!good) faults_.expect(false, path(setting).c_str(), expected, got);
+  void expect(bool good, const char* setting, const MessagePart& expected, const MessagePart& got) {
+    if (!good) add(setting, expected, got);
   }
   std::string path(const char* setting) const { return join(block_, ".", setting); }
   Faults& faults() { return faults_; }
 
  private:
+  [[gnu::cold, gnu::noinline]] void add(const char* setting, const MessagePart& expected, const MessagePart& got) {
+    faults_.expect(false, path(setting).c_str(), expected, got);
+  }
+
   Faults& faults_;
   const char* block_;
 };

@@ -83,10 +83,44 @@ inline void check_self(Faults& faults, Self self) {
                 "visible, only_if_alone or never", static_cast<int>(self));
 }
 
+/// Checks the fields that all configs share. Keys without offsets of their own take those of the tokens.
+inline void check_pattern(Faults& faults, Pattern& pattern) {
+  constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
+  const Index tokens = pattern.tokens, keys = pattern.keys;
+  const std::span<const Index> offsets = pattern.offsets, key_offsets = pattern.key_offsets;
+  const int alignment = static_cast<int>(pattern.alignment);
+  faults.expect(alignment >= 0 && alignment <= 2, "alignment", "bottom_right, top_left or proportional", alignment);
+  check_self(faults, pattern.self);
+  bool good = tokens >= 0 && tokens <= most && keys >= 0 && keys <= most;
+  faults.expect(tokens >= 0 && tokens <= most, "tokens", "0 to 2147483647", tokens);
+  faults.expect(keys == tokens || (keys >= 0 && keys <= most), "keys", "0 to 2147483647", keys);
+  if (good && !offsets.empty()) {
+    good = check_offsets(faults, "offsets", offsets, tokens);
+    if (key_offsets.empty()) {
+      faults.expect(tokens == keys, "key_offsets", "offsets of the keys, for they are not as many as the tokens",
+                    "none");
+      good = good && tokens == keys;
+      pattern.key_offsets = offsets;
+    }
+  }
+  if (good && !key_offsets.empty()) {
+    const std::size_t bounds = offsets.empty() ? 2 : offsets.size();
+    good = key_offsets.size() == bounds;
+    if (!good) faults.expect(false, "key_offsets", join(bounds, " values, as offsets"), key_offsets.size());
+    good = good && check_offsets(faults, "key_offsets", key_offsets, keys);
+  }
+  if (good && pattern.self != Self::visible && pattern.alignment == Alignment::proportional)
+    for (Index s = 0; s < pattern.sequences(); ++s)
+      if (!pattern.sequence(s).has_equal_lengths()) {
+        faults.expect(false, "self", "Self::visible, for proportional alignment of unequal lengths has no self",
+                      join("another rule in sequence ", s));
+        break;
+      }
+}
+
 /// Reads and checks the fields that all configs share.
 template <class Config>
 Pattern read_pattern(Faults& faults, const Config& config, Index tokens, Index keys) {
-  constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
   Pattern pattern;
   pattern.tokens = tokens;
   pattern.keys = keys;
@@ -94,35 +128,7 @@ Pattern read_pattern(Faults& faults, const Config& config, Index tokens, Index k
   pattern.self = config.self;
   pattern.offsets = config.offsets;
   pattern.key_offsets = config.key_offsets;
-
-  const int alignment = static_cast<int>(pattern.alignment);
-  faults.expect(alignment >= 0 && alignment <= 2, "alignment", "bottom_right, top_left or proportional", alignment);
-  check_self(faults, config.self);
-  bool good = tokens >= 0 && tokens <= most && keys >= 0 && keys <= most;
-  faults.expect(tokens >= 0 && tokens <= most, "tokens", "0 to 2147483647", tokens);
-  faults.expect(keys == tokens || (keys >= 0 && keys <= most), "keys", "0 to 2147483647", keys);
-  if (good && !config.offsets.empty()) {
-    good = check_offsets(faults, "offsets", config.offsets, tokens);
-    if (config.key_offsets.empty()) {
-      faults.expect(tokens == keys, "key_offsets", "offsets of the keys, for they are not as many as the tokens",
-                    "none");
-      good = good && tokens == keys;
-      pattern.key_offsets = config.offsets;
-    }
-  }
-  if (good && !config.key_offsets.empty()) {
-    const std::size_t bounds = config.offsets.empty() ? 2 : config.offsets.size();
-    good = config.key_offsets.size() == bounds;
-    if (!good) faults.expect(false, "key_offsets", join(bounds, " values, as offsets"), config.key_offsets.size());
-    good = good && check_offsets(faults, "key_offsets", config.key_offsets, keys);
-  }
-  if (good && config.self != Self::visible && pattern.alignment == Alignment::proportional)
-    for (Index s = 0; s < pattern.sequences(); ++s)
-      if (!pattern.sequence(s).has_equal_lengths()) {
-        faults.expect(false, "self", "Self::visible, for proportional alignment of unequal lengths has no self",
-                      join("another rule in sequence ", s));
-        break;
-      }
+  check_pattern(faults, pattern);
   return pattern;
 }
 
