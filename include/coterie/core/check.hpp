@@ -1,4 +1,4 @@
-// Errors of the library: what is thrown at the door, and the assertion used inside.
+// Errors of the library: the exceptions that checks of arguments throw, and the assertion used inside.
 #pragma once
 
 #include <cassert>
@@ -29,7 +29,7 @@ class FileError : public std::runtime_error {
 
 namespace detail {
 
-/// The parts as one text, the same in every locale. Throws where memory ends: never returns a part of the text.
+/// The parts as one text, the same in every locale. Throws std::bad_alloc; never returns a part of the text.
 template <class... Parts>
 std::string join(const Parts&... parts) {
   std::ostringstream text;

@@ -89,7 +89,7 @@ struct FewQueries {
       for (Index i = 0; i < count; ++i) arguments.locate(begin + i, k_rows[i], v_rows[i]);
   }
 
-  /// Prefetches the keys, or the values, of a block: caches of many heads are too large to be at hand.
+  /// Prefetches the keys, or the values, of a block: key/value caches of many heads exceed the processor's.
   static COTERIE_INLINE void fetch_block(const AttentionArguments<T>& arguments, const Visibility<T, M>& visibility,
                                          int block_begin, bool keys, bool values) {
     M::apart([&]() __attribute__((always_inline)) {

@@ -110,7 +110,7 @@ struct Lanes {
     sum = so_far + a * x;
   }
 
-  /// Nothing of x is non-finite. Looks at bits: comparisons of NaN do not survive -ffast-math.
+  /// Whether all numbers of x are finite. Tests bits: comparisons of NaN do not survive -ffast-math.
   static COTERIE_INLINE bool finite(const F& x) {
     // The exponent's bits carry into the sign's where all of them are set.
     const U bad = (((U)x & (U{} + exponent_bits)) + (Unsigned(1) << mantissa_bits)) >> (8 * sizeof(T) - 1);

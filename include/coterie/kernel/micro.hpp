@@ -9,8 +9,7 @@ namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
 /// Sums stay in registers, R rows by V vectors of them or as many for fewer vectors. Every sum runs over its terms in
-/// order, one multiply-add each, so
-/// its bits do not depend on how rows and vectors are cut into calls.
+/// order, one multiply-add each, so its bits do not depend on how rows and vectors are cut into calls.
 template <class T, int Bytes, int V, int R>
 struct Micro {
   using L = Lanes<T, Bytes>;

@@ -9,7 +9,7 @@
 
 namespace coterie::detail {
 
-/// Copies a plan. Where memory ends (std::bad_alloc), `to` is as it was.
+/// Copies a plan. After std::bad_alloc `to` is unchanged.
 inline void copy_plan(const AttentionPlan& from, AttentionPlan& to) {
   const auto each_list = [](auto& a, auto& b, auto&& f) {
     f(a.entries, b.entries);
