@@ -91,8 +91,7 @@ struct Lanes {
     store(to, y + x);
   }
 
-  /// Prefetches the cache lines of a row; one more than its length has where it does not begin with a
-  /// line.
+  /// Prefetches the cache lines of a row; one more than its length has where it does not begin with a line.
   static COTERIE_INLINE void fetch(const T* row, Index columns) {
     constexpr Index line = 64 / static_cast<Index>(sizeof(T));
     for (Index c = 0; c < columns; c += line) __builtin_prefetch(row + c, 0, 2);

@@ -50,8 +50,9 @@ inline std::uint64_t next_revision() {
 /// Threads and determinism: everything drawn is a function of the seed, the number of updates and the row's number; no
 /// result depends on the number of workers. const calls may run at the same time; routers of different heads share
 /// nothing.
-/// Source: Roy et al. 2021, section 4.1, in the form of counts and sums of van den Oord et al. 2017 (VQ-VAE); start,
-/// schedule, revival and split are ours; Average::batch_mean as in the Lingvo library, batch_direction as in the routing transformer for PyTorch.
+/// Source: Roy et al. 2021, section 4.1, in the form of counts and sums of van den Oord et al. 2017 (VQ-VAE);
+///   Average::batch_mean as in the Lingvo library, batch_direction as in the routing transformer for PyTorch; start,
+///   schedule, revival and split are ours.
 template <class T>
 class OnlineKMeans {
  public:
