@@ -151,7 +151,7 @@ struct FewQueries {
       for (const Interval& s : {one, two})
         if (s.begin < s.end) {
           const bool drops = arguments.dropout_bound != 0;
-          T kept_sum = 0;  // goes nowhere: drop() has added all of P
+          T kept_sum = 0;  // not used: drop() has added all of P
           if (drops) drop(arguments, first + r, block_begin, s, scores, state.sum);
           M::row_values(scores, v_rows, s.begin, s.end, arguments.dv, state.out, drops ? kept_sum : state.sum);
         }

@@ -1,4 +1,4 @@
-// A plan written anew, group by group, from another one: how plans on top of plans are made.
+// The rewriter of plans: writes a new plan from another one, group by group.
 #pragma once
 
 #include <algorithm>
