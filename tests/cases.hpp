@@ -31,8 +31,8 @@ enum class RelativeTables { both, keys, values };
 
 struct AttentionCase {
   std::string name = {};
-  std::function<void(AttentionPlan&)> fill =
-      {};  ///< writes and completes the plan; sizes of the matrices follow from it
+  /// Writes and completes the plan; sizes of the matrices follow from it.
+  std::function<void(AttentionPlan&)> fill = {};
   Index heads = 1;
   Index kv_heads = 0;        ///< 0: as heads
   Index d = 0;               ///< 0: as the sizes

@@ -16,13 +16,13 @@ namespace coterie {
 
 /// Settings of attention_recall.
 struct RecallConfig {
-  Index queries = 256;     ///< query rows that are looked at, drawn without repetition; all where there are no more
+  Index queries = 256;     ///< query rows that are measured, drawn without repetition; all where there are no more
   std::uint64_t seed = 0;  ///< of the draw
 };
 
 /// Shares of the wider plan's probability mass on keys that the plan shows too.
 struct AttentionRecall {
-  std::vector<Index> queries;  ///< the rows looked at, ascending, without those that see nothing in a head's wider plan
+  std::vector<Index> queries;  ///< the rows measured, ascending, without those that see nothing in a head's wider plan
   double mean = 0;             ///< over those rows and all heads
   std::vector<double> heads;   ///< mean of each head
   std::vector<double> rows;    ///< of queries[i] and head h at i * heads + h

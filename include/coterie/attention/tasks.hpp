@@ -12,7 +12,7 @@ namespace coterie::detail {
 
 /// Calls f(i, arguments) for every part i in [0, count) of a task, at least one, with the arguments that make(i) gives;
 /// each call knows the next one's, whose first rows the kernel prefetches. If there is `more`, make(count) is what this
-/// thread will probably turn to afterwards.
+/// thread will probably compute next.
 template <class T, class Make, class F>
 void each_part_in_turn(Index count, bool more, Make&& make, F&& f) {
   AttentionArguments<T> arguments, next = make(Index(0));

@@ -1,4 +1,4 @@
-// Errors of the library: what is thrown at the door, and the assertion used inside.
+// Errors of the library: the exceptions that checks of arguments throw, and the assertion used inside.
 #pragma once
 
 #include <cassert>
@@ -88,6 +88,7 @@ class MessagePart {
   };
 };
 
+/// The parts as one text, the same in every locale. Throws std::bad_alloc; never returns a part of the text.
 [[gnu::noinline]] inline std::string join_parts(std::initializer_list<MessagePart> parts) {
   std::ostringstream text;
   text.exceptions(std::ios::badbit | std::ios::failbit);  // rethrows std::bad_alloc, which a stream swallows otherwise

@@ -119,7 +119,7 @@ class Arena {
     if (block == 0 && used == 0 && blocks_.size() > 1) hold(bytes());
   }
 
-  // Replaces all blocks by one. Called by destructors: where memory is short there is none, and the next take() throws.
+  // Replaces all blocks by one. Called by destructors: without memory the arena is left empty.
   void hold(std::size_t size) noexcept {
     blocks_.clear();
     try {

@@ -157,8 +157,7 @@ class SafetensorsView {
 
   /// The numbers of a tensor of any shape, row-major.
   /// Requires: a tensor of this name whose dtype T holds exactly: F16, BF16 and F32 for float, those and F64 for
-  /// double;
-  ///   BOOL and integers that fit for std::int64_t (FileError).
+  ///   double, BOOL and integers that fit for std::int64_t (FileError).
   template <class T>
   std::vector<T> numbers(std::string_view name) const {
     const SafetensorsTensor& tensor = required("SafetensorsView::numbers", name);

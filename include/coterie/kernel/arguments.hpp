@@ -135,7 +135,7 @@ struct AttentionArguments {
                         : row_bits(dropout_call, RowKind::memory, row - k.rows);
   }
 
-  /// Without keys, which copies depend on alone.
+  /// The sizes without `keys`, on which only copies depend.
   PartSizes sizes() const { return {d, dv, bias_count, relative_count, 0}; }
 
   Index target(Index entry) const { return by_entry ? entry : rows[entry]; }

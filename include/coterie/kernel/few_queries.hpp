@@ -89,7 +89,7 @@ struct FewQueries {
       for (Index i = 0; i < count; ++i) arguments.locate(begin + i, k_rows[i], v_rows[i]);
   }
 
-  /// Prefetches the keys, or the values, of a block: caches of many heads are too large to be at hand.
+  /// Prefetches the keys, or the values, of a block: key/value caches of many heads exceed the processor's.
   static COTERIE_INLINE void fetch_block(const AttentionArguments<T>& arguments, const Visibility<T, M>& visibility,
                                          int block_begin, bool keys, bool values) {
     M::apart([&]() __attribute__((always_inline)) {
@@ -151,7 +151,7 @@ struct FewQueries {
       for (const Interval& s : {one, two})
         if (s.begin < s.end) {
           const bool drops = arguments.dropout_bound != 0;
-          T kept_sum = 0;  // goes nowhere: drop() has added all of P
+          T kept_sum = 0;  // not used: drop() has added all of P
           if (drops) drop(arguments, first + r, block_begin, s, scores, state.sum);
           M::row_values(scores, v_rows, s.begin, s.end, arguments.dv, state.out, drops ? kept_sum : state.sum);
         }

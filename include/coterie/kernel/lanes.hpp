@@ -91,8 +91,7 @@ struct Lanes {
     store(to, y + x);
   }
 
-  /// Prefetches the cache lines of a row; one more than its length has where it does not begin with a
-  /// line.
+  /// Prefetches the cache lines of a row; one more than its length has where it does not begin with a line.
   static COTERIE_INLINE void fetch(const T* row, Index columns) {
     constexpr Index line = 64 / static_cast<Index>(sizeof(T));
     for (Index c = 0; c < columns; c += line) __builtin_prefetch(row + c, 0, 2);
@@ -110,7 +109,7 @@ struct Lanes {
     sum = so_far + a * x;
   }
 
-  /// Nothing of x is non-finite. Looks at bits: comparisons of NaN do not survive -ffast-math.
+  /// Whether all numbers of x are finite. Tests bits: comparisons of NaN do not survive -ffast-math.
   static COTERIE_INLINE bool finite(const F& x) {
     // The exponent's bits carry into the sign's where all of them are set.
     const U bad = (((U)x & (U{} + exponent_bits)) + (Unsigned(1) << mantissa_bits)) >> (8 * sizeof(T) - 1);

@@ -9,8 +9,7 @@ namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
 /// Sums stay in registers, R rows by V vectors of them or as many for fewer vectors. Every sum runs over its terms in
-/// order, one multiply-add each, so
-/// its bits do not depend on how rows and vectors are cut into calls.
+/// order, one multiply-add each, so its bits do not depend on how rows and vectors are cut into calls.
 template <class T, int Bytes, int V, int R>
 struct Micro {
   using L = Lanes<T, Bytes>;
@@ -269,7 +268,7 @@ struct Micro {
   /// out[c] += sum over j in [begin, end) of p[j] rows[j][c], total += sum of p[j]: one query, lanes are columns.
   static COTERIE_INLINE void row_values(const T* p, const T* const* rows, Index begin, Index end, Index columns, T* out,
                                         T& total) {
-    T again = 0;  // the sum of p runs beside the first strip's products; later strips' goes nowhere
+    T again = 0;  // the sum of p runs beside the first strip's products; that of later strips is not used
     Index c = 0;
     for (; c + 8 * lanes <= columns; c += 8 * lanes)
       row_values_of<8>(p, rows, begin, end, c, out, c == 0 ? total : again);

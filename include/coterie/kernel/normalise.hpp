@@ -73,10 +73,10 @@ Index check_segments(const char* function, ConstView<T> m, Index width) {
 /// Normalises every `width` columns of every row.
 ///
 /// Shapes: x, y tokens x (segments * width); inverse_deviation tokens x segments, or empty when no backward follows.
-/// Formula, for each segment of each row:  y = (x - mean(x)) r,  r = inverse_deviation = 1 / sqrt(mean((x - mean(x))^2)
-/// + 1e-6).
-/// So |y| is sqrt(width), or less where x hardly varies; a constant segment gives zeros.
-/// Normalisation::unit_length:  y = x r,  r = 1 / sqrt(x.x + 1e-24); a segment of zeros gives zeros.
+/// Formula, for each segment of each row, with r = inverse_deviation:
+///   layer_norm:   y = (x - mean(x)) r,  r = 1 / sqrt(mean((x - mean(x))^2) + 1e-6); |y| is sqrt(width), or less where
+///                 x hardly varies; a constant segment gives zeros.
+///   unit_length:  y = x r,  r = 1 / sqrt(x.x + 1e-24); a segment of zeros gives zeros.
 /// Requires: matching shapes, and y's own storage or exactly x's (ShapeError).
 /// Overwrites y and inverse_deviation.
 /// Threads and determinism: a segment's bits depend on that segment alone.

@@ -57,7 +57,7 @@ struct TilePositions {
     }
   }
 
-  /// Calls f(at, v, low, high) for the segment's vectors and keys that have a position: `at` is the pairs' place in
+  /// Calls f(at, v, low, high) for the segment's vectors and keys that have a position: `at` is the pairs' position in
   /// rows of `width` from the block's first key on, `low` and `high` bound their rows in a table whose row 0 is for
   /// distance `first`.
   template <class F>

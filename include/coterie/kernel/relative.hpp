@@ -206,7 +206,7 @@ struct Relative {
           const Index none = lowest - of_key[key_begin] + key_begin;  // the key at row 0
           const auto from = static_cast<int>(std::clamp<Index>(none - diagonals, j, after));
           const auto until = static_cast<int>(std::clamp<Index>(none, from, after));
-          // Rows that no visible pair uses have no place.
+          // Rows that no visible pair uses have no row in the buffers.
           const bool placed = from < until && place[none - from] >= listed && place[none - until + 1] >= listed;
           if (placed && place[none - from] - place[none - until + 1] == until - 1 - from) {
             run_begin[v] = from;

@@ -25,8 +25,8 @@ class Rotary {
  public:
   Rotary() = default;
 
-  /// Allocates: tables of 128 * (d/2) doubles.
   /// Requires: head_dim >= 0, a positive base and a layout that there is, otherwise ValueError.
+  /// Allocates: tables of 128 * (d/2) doubles.
   explicit Rotary(Index head_dim, double base = 10000, RotaryLayout layout = RotaryLayout::halves)
       : half_(head_dim / 2), layout_(layout) {
     if (head_dim < 0) detail::fail<ValueError>("Rotary", "head_dim", "at least 0", head_dim);

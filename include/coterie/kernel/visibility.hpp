@@ -181,7 +181,7 @@ struct Visibility {
   }
 
  private:
-  /// Some vector's lanes all see the key.
+  /// Whether all lanes of some vector see the key.
   COTERIE_INLINE bool all_reach(int key) const {
     for (int v = 0; v < vectors; ++v)
       if (all_see(v, key, key + 1)) return true;

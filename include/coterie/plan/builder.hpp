@@ -37,7 +37,7 @@ void counting_sort(const std::int32_t* rows, Index count, Index buckets, BucketO
 /// Makes the plan of a pattern. Labels: one per row, in [-1, clusters); both empty: all rows are in cluster 0.
 ///
 /// Groups are the (sequence, cluster) that have a query or a key, sequence by sequence. `scratch`: kept by the caller,
-/// or null: the builder's own. Where memory ends (std::bad_alloc), the plan is left without derived arrays.
+/// or null: the builder's own. After std::bad_alloc the plan is left without derived arrays.
 class PlanBuilder {
  public:
   PlanBuilder(const Pattern& pattern, AttentionPlan& plan, PlanScratch* scratch)

@@ -75,7 +75,7 @@ inline std::int32_t random_label(std::uint64_t seed, Index position, Index clust
 
 /// Writes the plan in which every query sees the keys of its sequence that have its label.
 /// Shapes: one label per query row and one per key row; for self-attention the same span twice. Label -1: in no
-///   cluster, so a query sees nothing and a key is seen by nobody.
+///   cluster, so a query sees nothing and no query sees the key.
 /// Formula: with r the number of the cluster's keys at positions up to c(i), a query sees the keys of ranks
 ///   [r - window, r) if causal, [r - (window + 1)/2, r + window/2) otherwise, all up to c(i) or all for window 0.
 /// Requires: a config as its fields say and labels in [-1, clusters), otherwise ValueError, and the plan is unchanged.

@@ -1,4 +1,4 @@
-// A plan written anew, group by group, from another one: how plans on top of plans are made.
+// The rewriter of plans: writes a new plan from another one, group by group.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace coterie::detail {
 
-/// Copies a plan. Where memory ends (std::bad_alloc), `to` is as it was.
+/// Copies a plan. After std::bad_alloc `to` is unchanged.
 inline void copy_plan(const AttentionPlan& from, AttentionPlan& to) {
   const auto each_list = [](auto& a, auto& b, auto&& f) {
     f(a.entries, b.entries);

@@ -1,4 +1,4 @@
-// What routers tell about themselves: how evenly rows fall on clusters, how far centroids moved.
+// Diagnostics of routers: how evenly rows fall on clusters, how far centroids moved.
 #pragma once
 
 #include <algorithm>
@@ -43,7 +43,7 @@ struct RouterDrift {
   double mean_distance = 0, largest_distance = 0;
   double mean_angle = 0,
          largest_angle = 0;  ///< a centroid of length zero is at a right angle to every other, at 0 to another
-  Index moved = 0;           ///< clusters whose centroid went further than the distance asked for
+  Index moved = 0;           ///< clusters whose centroid moved further than `distance`
 };
 
 namespace detail {

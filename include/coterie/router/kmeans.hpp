@@ -50,9 +50,9 @@ inline std::uint64_t next_revision() {
 /// Threads and determinism: everything drawn is a function of the seed, the number of updates and the row's number; no
 /// result depends on the number of workers. const calls may run at the same time; routers of different heads share
 /// nothing.
-/// Source: Roy et al. 2021, section 4.1, in the form of counts and sums of van den Oord et al. 2017 (VQ-VAE); start,
-/// schedule, revival and split are ours;
-/// Average::batch_mean as in the Lingvo library, batch_direction as in the routing transformer for PyTorch.
+/// Source: Roy et al. 2021, section 4.1, in the form of counts and sums of van den Oord et al. 2017 (VQ-VAE);
+///   Average::batch_mean as in the Lingvo library, batch_direction as in the routing transformer for PyTorch; start,
+///   schedule, revival and split are ours.
 template <class T>
 class OnlineKMeans {
  public:
@@ -118,7 +118,7 @@ class OnlineKMeans {
   /// Requires: those (ShapeError), labels in [0, clusters) or -1, a head of the statistics (ValueError).
   /// Adds into statistics. Rows labelled -1 and rows with NaN or infinity are left out: one bad batch spoils no
   /// centroid.
-  /// Threads and determinism: every sum runs in row order, so micro-batches one after the other give the bits of one
+  /// Threads and determinism: every sum runs in row order, so micro-batches in sequence are bit-identical to one
   /// batch.
   void observe(ConstView<T> x, std::span<const std::int32_t> labels, RouterStatistics<T>& statistics, Index head,
                Context& context) const {
@@ -206,7 +206,7 @@ class OnlineKMeans {
   /// update() of statistics that check_update() has let pass.
   ///
   /// With updates() > 0 nothing is allocated and nothing throws. The first update allocates, and what it throws may
-  /// leave this router half written: who must not lose its state updates a copy, then calls copy_state().
+  /// leave this router half written: to keep its state, update a copy, then call copy_state().
   void update_checked(const RouterStatistics<T>& statistics, Index head) {
     if (frozen_) return;
     const std::span<const double> counts = statistics.counts(head);

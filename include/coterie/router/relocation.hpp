@@ -53,8 +53,7 @@ Index draw_member(const Centroids<T>& state, Index c, ConstView<T> samples, std:
   return -1;
 }
 
-/// Splits the candidate: the least used cluster moves to a row of the candidate's, and they share its
-/// count.
+/// Splits the candidate: the least used cluster moves to a row of the candidate's, and they share its count.
 ///
 /// The row is cut to the length of the candidate's centroid, so that both compete by direction. Nothing happens where
 /// the candidate is no longer overfull, no row can be drawn, or the least used cluster has half its count: that would

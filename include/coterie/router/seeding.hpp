@@ -119,7 +119,7 @@ Index seed_centroids(ConstView<T> rows, View<T> centroids, std::uint64_t seed, S
 /// the mean of its rows; one without rows stays.
 ///
 /// Shapes: rows m x d, centroids k x d, counts k, sums k*d. Overwrites all three; sums are those of the rows.
-/// KeyClusters::settle (retrieval) steps by distance instead, for keys that nobody has normalised.
+/// KeyClusters::settle (retrieval) steps by distance instead, for keys that are not normalised.
 template <class T>
 void lloyd_step(ConstView<T> rows, View<T> centroids, std::span<double> counts, std::span<double> sums) {
   const Index k = centroids.rows(), d = rows.cols();

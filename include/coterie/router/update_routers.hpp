@@ -14,7 +14,7 @@ namespace coterie::detail {
 /// Requires: statistics of the routers' clusters and dim, with as many heads (ShapeError); head by head what
 /// OnlineKMeans::update requires (its errors). After any error, of a task or of memory as well, no router has moved.
 /// Allocates: copies of the routers that have not been updated yet, and their k-means++; else nothing.
-/// Threads and determinism: the bits of one update() after the other. Checks and first updates are tasks of the
+/// Threads and determinism: bit-identical to one update() after the other. Checks and first updates are tasks of the
 /// context. What moves routers runs in the calling thread alone, where it cannot fail: it is clusters x dim numbers a
 /// router.
 template <class T>
