@@ -79,7 +79,8 @@ inline double keys_per_query(const Model& model, const Model::Tape& tape) {
       }
     };
     add(block.attention.local_plans(), attention.local.heads);
-    add(block.attention.plans(), attention.routed.heads + attention.dense.heads);
+    add(block.attention.plans(), attention.routed.heads);
+    add(block.attention.dense_plans(), attention.dense.heads);
   }
   return sum / count;
 }
