@@ -1,4 +1,4 @@
-// The door of a layer: everything that its functions refuse, before anything is written.
+// Checks of the arguments of a layer's functions, made before anything is written.
 #pragma once
 
 #include <cstddef>
@@ -61,13 +61,13 @@ class LayerChecks {
       fail<ShapeError>(function_, "gradients", "storage of their own", "the layer's parameters");
   }
 
-  /// Sequences as those of the forward pass; after backward().
+  /// Requires the sequences of the forward pass (ValueError). Call it after backward().
   void positions(const Input<T>& in, const RoutingAttentionTape<T>& of) const {
     if (!has_positions(in, layer_.config.causal, of.positions_))
       fail<ValueError>(function_, "offsets", "those of the forward pass", "others");
   }
 
-  /// What the calls inside would find out too late.
+  /// Checks that the calls inside would make too late, with something written already.
   void ready(const Context& context) const {
     detail::resolve(context.instructions());
     const RowMatrix<T>& gain = layer_.parameters.gain;
@@ -75,13 +75,14 @@ class LayerChecks {
       fail<ValueError>(function_, "parameters.gain", "finite numbers", "NaN or infinity");
   }
 
+  /// Requires the tape of a forward pass of a layer with this config (ValueError).
   void tape(const RoutingAttentionTape<T>& of) const {
     if (of.tokens_ < 0) fail<ValueError>(function_, "tape", "the tape of a forward pass", "an empty one");
     if (!(of.config_ == layer_.config))
       fail<ValueError>(function_, "tape", "the tape of this layer", "that of a layer with another config");
   }
 
-  /// Shapes only: numbers are checked once, where an update takes them.
+  /// Checks shapes only; update_routers checks the numbers.
   void statistics(const RouterStatistics<T>& s) const {
     if (layer_.routers.empty()) return;
     const HeadBlock& routed = layer_.routed();
@@ -124,7 +125,7 @@ class LayerChecks {
     if (!in.source_offsets.empty()) check_offsets(faults, "source_offsets", in.source_offsets, rows);
   }
 
-  // Phrases are put together where something is wrong only: a good call allocates nothing.
+  // Messages are built only where something is wrong, so that a good call allocates nothing.
   void routes(Faults& faults, const Input<T>& in) const {
     const HeadBlock& routed = layer_.routed();
     const Index labels = static_cast<Index>(in.routes.size()), expected = routed.kv_count * in.x.rows();

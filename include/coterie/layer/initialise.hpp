@@ -13,7 +13,7 @@
 
 namespace coterie::detail {
 
-/// What a layer draws random numbers for; each has a stream of its seed of its own.
+/// Uses of random numbers in a layer; each has its own stream of the seed.
 enum class LayerStream : std::uint64_t {
   w_q = 1,
   w_k,
@@ -89,8 +89,8 @@ Parameters<T> zero_parameters(const RoutingAttentionConfig& c) {
 }
 
 /// First values: weights uniform in +-1/sqrt(rows), taps N(0, 1) * 0.9^t, memory N(0, 1), relative keys and values
-/// N(0, 1/head_dim), gains as HeadBlock has them, biases 0. The number at (i, j) is drawn by the counter i * cols + j,
-/// in double: float and double layers of a seed agree up to rounding.
+/// N(0, 1/head_dim), gains HeadBlock::gain, biases 0. The number at (i, j) is drawn in double with the counter
+/// i * cols + j, so that float and double layers of a seed agree up to rounding.
 template <class T>
 Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
   Parameters<T> p = zero_parameters<T>(c);
@@ -104,7 +104,7 @@ Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
   uniform(p.w_k, LayerStream::w_k);
   uniform(p.w_v, LayerStream::w_v);
   uniform(p.w_o, LayerStream::w_o);
-  // `from`: numbers of the stream that another tensor has.
+  // `from`: the first number of the stream to use; those before it belong to another tensor.
   const auto normal = [&](RowMatrix<T>& m, LayerStream stream, double deviation = 1, Index from = 0) {
     for (Index i = 0; i < m.size(); ++i)
       m.data()[i] = static_cast<T>(
@@ -115,7 +115,7 @@ Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
   normal(p.local_relative_values, LayerStream::local_relative_values, relative);
   normal(p.routed_relative_keys, LayerStream::routed_relative_keys, relative);
   normal(p.routed_relative_values, LayerStream::routed_relative_values, relative);
-  // Dense heads go on where routed ones stop.
+  // Dense heads take the numbers of the stream after those of routed heads.
   normal(p.dense_relative_keys, LayerStream::routed_relative_keys, relative, p.routed_relative_keys.size());
   normal(p.dense_relative_values, LayerStream::routed_relative_values, relative, p.routed_relative_values.size());
   normal(p.memory_keys, LayerStream::memory_keys);

@@ -170,8 +170,8 @@ class RoutingAttention {
 
   /// Moves the centroids by statistics of this machine or, with block() summed, of several. Without learned routing it
   /// does nothing.
-  /// Requires: statistics of the routers' shapes (ShapeError), finite numbers (ValueError). After any error all centroids
-  ///   are where they were.
+  /// Requires: statistics of the routers' shapes (ShapeError), finite numbers (ValueError). After any error all
+  ///   centroids are where they were.
   /// Allocates: nothing, but for the k-means++ of the first update.
   void update_router(const RouterStatistics<T>& statistics) {
     detail::LayerChecks<T>("RoutingAttention::update_router", state_).statistics(statistics);
