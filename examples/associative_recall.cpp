@@ -77,7 +77,7 @@ class Sequences {
 
   transformer::Batch batch(std::uint64_t step) const { return {tokens_, targets_, offsets_, step}; }
   const std::vector<std::int32_t>& targets() const { return targets_; }
-  /// How far back the pair lies that a question asks for.
+  /// How far back the pair of each question lies.
   const std::vector<Index>& distances() const { return distances_; }
 
  private:
