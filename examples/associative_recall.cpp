@@ -77,7 +77,7 @@ class Sequences {
 
   transformer::Batch batch(std::uint64_t step) const { return {tokens_, targets_, offsets_, step}; }
   const std::vector<std::int32_t>& targets() const { return targets_; }
-  /// How far back the pair lies that a question asks for.
+  /// How far back the pair of each question lies.
   const std::vector<Index>& distances() const { return distances_; }
 
  private:
@@ -126,7 +126,9 @@ double far_accuracy(const Sequences& sequences, const transformer::RowMatrix<flo
 /// Keys that a query sees in the two heads that differ between the patterns.
 double keys_per_query(const transformer::Model<float>::Tape& tape) {
   const auto& attention = tape.blocks[0].attention;
-  const auto plans = attention.plans().empty() ? attention.local_plans() : attention.plans();
+  auto plans = attention.plans();
+  if (plans.empty()) plans = attention.dense_plans();
+  if (plans.empty()) plans = attention.local_plans();
   double sum = 0;
   for (const coterie::AttentionPlan& plan : plans) sum += coterie::statistics(plan).keys_per_query.mean;
   return sum / static_cast<double>(plans.size());

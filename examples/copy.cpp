@@ -285,7 +285,8 @@ std::vector<Tokens> generate(const EncoderDecoder& model, const Sequences& input
 
 /// Keys that a query of cross-attention sees.
 double keys_per_query(const EncoderDecoder::Tape& tape) {
-  const auto plans = tape.cross.attention.plans();
+  const auto& attention = tape.cross.attention;
+  const auto plans = attention.plans().empty() ? attention.dense_plans() : attention.plans();
   double sum = 0;
   for (const coterie::AttentionPlan& plan : plans) sum += coterie::statistics(plan).keys_per_query.mean;
   return sum / static_cast<double>(plans.size());

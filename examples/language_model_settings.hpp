@@ -1,4 +1,4 @@
-// Settings of language_model: its command line, and what of it a saved model says by itself.
+// Settings of language_model, from its command line or from a saved model.
 #pragma once
 
 #include <coterie/file/safetensors.hpp>
@@ -69,7 +69,7 @@ inline void read_file_settings(Settings& s, examples::Options& options) {
   for (const char* name : {"pattern", "layers", "model-dim", "heads", "routed-heads", "clusters", "window"})
     take(name, false);
   take("context", !resume);
-  const std::int64_t seed = s.seed;  // of weights it is the file's; of what is drawn anew the command line's
+  const std::int64_t seed = s.seed;  // of new draws; weights keep the seed of the file
   take("seed", !resume);
   const std::string* const model_seed = find("seed");
   assign("seed", *model_seed);

@@ -79,12 +79,13 @@ inline double keys_per_query(const Model& model, const Model::Tape& tape) {
       }
     };
     add(block.attention.local_plans(), attention.local.heads);
-    add(block.attention.plans(), attention.routed.heads + attention.dense.heads);
+    add(block.attention.plans(), attention.routed.heads);
+    add(block.attention.dense_plans(), attention.dense.heads);
   }
   return sum / count;
 }
 
-/// What tells a text from others, in files.
+/// A fingerprint that identifies a text in saved files.
 inline std::string fingerprint(const Bytes& text) {
   std::uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
   for (const std::uint8_t byte : text) hash = (hash ^ byte) * 0x100000001b3;
@@ -111,7 +112,7 @@ inline void check_text(const std::string& text, const Settings& settings) {
 /// How training ended.
 struct TrainingEnd {
   bool done = true;  // otherwise stopped before, and saved
-  int signal = 0;    // that stopped it
+  int signal = 0;    // the signal that stopped it
 };
 
 /// Continues the training, and saves; fills in the tokens per second and keys per query of the result.

@@ -37,11 +37,13 @@ double flops(const RoutingAttention<T>& layer, const RoutingAttentionTape<T>& ta
   double weights = 0, pairs = 0;
   const Parameters<T>& p = layer.parameters();
   for (const RowMatrix<T>* w : {&p.w_q, &p.w_k, &p.w_v, &p.w_o}) weights += static_cast<double>(w->size());
-  for (const AttentionPlan& plan : tape.local_plans())
-    pairs += static_cast<double>(c.local.heads * statistics(plan).visible_pairs);
-  const Index others = c.routed.heads + c.dense.heads, shared_by = tape.plans().size() == 1 ? others : 1;
-  for (const AttentionPlan& plan : tape.plans())
-    pairs += static_cast<double>(shared_by * statistics(plan).visible_pairs);
+  const auto add_pairs = [&pairs](std::span<const AttentionPlan> plans, Index heads) {
+    for (const AttentionPlan& plan : plans)
+      pairs += static_cast<double>(heads / static_cast<Index>(plans.size()) * statistics(plan).visible_pairs);
+  };
+  add_pairs(tape.local_plans(), c.local.heads);
+  add_pairs(tape.plans(), c.routed.heads);
+  add_pairs(tape.dense_plans(), c.dense.heads);
   const double tokens = static_cast<double>(n), d = static_cast<double>(c.head_dim);
   if (backward) return 4 * tokens * weights + 10 * d * pairs;
   const double scores =

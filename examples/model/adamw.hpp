@@ -15,8 +15,8 @@ using coterie::Index;
 using coterie::RowMatrix;
 using coterie::View;
 
-/// Warm-up, then a cosine from 1 to `floor`: the factor of the learning rate at `step`, with `progress` of the training
-/// (0 to 1) behind us.
+/// Warm-up, then a cosine from 1 to `floor`: the factor of the learning rate at `step`, `progress`: share of the
+/// training that is done, 0 to 1.
 inline double learning_rate_factor(Index step, Index warm_up, double progress, double floor) {
   const double rise = warm_up > 0 ? std::min(1.0, static_cast<double>(step + 1) / static_cast<double>(warm_up)) : 1.0;
   return rise * (floor + (1 - floor) * (1 + std::cos(std::numbers::pi * std::clamp(progress, 0.0, 1.0))) / 2);

@@ -5,16 +5,17 @@
 
 namespace transformer {
 
-/// A part of a text that the model sees at once, and the end of it that is scored.
+/// A window of a text that the model sees at once, and its end, which is scored.
 struct ScoredWindow {
-  Index begin, length;  // of what it sees, in positions of the text with a newline in front
-  Index unscored;       // so many of its first predictions have been scored in the window before
+  Index begin, length;  // in positions of the text with a newline in front
+  Index unscored;       // number of its first predictions, which the window before has scored
 };
 
-/// The protocol. A newline goes before the text, so that its first byte is predicted too. Windows of `window` positions
-/// begin every `stride` ones, up to the one that reaches the end. Each predicts the byte after each of its positions,
-/// and is scored for those bytes that no earlier window was scored for: so every byte is scored once, from at least
-/// min(window - stride + 1, all before it) positions.
+/// The windows of a text. A newline goes before the text, so that its first byte is predicted too. Windows of `window`
+/// positions begin every `stride` positions, up to the window that reaches the end.
+///
+/// A window predicts the byte after each of its positions, and is scored for the bytes that no earlier window was
+/// scored for. So every byte is scored once, from at least min(window - stride + 1, all before it) positions.
 /// Requires: 1 <= stride <= window (ValueError).
 inline std::vector<ScoredWindow> scored_windows(Index bytes, Index window, Index stride) {
   if (stride < 1 || stride > window)
@@ -30,8 +31,8 @@ inline std::vector<ScoredWindow> scored_windows(Index bytes, Index window, Index
   return windows;
 }
 
-/// The mean over the bytes of a text of -log2 of their probability, by scored_windows; `at_once`: tokens of a batch,
-/// about. progress(share done) is called after each batch. Random routing draws as in Batch::step 0.
+/// The mean over the bytes of a text of -log2 of their probability, by scored_windows. `at_once`: about how many
+/// tokens a batch has. progress(share done) is called after each batch. Random routing draws as in Batch::step 0.
 /// Requires: as scored_windows, a text of at least one byte (ValueError).
 template <class T, class Progress>
 double bits_per_byte(const Model<T>& model, std::span<const std::uint8_t> text, Index window, Index stride,

@@ -11,14 +11,14 @@
 
 namespace transformer {
 
-/// All that training changes beside the model.
+/// The state of a training, beside the model.
 template <class T>
 struct Training {
   AdamW<T> optimizer;
-  Random random;            // that draws the batches
-  std::int64_t step = 0;    // done so far
+  Random random;            // draws the batches
+  std::int64_t step = 0;    // steps done so far
   double average_loss = 0;  // running average over the last steps
-  double seconds = 0;       // spent so far
+  double seconds = 0;       // time spent so far
 
   explicit Training(std::uint64_t seed) : random(seed) {}
 };
@@ -35,7 +35,7 @@ void add_model(coterie::SafetensorsWriter& writer, Model<T>& model) {
 
 /// Reads what add_model wrote.
 /// Requires: a model of the same config (FileError, which names what differs).
-/// Overwrites the model, or nothing on error. Its layers move: make decoders of it anew.
+/// Overwrites the model, or nothing on error. Its layers move, so make new decoders of it.
 template <class T>
 void read_model(const coterie::SafetensorsView& file, Model<T>& model) {
   Model<T> read = model;

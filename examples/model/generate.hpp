@@ -1,4 +1,4 @@
-// Tokens that a Model writes, one after the other.
+// Generation: a Model writes tokens, one after the other.
 #pragma once
 
 #include "model_decoder.hpp"

@@ -17,9 +17,9 @@ namespace transformer {
 ///     decoder.prefill(prompt, p, 0, context);          // p: probabilities of the token after the prompt
 ///     decoder.step({&token, 1}, p, context);           // .. and of the one after `token`
 ///
-/// Bits: probabilities are those of Model::evaluate, bit for bit, on the same instruction set. Random routing: those of
-///   Batch::step 0.
-/// Requires: a causal model (see coterie::Decoder), which has to stay where it is, and as it is.
+/// Probabilities are bit-identical to those of Model::evaluate, on the same instruction set. Random routing draws as in
+/// Batch::step 0.
+/// Requires: a causal model (see coterie::Decoder), which must stay at its address and not change.
 /// Allocates: as coterie::Decoder.
 /// Threads and determinism: the same bits for any number of workers.
 template <class T>
@@ -49,7 +49,7 @@ class ModelDecoder {
   /// The next token of every sequence; p: probabilities of the one after it.
   /// Shapes: p sequences x vocabulary.
   /// Requires: that (ShapeError), a token of the vocabulary for each sequence, centroids that have not moved
-  /// (ValueError).
+  ///   (ValueError).
   /// Overwrites p.
   void step(std::span<const std::int32_t> tokens, View<T> p, Context& context) { step(tokens, p, all_, context); }
 
@@ -103,7 +103,8 @@ class ModelDecoder {
     for (const std::int32_t token : tokens.last(std::min(tokens.size(), kept_))) remember(sequence, token);
   }
 
-  /// Takes the last tokens of a sequence back, as if they had not been. Requires: as coterie::Decoder::rollback.
+  /// Removes the last tokens of a sequence, as if they had never been appended. Requires: as
+  /// coterie::Decoder::rollback.
   void rollback(Index sequence, Index tokens) {
     check_sequence(sequence);
     for (coterie::Decoder<T>& decoder : decoders_) decoder.rollback(sequence, tokens);
@@ -115,7 +116,7 @@ class ModelDecoder {
     for (coterie::Decoder<T>& decoder : decoders_) decoder.clear(sequence);
     recent(sequence).clear();
   }
-  /// Makes sequence `to` what sequence `from` is. Requires: sequences (ValueError).
+  /// Makes sequence `to` a copy of sequence `from`. Requires: sequences (ValueError).
   void copy_sequence(Index from, Index to) {
     check_sequence(from);
     check_sequence(to);

@@ -1,4 +1,4 @@
-// Bytes to train on and bytes held out, and which of them repeat what came before.
+// Texts to train on and held out, with the class of every byte by earlier repeats.
 #pragma once
 
 #include <algorithm>
@@ -49,9 +49,9 @@ inline Corpus hold_out(std::vector<Bytes> pieces, double share, std::size_t need
   Corpus corpus;
   std::size_t held = 0;
   for (const Bytes& piece : pieces) {
-    Bytes& part = corpus.held_out.size() < wanted ? corpus.held_out : corpus.training;
-    held += &part == &corpus.held_out;
-    part.insert(part.end(), piece.begin(), piece.end());
+    Bytes& target = corpus.held_out.size() < wanted ? corpus.held_out : corpus.training;
+    held += &target == &corpus.held_out;
+    target.insert(target.end(), piece.begin(), piece.end());
   }
   if (corpus.held_out.size() < needed || corpus.held_out.size() > total / 4)
     throw UsageError(name + " has " + std::to_string(total) + " bytes: too few for this --context, which needs " +
@@ -93,7 +93,7 @@ inline Corpus read_text(const std::string& path, std::size_t needed) {
   return corpus;
 }
 
-/// What the 12 bytes before a byte tell about it.
+/// The class of a byte, by the 12 bytes before it.
 enum class ByteClass {
   far,   ///< they have occurred in the text before, last time more than the window back
   near,  ///< they have occurred before, last time within the window

@@ -1,4 +1,4 @@
-// Ctrl-C that lets a program finish what it is at.
+// Handling of Ctrl-C that lets a program finish its current step.
 #pragma once
 
 #include <csignal>
@@ -11,7 +11,7 @@ inline volatile std::sig_atomic_t interrupted_by = 0;
 
 extern "C" inline void note_interrupt(int signal) {
   interrupted_by = signal;
-  // Who asks a second time does not want to wait.
+  // A second signal ends the program at once.
   std::signal(SIGINT, SIG_DFL);
   std::signal(SIGTERM, SIG_DFL);
 }
@@ -26,7 +26,7 @@ class InterruptGuard {
     detail::interrupted_by = 0;
     interrupt_ = std::signal(SIGINT, detail::note_interrupt);
     terminate_ = std::signal(SIGTERM, detail::note_interrupt);
-    // What a parent has told us to ignore (nohup, a shell's background job) stays ignored.
+    // A signal that the parent process set to be ignored (nohup, a shell's background job) stays ignored.
     if (interrupt_ == SIG_IGN) std::signal(SIGINT, SIG_IGN);
     if (terminate_ == SIG_IGN) std::signal(SIGTERM, SIG_IGN);
   }

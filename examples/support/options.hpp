@@ -21,7 +21,7 @@
 
 namespace examples {
 
-/// The command line asks for something that does not exist or does not fit together; programs end with exit code 2.
+/// A fault of the command line; programs end with exit code 2.
 struct UsageError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -176,7 +176,7 @@ class Options {
   std::vector<Entry> entries_;
 };
 
-/// A result file: known to be writable before the work begins, and there in full or not at all.
+/// A result file: checked to be writable before the work begins, and written in full or not at all.
 class ResultFile {
  public:
   /// Throws UsageError if the file cannot be written. An empty path: no file is wanted.

@@ -1,4 +1,4 @@
-// Bytes that come one by one, made fit for a terminal.
+// Bytes as text that a terminal can show, one by one.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ class PrintableText {
   /// `indent` follows every newline.
   explicit PrintableText(std::string indent = "") : indent_(std::move(indent)) {}
 
-  /// What is to be printed now that this byte has come.
+  /// The text to print after this byte.
   std::string add(std::uint8_t byte) {
     std::string text;
     if (!begun_.empty()) {
@@ -41,7 +41,7 @@ class PrintableText {
     return text;
   }
 
-  /// What is to be printed when no more come: a '?' for each byte of a character that was not finished.
+  /// The text to print at the end: a '?' for each byte of a character that was not finished.
   std::string finish() { return std::string(std::exchange(begun_, {}).size(), '?'); }
 
  private:
@@ -50,7 +50,7 @@ class PrintableText {
   std::uint8_t low_ = 0x80, high_ = 0xbf;  // of the next byte of a character that has begun
 };
 
-/// The same for text that is there already, every line indented.
+/// The same for a whole text, with every line indented.
 inline std::string printable(std::span<const std::uint8_t> bytes, const std::string& indent) {
   PrintableText printable(indent);
   std::string text = indent;

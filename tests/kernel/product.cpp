@@ -1,5 +1,5 @@
-#include "coterie/kernel/nearest.hpp"
 #include "coterie/kernel/product.hpp"
+#include "coterie/kernel/nearest.hpp"
 
 #include <array>
 #include <cstring>

@@ -269,5 +269,18 @@ TEST_CASE("tapes answer for the heads they have") {
   REQUIRE_THROWS_AS(call.tape.labels(-1), ValueError);
   REQUIRE_THROWS_AS(call.tape.key_labels(2), ValueError);
   REQUIRE_THROWS_AS(Layer::Tape().labels(0), ValueError);
+  REQUIRE(Layer::Tape().plans().empty());
+  REQUIRE(call.tape.plans().size() == 2);
+  REQUIRE(call.tape.dense_plans().empty());
+
+  // A tape that another layer has used before answers for the layer that used it last.
+  const Layer dense({.model_dim = call.x.cols(), .causal = true, .dense = {.heads = 1}});
+  Context context;
+  RowMatrix<float> y(call.x.rows(), call.x.cols());
+  dense.forward(call.x, y, call.tape, context);
+  REQUIRE(call.tape.plans().empty());
+  REQUIRE(call.tape.local_plans().empty());
+  REQUIRE(call.tape.dense_plans().size() == 1);
+  REQUIRE_THROWS_AS(call.tape.labels(0), ValueError);
   REQUIRE(Layer::Tape().tokens() == -1);
 }

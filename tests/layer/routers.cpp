@@ -197,9 +197,13 @@ TEST_CASE("routing that is not learned has no routers and nothing to update") {
     layer.observe(tape, statistics, context);
     layer.update_router(statistics);
     layer.freeze_router(true);
-    REQUIRE(tape.plans().size() == (dense ? 1u : 2u));
+    REQUIRE(tape.plans().size() == (dense ? 0u : 2u));
     REQUIRE(tape.local_plans().size() == 1);
-    REQUIRE(tape.labels(1).size() == (dense ? 0u : 20u));
+    REQUIRE(tape.dense_plans().size() == (dense ? 1u : 0u));
+    if (dense)
+      REQUIRE_THROWS_AS(tape.labels(0), ValueError);
+    else
+      REQUIRE(tape.labels(1).size() == 20);
   }
 }
 

@@ -97,7 +97,7 @@ class MessagePart {
   return text.str();
 }
 
-/// The parts as one text, the same in every locale. Throws where memory ends: never returns a part of the text.
+/// join_parts of any number of parts.
 template <class... Parts>
 std::string join(const Parts&... parts) {
   return join_parts({MessagePart(parts)...});

@@ -13,22 +13,22 @@
 
 namespace coterie::detail {
 
-/// What a cache has to hold.
+/// The shape of a cache.
 struct CacheShape {
   Index sequences = 1;
-  Index units = 1;      ///< heads that share a plan: each unit has lists, and columns of the rows, of its own
+  Index units = 1;      ///< sets of heads that share a plan: each has its own lists, and its own columns of the rows
   Index unit_cols = 0;  ///< columns of a unit, in keys and in values
   Index lists = 1;      ///< lists of a unit and sequence: one for each cluster
   Index capacity = 0;   ///< keys that a list keeps, the last ones; 0: all
   Index beginning = 0;  ///< first keys of a sequence that are kept for good, in a list of their own
-  Index globals = 0;    ///< first keys of a sequence that lists count apart
+  Index globals = 0;    ///< first keys of a sequence that lists count separately
 };
 
 /// The keys of one cluster of one sequence, by ordinal: the first one is 0, whether it is still kept or not.
 struct CacheList {
   Index end = 0;                    ///< keys so far
   Index globals = 0;                ///< those of them that are global tokens: the first ones
-  std::vector<std::int32_t> pages;  ///< pages of rows, in the order of the ordinals; more than `end` needs do no harm
+  std::vector<std::int32_t> pages;  ///< pages of rows, in the order of the ordinals; at least as many as `end` needs
 };
 
 /// The key of the token at `position` of a sequence, and the list of a unit that it belongs to.
@@ -36,8 +36,8 @@ struct CacheEntry {
   Index unit = 0, sequence = 0, list = 0, position = 0;
 };
 
-/// Keys that a list of which the last `window` are seen keeps, so that `rollback` of them may be taken back; 0: all.
-/// Sequences end at 2^31 - 1 tokens.
+/// Number of keys that a list has to keep so that the last `window` stay visible after a rollback of `rollback`; 0:
+/// all. Sequences end at 2^31 - 1 tokens.
 constexpr Index cache_capacity(Index window, Index rollback) {
   constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
   return window > 0 && rollback < most && window <= most - rollback ? window + rollback : 0;
@@ -47,6 +47,7 @@ constexpr Index cache_capacity(Index window, Index rollback) {
 ///
 /// Rows are numbered from 0 on, and every unit numbers its own columns of them. A list gets its rows in pages, when it
 /// first needs them, and keeps the last `capacity` keys as a ring.
+///
 /// Only make_room, make_room_to_copy and reserve allocate. Where they throw, the keys of all lists are as they were;
 /// the other functions do not throw.
 template <class T>
@@ -93,7 +94,7 @@ class HeadCache {
     return row_in(unit_at(unit).beginning[static_cast<std::size_t>(sequence)], position, 0);
   }
 
-  /// Memory for one key more.
+  /// Makes room for one more key.
   void make_room(const CacheEntry& at) {
     Unit& unit = unit_at(at.unit);
     CacheList& list = list_at(at);
@@ -121,8 +122,7 @@ class HeadCache {
     write(at, row_in(beginning, beginning.end++, 0), key, value);
   }
 
-  /// Takes the last key of a list back. The one that it has displaced stays lost, which is what `capacity` leaves room
-  /// for.
+  /// Removes the last key of a list. The key that it has displaced stays lost; `capacity` leaves room for that.
   void take_back(const CacheEntry& at) noexcept {
     CacheList& list = list_at(at);
     --list.end;
@@ -130,7 +130,7 @@ class HeadCache {
     if (at.position < shape_.beginning) --unit_at(at.unit).beginning[static_cast<std::size_t>(at.sequence)].end;
   }
 
-  /// Undoes the last append to a unit and sequence: what it has displaced is back.
+  /// Undoes the last append to a unit and sequence, and restores the key that it has displaced.
   void undo_append(const CacheEntry& at) noexcept {
     take_back(at);
     Unit& unit = unit_at(at.unit);
@@ -142,7 +142,7 @@ class HeadCache {
     unit.positions[static_cast<std::size_t>(to)] = unit.lost_positions[static_cast<std::size_t>(at.sequence)];
   }
 
-  /// Empties the lists of a sequence; their pages go to whoever needs some next.
+  /// Empties the lists of a sequence; other lists can use their pages.
   void clear(Index sequence) noexcept {
     for (Unit& unit : units_)
       each_list(unit, sequence, [&](CacheList& list) {
@@ -151,14 +151,14 @@ class HeadCache {
       });
   }
 
-  /// Memory for copy(from, to); `to` keeps its keys.
+  /// Makes room for copy(from, to); `to` keeps its keys.
   void make_room_to_copy(Index from, Index to) {
     for (Unit& unit : units_)
       each_pair(unit, from, to,
                 [&](const CacheList& source, CacheList& target) { need_pages(unit, target, pages_of(source)); });
   }
 
-  /// Makes sequence `to` what `from` is, slot by slot; make_room_to_copy has been called.
+  /// Makes sequence `to` a copy of `from`, slot by slot. Requires: make_room_to_copy has been called.
   void copy(Index from, Index to) noexcept {
     for (std::size_t u = 0; u < units_.size(); ++u) {
       Unit& unit = units_[u];
@@ -172,10 +172,10 @@ class HeadCache {
     }
   }
 
-  /// Memory for `tokens` tokens of every sequence, of which `rollback` may be taken back at a time.
+  /// Reserves memory for `tokens` tokens of every sequence, of which `rollback` may be removed at a time.
   void reserve(Index tokens, Index rollback) {
     const Index list_pages = pages_for(shape_.capacity > 0 ? (std::min)(tokens, shape_.capacity) : tokens);
-    // Lists keep the pages of tokens that were taken back.
+    // Lists keep the pages of removed tokens.
     const Index taken_back = shape_.lists * pages_for((std::min)(tokens, rollback));
     const Index lists = (std::min)(shape_.lists * list_pages, shape_.lists + pages_for(tokens) + taken_back);
     const Index beginning = pages_for((std::min)(tokens, shape_.beginning));
@@ -221,7 +221,7 @@ class HeadCache {
     const Index at = slot(ordinal, capacity);
     return list.pages[static_cast<std::size_t>(at / page_rows)] * page_rows + at % page_rows;
   }
-  // Pages that the keys of a list are in.
+  // Number of pages that hold the keys of a list.
   Index pages_of(const CacheList& list) const {
     return (std::min)(static_cast<Index>(list.pages.size()), pages_for(list.end));
   }
@@ -241,7 +241,7 @@ class HeadCache {
       f(std::as_const(unit.beginning[static_cast<std::size_t>(from)]), unit.beginning[static_cast<std::size_t>(to)]);
   }
 
-  // At least so many pages for a list. A page counts only once there is room for it everywhere.
+  // Gives a list at least so many pages. A page counts only once there is room for it everywhere.
   void need_pages(Unit& unit, CacheList& list, Index pages) {
     while (static_cast<Index>(list.pages.size()) < pages) {
       if (list.pages.size() == list.pages.capacity()) list.pages.reserve(2 * list.pages.size() + 1);
@@ -261,8 +261,8 @@ class HeadCache {
     for (; list.pages.size() > kept; list.pages.pop_back()) unit.free[unit.free_count++] = list.pages.back();
   }
 
-  // At least so many rows, doubling as far as there can be more; their numbers stay. Where one of the allocations
-  // fails, those that have succeeded are only larger than rows_ says.
+  // Grows to at least so many rows, by doubling up to most_rows_; rows keep their numbers. Where an allocation fails,
+  // those that have succeeded are merely larger than rows_ says.
   void need_rows(Index rows) {
     if (rows <= rows_) return;
     rows = (std::max)(rows, (std::min)({2 * rows_, rows_ + (Index(1) << 20), most_rows_}));
@@ -279,7 +279,7 @@ class HeadCache {
     unit_at(at.unit).positions[static_cast<std::size_t>(row)] = static_cast<std::int32_t>(at.position);
   }
 
-  // A unit's columns of a row.
+  // Copies the columns of a unit from row to row.
   void copy_key(Index unit, const RowMatrix<T>& from, Index from_row, RowMatrix<T>& to, Index to_row) const noexcept {
     const Index first = unit * shape_.unit_cols;
     std::copy_n(view(from).row(from_row) + first, shape_.unit_cols, view(to).row(to_row) + first);

@@ -1,5 +1,4 @@
-// A causal layer, token by token: caches of keys and values, at a cost and of a size that do not grow with the
-// position.
+// Decoding by a causal layer, token by token, at a cost that does not grow with the position.
 #pragma once
 
 #include <algorithm>
@@ -17,34 +16,33 @@ namespace coterie {
 struct DecoderConfig {
   Index sequences = 1;     ///< sequences decoded side by side, each at its own position; at least 1
   Index max_rollback = 0;  ///< tokens of a sequence that rollback() may take back at a time
-  Index reserve = 0;       ///< tokens of every sequence that memory is allocated for at once; more comes as needed
+  Index reserve = 0;       ///< tokens of every sequence to allocate memory for at once; more is allocated as needed
 };
 
-/// The caches of a layer, with which it goes on from the tokens before: step() gives the rows that forward() gives.
+/// Decodes with a layer from caches of the tokens before: step() gives the rows that forward() gives.
 ///
 ///     Decoder<float> decoder(layer, {.sequences = 1, .reserve = 4096});
 ///     decoder.prefill(prompt, y_prompt, 0, context);    // with the fast forward
 ///     decoder.step(x, y, context);                      // one token of every sequence
 ///
-/// Local heads keep the last keys and values of their window; routed heads the last ones of every cluster, in lists
-/// that take memory as they fill; dense heads all. To these come max_rollback more, and the first tokens where they
-/// stay visible (globals, dense_up_to).
-/// A row is forward's row of the same prefix, bit for bit, routes included, on the same instruction set. Random routing
-/// draws the clusters of Input::step 0; dropout is off.
-/// A copy is independent of the original, but has no reserve: for branches and beams, see also copy_sequence().
+/// Local heads keep the last keys and values of their window, routed heads the last ones of every cluster, in lists
+/// that take memory as they fill, and dense heads keep all. Each keeps max_rollback more, and the first tokens where
+/// they stay visible (globals, dense_up_to).
+///
+/// A row is bit-identical to forward's row of the same prefix, routes included, on the same instruction set. Random
+/// routing draws the clusters of Input::step 0; dropout is off. A copy is independent of the original, but has no
+/// reserve; for branches and beams, see also copy_sequence().
 ///
 /// Requires: a causal layer whose memberships do not depend on later tokens (not balanced), and self-attention. The
-///   layer has to stay where it is. Weights must not change between steps (nobody checks that), nor may centroids move
-///   (refused).
-/// Errors: where a call throws, the sequences are as they were before it, also after a task that was cancelled or
-///   memory that has run out; prefill() names the one exception. Of an output some rows may be written.
+///   layer must stay at its address. Weights must not change between steps (not checked), nor may centroids move
+///   (ValueError). Where a call throws, also for a cancelled task or want of memory, the sequences are as they were
+///   before it; prefill() names the one exception. Some rows of an output may be written.
 /// Allocates: nothing in step() within the tokens reserved, once a context has been used for it; otherwise where lists
-///   grow. Lists are at most 2 sequences kv_heads (clusters + 1) (window + max_rollback) head_dim numbers, windows
-///   rounded up to 16, besides globals and dense_up_to first tokens; no more than tokens need; 4 bytes a row and head
-///   for positions.
+///   grow. Lists take at most 2 sequences kv_heads (clusters + 1) (window + max_rollback) head_dim numbers, windows
+///   rounded up to 16, beside globals and dense_up_to first tokens, and 4 bytes a row and head for positions.
 /// Threads and determinism: the same bits for any number of workers. A decoder is used by one thread at a time.
-/// Cost: of a step model_dim^2 and heads * (clusters + window + memory + globals) * head_dim operations a token, at any
-///   position; dense heads, and others below dense_up_to: all tokens before.
+/// Cost: a token takes about model_dim^2 and heads * (clusters + window + memory + globals) * head_dim operations, at
+///   any position. Dense heads, and others below dense_up_to, read all tokens before.
 /// Source: the cache of window and cluster members, exact because membership is by the nearest centroid: ours.
 template <class T>
 class Decoder {
@@ -75,12 +73,12 @@ class Decoder {
     max_rollback_ = config.max_rollback;
     for (const OnlineKMeans<T>& router : layer.routers()) revisions_.push_back(router.revision());
   }
-  explicit Decoder(RoutingAttention<T>&&, const DecoderConfig& = {}) = delete;  // the layer would not stay where it is
+  explicit Decoder(RoutingAttention<T>&&, const DecoderConfig& = {}) = delete;  // the layer would not outlive it
 
   Decoder(const Decoder&) = default;
   Decoder(Decoder&&) = default;
   Decoder& operator=(Decoder&&) = default;
-  /// All or nothing.
+  /// Copies all of it or, on error, nothing.
   Decoder& operator=(const Decoder& other) {
     if (this != &other) *this = Decoder(other);
     return *this;
@@ -99,12 +97,12 @@ class Decoder {
     return sum;
   }
 
-  /// The next token of every sequence: y = the layer's row for x at the end of it.
+  /// Appends a token to every sequence: y = the layer's row for x at the end of the sequence.
   ///
   /// Shapes: x, y sequences x model_dim, row s of sequence s.
-  /// Requires: those, y apart from x and the parameters (ShapeError); centroids where they were when the decoder was
-  ///   made (ValueError). On these errors nothing is written. On any other one, of a task or of memory, no sequence has
-  ///   changed, and the step can be tried again; y holds anything.
+  /// Requires: those, y apart from x and the parameters (ShapeError); centroids that have not moved since the decoder
+  ///   was made (ValueError). On these errors nothing is written. After any other one, of a task or of memory, no
+  ///   sequence has changed and the step can be repeated; y can hold anything.
   /// Overwrites y.
   void step(ConstView<T> x, View<T> y, Context& context) { advance("Decoder::step", x, y, all_, context); }
 
@@ -119,12 +117,12 @@ class Decoder {
     advance(function, x, y, sequences, context);
   }
 
-  /// The next tokens of a sequence, many at once: of an empty one by the layer's forward, otherwise step by step.
+  /// Appends many tokens to a sequence: to an empty one by the layer's forward, otherwise step by step.
   ///
   /// Shapes: x, y tokens x model_dim.
   /// Requires: as step, and a sequence (ValueError). After an error of a task or of memory an empty sequence is still
-  ///   empty. Of one with tokens those before the failing one have been stepped, and their rows written: length() says
-  ///   how many.
+  ///   empty. A sequence with tokens keeps those stepped before the error, whose rows are written; length() counts
+  ///   them.
   /// Overwrites y.
   /// Allocates: memory of a forward pass of so many tokens, which is given back.
   void prefill(ConstView<T> x, View<T> y, Index sequence, Context& context) {
@@ -160,10 +158,10 @@ class Decoder {
     taken_back_[s] = 0;
   }
 
-  /// Takes the last `tokens` tokens of a sequence back, as if they had not been.
+  /// Removes the last `tokens` tokens of a sequence, as if they had never been appended.
   ///
-  /// Requires: a sequence, and at most max_rollback tokens, those included that were taken back before and that no new
-  ///   token has replaced since; no more than there are (ValueError).
+  /// Requires: a sequence, no more tokens than it has, and at most max_rollback, counting tokens of earlier rollbacks
+  ///   that no new token has replaced since (ValueError).
   void rollback(Index sequence, Index tokens) {
     const char* const function = "Decoder::rollback";
     check_sequence(function, sequence);
@@ -179,7 +177,7 @@ class Decoder {
     taken_back_[s] += tokens;
   }
 
-  /// Empties a sequence; its memory stays for others.
+  /// Empties a sequence; other sequences can use its memory.
   /// Requires: a sequence (ValueError). Allocates nothing.
   void clear(Index sequence) {
     check_sequence("Decoder::clear", sequence);
@@ -187,7 +185,7 @@ class Decoder {
     lengths_[static_cast<std::size_t>(sequence)] = taken_back_[static_cast<std::size_t>(sequence)] = 0;
   }
 
-  /// Makes sequence `to` what sequence `from` is: branches of a beam.
+  /// Makes sequence `to` a copy of sequence `from`, for the branches of a beam.
   ///
   /// Requires: sequences (ValueError). On any error both are as they were.
   /// Allocates: where `from` keeps more than `to` has memory for.

@@ -1,4 +1,4 @@
-// One block of heads, one step of a decoder: the steps of HeadsPass for the newest token of each sequence.
+// One block of heads of a decoder: the steps of HeadsPass for the newest token of each sequence.
 #pragma once
 
 #include <algorithm>
@@ -22,9 +22,10 @@ struct StepTokens {
   Index position(Index i) const { return positions[static_cast<std::size_t>(i)]; }
 };
 
-/// The caches of a block of heads, and what it computes for the newest tokens.
+/// The caches of a block of heads, and its computation for the newest tokens.
 ///
-/// Where step, fill or make_room_to_copy throw, the sequences are as they were, but for what fill has entered.
+/// Where step or make_room_to_copy throw, the sequences are as they were; where fill throws, the tokens entered so far
+/// stay.
 template <class T>
 class DecoderHeads {
  public:
@@ -77,7 +78,7 @@ class DecoderHeads {
     pass.normalise();
     if (block_->clustered()) pass.assign(labels_now_);
     pass.rotate();
-    // What is remembered of a token that fails is overwritten when its position comes again.
+    // A step that fails leaves remembered rows behind; the next token at that position overwrites them.
     for (Index i = 0; i < n; ++i) remember(tokens, i, m, labels_now_.key_labels(), n);
     for (Index i = 0; i < n; ++i) each_entry(tokens, i, [&](const CacheEntry& at) { cache_.make_room(at); });
     for (Index i = 0; i < n; ++i) enter(tokens, i, m);
@@ -100,8 +101,7 @@ class DecoderHeads {
       each_entry(tokens, i, [&](const CacheEntry& at) { cache_.undo_append(at); });
   }
 
-  /// Enters the tokens of an empty sequence, by the matrices and labels of their forward pass. Where it throws, those
-  /// before stay.
+  /// Enters the tokens of an empty sequence, by the matrices and labels of their forward pass.
   void fill(Index sequence, const HeadsTape<T>& tape, Index count) {
     const HeadsMatrices<T>& m = tape.matrices;
     for (Index i = 0; i < count; ++i) {
@@ -119,7 +119,7 @@ class DecoderHeads {
     }
   }
 
-  /// Takes the last token of a sequence of `length` back.
+  /// Removes the last token of a sequence of `length`.
   void take_back(Index sequence, Index length) noexcept {
     const auto s = static_cast<std::int32_t>(sequence), position = static_cast<std::int32_t>(length - 1);
     each_entry({{&s, 1}, {&position, 1}}, 0, [&](const CacheEntry& at) { cache_.take_back(at); });
@@ -130,7 +130,7 @@ class DecoderHeads {
   /// Memory for copy(from, to).
   void make_room_to_copy(Index from, Index to) { cache_.make_room_to_copy(from, to); }
 
-  /// Makes sequence `to` what `from` is.
+  /// Makes sequence `to` a copy of `from`.
   void copy(Index from, Index to) noexcept {
     cache_.copy(from, to);
     for (RowMatrix<T>* rows : {&queries_, &pending_})
@@ -205,7 +205,7 @@ class DecoderHeads {
     }
   }
 
-  // Keeps what later tokens, or the taking back of this one, need of token i. labels: of `stride` rows for each unit.
+  // Keeps the rows of token i that later tokens, or its removal, need. labels: `stride` rows for each unit.
   void remember(const StepTokens& tokens, Index i, const HeadsMatrices<T>& m, std::span<const std::int32_t> labels,
                 Index stride) {
     const Index sequence = tokens.sequence(i), position = tokens.position(i),
@@ -225,7 +225,7 @@ class DecoderHeads {
     });
   }
 
-  // What the tokens of a step see of a unit's keys.
+  // Plans which keys of a unit the tokens of a step see.
   void plan_step(const StepTokens& tokens, Index u) {
     const Self self = block_->self;
     StepPlan step(plans_[static_cast<std::size_t>(u)], distances_[static_cast<std::size_t>(u)], positions_,
@@ -239,8 +239,7 @@ class DecoderHeads {
         step.end_row(position);
         continue;
       }
-      // The query's clusters, each with the keys up to the query, itself included, and the first that its window
-      // reaches.
+      // The keys of a cluster from the first in the query's window up to the query itself.
       const auto of_cluster = [&](Index cluster) { return seen_of(u, sequence, position, cluster); };
       bool others = false;
       each_cluster(u, i, [&](Index cluster) {
@@ -252,7 +251,7 @@ class DecoderHeads {
         Seen seen = of_cluster(cluster);
         if (seen.has_self && (self == Self::never || (self == Self::only_if_alone && others))) --seen.up_to;
         const CacheList& list = cache_.list(u, sequence, cluster);
-        // Global tokens are no longer among the cluster's keys: they stand before all of them.
+        // Global tokens do not count among the keys of a cluster: they precede all of them.
         const Index dropped = list.globals;
         const auto row_of = [&](Index ordinal) { return cache_.row(list, ordinal + dropped); };
         step.add(position, first, globals_, beginning_row, (std::max)(seen.begin, dropped) - dropped,
@@ -270,7 +269,7 @@ class DecoderHeads {
   Seen seen_of(Index u, Index sequence, Index position, Index cluster) {
     Seen seen;
     seen.has_self = !block_->clustered() || label_of(u, sequence, position) == cluster;
-    // The key of an induction head's query is not in yet, but counts in the window.
+    // The key of an induction head's query is not in the cache yet, but counts in the window.
     seen.up_to = cache_.list(u, sequence, cluster).end + (block_->induction && seen.has_self ? 1 : 0);
     seen.begin = window_ > 0 ? (std::max<Index>)(0, seen.up_to - window_) : 0;
     return seen;
@@ -291,8 +290,8 @@ class DecoderHeads {
     }
   }
 
-  // What attention adds: the terms of forward, but ALiBi's as a table of the keys at hand, for one of all distances
-  // grows.
+  // Terms of attention: those of forward, but for ALiBi a table of the keys of this step, because a table of all
+  // distances would grow with the position.
   AttentionTerms<T> step_terms(HeadsPass<T>& pass, Arena& arena) const {
     if (positions_ != StepPositions::listed) return pass.attention_terms();
     AttentionTerms<T> terms = pass.memory_terms();
@@ -313,8 +312,8 @@ class DecoderHeads {
   const HeadBlock* block_;
   StepPositions positions_ = StepPositions::none;
   Index max_rollback_ = 0;
-  Index history_ = 0;                                 // tokens of which labels, queries and pending keys are remembered
-  Index beginning_ = 0, globals_ = 0;                 // first tokens that are kept; those that all others see
+  Index history_ = 0;                                 // tokens whose labels, queries and pending keys are kept
+  Index beginning_ = 0, globals_ = 0;                 // first tokens that are kept; first tokens that all others see
   Index window_ = 0;                                  // keys of a list that a query sees; 0: all
   HeadCache<T> cache_;                                // a unit for each plan
   std::vector<AttentionPlan> plans_;                  // of the current step

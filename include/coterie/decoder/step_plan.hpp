@@ -10,17 +10,18 @@
 
 namespace coterie::detail {
 
-/// What a step's plan says of positions.
+/// The positions that the plan of a step holds.
 enum class StepPositions {
   none,      ///< nothing
   absolute,  ///< positions in the sequence
-  listed,    ///< that the i-th key is i behind the query, whatever its distance: for tables made for the step
+  listed,    ///< ordinals: the i-th key counts as i behind the query, for tables made for the step
 };
 
 /// Writes the plan of a step: entries row by row, each a group of its own.
 ///
-/// A row's bits depend on the blocks of its group's key list, which are cut at multiples of key_block. The list of an
-/// entry is therefore as long in front of its keys as forward's is, up to whole blocks: of keys that it does not see.
+/// A row's bits depend on the blocks of its group's key list, which are cut at multiples of key_block. So the list of
+/// an entry has as many keys in front of those that it sees as forward's list has, up to whole blocks; the entry does
+/// not see them.
 class StepPlan {
  public:
   /// A plan of `tokens` rows over a cache with these positions of its rows. Its memory_tokens and combine stay.
@@ -82,7 +83,7 @@ class StepPlan {
     if (positions_ == StepPositions::listed) plan_.query_positions.push_back(0);
   }
 
-  /// Memory for plans of so many entries and keys.
+  /// Reserves memory for a plan of so many entries and keys.
   static void reserve(AttentionPlan& plan, std::vector<std::int32_t>& distances, Index entries, Index keys) {
     const auto number = static_cast<std::size_t>(entries);
     for (auto* list : {&plan.entries, &plan.row_entries, &plan.row_begin, &plan.query_positions, &plan.task_begin})

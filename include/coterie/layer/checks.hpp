@@ -1,4 +1,4 @@
-// The door of a layer: everything that its functions refuse, before anything is written.
+// Checks of the arguments of a layer's functions, made before anything is written.
 #pragma once
 
 #include <cstddef>
@@ -41,7 +41,7 @@ class LayerChecks {
 
   /// The gradients that backward adds into.
   void gradients(const Input<T>& in, ConstView<T> d_y, InputGradient<T> d_in, const Parameters<T>& d_parameters) const {
-    const auto check = [&](const char* name, View<T> d, Index rows) {
+    const auto check_apart_from_input = [&](const char* name, View<T> d, Index rows) {
       check_shape<T>(function_, name, d, rows, layer_.config.model_dim);
       check_no_alias<T>(function_, name, d, "x", in.x);
       check_no_alias<T>(function_, name, d, "source", in.source);
@@ -49,9 +49,9 @@ class LayerChecks {
       check_apart<T>(function_, name, d, "parameters", layer_.parameters);
       check_apart<T>(function_, name, d, "gradients", d_parameters);
     };
-    check("d_x", d_in.d_x, in.x.rows());
+    check_apart_from_input("d_x", d_in.d_x, in.x.rows());
     if (in.crosses()) {
-      check("d_source", d_in.d_source, in.source.rows());
+      check_apart_from_input("d_source", d_in.d_source, in.source.rows());
       check_no_alias<T>(function_, "d_source", d_in.d_source, "d_x", d_in.d_x);
     } else if (d_in.d_source.cols() > 0) {
       fail<ShapeError>(function_, "d_source", "none without a source", "one");
@@ -61,13 +61,13 @@ class LayerChecks {
       fail<ShapeError>(function_, "gradients", "storage of their own", "the layer's parameters");
   }
 
-  /// Sequences as those of the forward pass; after backward().
+  /// Requires the sequences of the forward pass (ValueError). Call it after backward().
   void positions(const Input<T>& in, const RoutingAttentionTape<T>& of) const {
     if (!has_positions(in, layer_.config.causal, of.positions_))
       fail<ValueError>(function_, "offsets", "those of the forward pass", "others");
   }
 
-  /// What the calls inside would find out too late.
+  /// Checks that the calls inside would make too late, with something written already.
   void ready(const Context& context) const {
     detail::resolve(context.instructions());
     const RowMatrix<T>& gain = layer_.parameters.gain;
@@ -75,13 +75,14 @@ class LayerChecks {
       fail<ValueError>(function_, "parameters.gain", "finite numbers", "NaN or infinity");
   }
 
+  /// Requires the tape of a forward pass of a layer with this config (ValueError).
   void tape(const RoutingAttentionTape<T>& of) const {
     if (of.tokens_ < 0) fail<ValueError>(function_, "tape", "the tape of a forward pass", "an empty one");
     if (!(of.config_ == layer_.config))
       fail<ValueError>(function_, "tape", "the tape of this layer", "that of a layer with another config");
   }
 
-  /// Shapes only: numbers are checked once, where an update takes them.
+  /// Checks shapes only; update_routers checks the numbers.
   void statistics(const RouterStatistics<T>& s) const {
     if (layer_.routers.empty()) return;
     const HeadBlock& routed = layer_.routed();
@@ -124,7 +125,7 @@ class LayerChecks {
     if (!in.source_offsets.empty()) check_offsets(faults, "source_offsets", in.source_offsets, rows);
   }
 
-  // Phrases are put together where something is wrong only: a good call allocates nothing.
+  // Messages are built only where something is wrong, so that a good call allocates nothing.
   void routes(Faults& faults, const Input<T>& in) const {
     const HeadBlock& routed = layer_.routed();
     const Index labels = static_cast<Index>(in.routes.size()), expected = routed.kv_count * in.x.rows();

@@ -1,4 +1,4 @@
-// Settings of a routing attention layer, by their owners.
+// Settings of a routing attention layer, by block of heads.
 #pragma once
 
 #include <concepts>
@@ -26,11 +26,11 @@ enum class Routing {
 
 /// Which tokens are in a cluster of a routed head with learned routing.
 enum class MembershipKind {
-  nearest,   ///< those that it is the nearest cluster of: strictly causal
-  balanced,  ///< its `window` best in each sequence (the paper): evenly loaded, but NOT causal, see balanced_members
+  nearest,   ///< tokens whose nearest centroid is that of the cluster: strictly causal
+  balanced,  ///< the `window` best tokens of a sequence (the paper): even load, but NOT causal, see balanced_members
 };
 
-/// What logits are made of. Routers always see normalised rows.
+/// The rows whose products are the logits. Routers always see normalised rows.
 enum class Logits {
   raw,              ///< queries and keys as they are projected
   normalised,       ///< both normalised
@@ -42,8 +42,8 @@ enum class Logits {
 enum class PositionKind {
   rotary,      ///< rotations of queries and keys by the position in the sequence; routers see them unrotated
   bias,        ///< a learned number per head and distance, added to the logit
-  none,        ///< only by which keys a query sees
-  alibi,       ///< slope * distance subtracted, with fixed slopes (alibi_slope): as many as the block has heads
+  none,        ///< positions only decide which keys a query sees
+  alibi,       ///< slope * distance subtracted, with a fixed slope for each head of the block (alibi_slope)
   t5_buckets,  ///< a learned number per head and bucket of distances (PositionBuckets)
   shaw,        ///< learned vectors per distance, for all heads of the block, added to keys and to values (the paper)
 };
@@ -54,14 +54,14 @@ struct Matching {
   /// key/value heads as heads.
   std::optional<bool> shared_qk = {};
   /// Whether a token sees itself. Automatic: never with induction, only_if_alone where shared, else visible. Memory and
-  /// globals do not count as company: a token that is alone in its cluster sees itself beside them.
+  /// globals do not count: a token that is alone in its cluster sees itself beside them.
   std::optional<Self> self = {};
   std::optional<Logits> logits = {};      ///< automatic: normalised where shared, else raw
   std::optional<double> gain = {};        ///< logits are gain/sqrt(d) q.k; automatic: 3 where normalised, else 1
   std::optional<bool> learned_gain = {};  ///< a parameter per head, which starts at gain; automatic: where shared
   Normalisation normalisation = Normalisation::layer_norm;  ///< for logits and for routers
   bool induction = false;  ///< a key carries the value of the next position; causal only
-  Index key_taps = 0;      ///< taps of the convolution of induction queries; 0: none, 8 is a good number
+  Index key_taps = 0;      ///< taps of the convolution of induction queries; 0: none; 8 works well
 
   bool operator==(const Matching&) const = default;
 };
@@ -74,8 +74,8 @@ struct Positions {
   RotaryLayout layout = RotaryLayout::halves;  ///< rotary: which columns turn together
   Index buckets = 32;                          ///< t5_buckets; in two-sided layers half of them are for later keys
   Index max_distance = 128;                    ///< t5_buckets: about where the last bucket begins
-  /// bias, shaw: distances that have an entry (of each side, where two-sided); farther ones take the last. Required in
-  /// routed and dense blocks; 0 in local ones, whose window says it.
+  /// bias, shaw: distances that have an entry (on each side, where two-sided); farther keys share the last one.
+  /// Required in routed and dense blocks; 0 in local blocks, whose window sets the distances.
   Index distances = 0;
 
   bool operator==(const Positions&) const = default;
@@ -84,12 +84,12 @@ struct Positions {
 /// Which clusters a token of a routed head is in; designated initialisers in this order.
 struct Membership {
   MembershipKind kind = MembershipKind::nearest;
-  Index probes = 1;  ///< nearest: clusters that a query looks into, one softmax over all of their keys
-  Unassigned unassigned = Unassigned::left_out;  ///< balanced: what becomes of tokens that no cluster takes
+  Index probes = 1;                              ///< nearest: clusters whose keys a query sees, in one softmax
+  Unassigned unassigned = Unassigned::left_out;  ///< balanced: clusters of tokens that no cluster has taken
   Combine combine = Combine::mean;               ///< balanced: mean or lse over the clusters of a query
   double mean_epsilon = 0;  ///< balanced, mean: added to the number of clusters that the sum over them is divided by
-  /// Balanced, not shared: a cluster takes query_share * tokens / clusters queries of a sequence; 0: window of them, as
-  /// of keys.
+  /// Balanced, not shared: a cluster takes query_share * tokens / clusters queries of a sequence; 0: `window` queries,
+  /// as many as keys.
   double query_share = 0;
 
   bool operator==(const Membership&) const = default;
@@ -106,10 +106,10 @@ struct LocalHeads {
   bool operator==(const LocalHeads&) const = default;
 };
 
-/// Heads that go by content: a query sees keys of its clusters; designated initialisers in this order.
+/// Heads that are routed by content: a query sees keys of its clusters; designated initialisers in this order.
 struct RoutedHeads {
   Index heads = 0;
-  Index clusters = 0;  ///< required; 2 * tokens / window is a good number
+  Index clusters = 0;  ///< required; 2 * tokens / window works well
   Index window = 0;    ///< keys of a cluster that a query sees at most, itself included; required
   Routing routing = Routing::learned;
   Membership membership = {};
@@ -121,7 +121,7 @@ struct RoutedHeads {
   bool operator==(const RoutedHeads&) const = default;
 };
 
-/// Heads that see everything (causal: everything up to the query); designated initialisers in this order.
+/// Heads that see every key (causal: every key up to the query); designated initialisers in this order.
 struct DenseHeads {
   Index heads = 0;
   Matching matching = {};
@@ -135,15 +135,16 @@ struct DenseHeads {
 struct RoutingAttentionConfig {
   Index model_dim = 0;  ///< columns of x and y; required
   Index head_dim = 0;   ///< columns of a head; 0: model_dim / heads of all blocks
-  /// Key/value heads of all blocks, a divisor of all heads; 0: as many. Head h reads number h / (heads / kv_heads); the
-  /// query heads of a routed one share its router, and go where the sum of their normalised queries is nearest.
+  /// Number of key/value heads over all blocks, a divisor of the number of heads; 0: one for each head. Head h reads
+  /// key/value head h / (heads / kv_heads). Query heads that share a routed key/value head share its router, which
+  /// assigns clusters by the sum of their normalised queries.
   Index kv_heads = 0;
   bool causal = false;  ///< nothing depends on later tokens
   bool bias = false;    ///< biases of the four projections
   Index memory = 0;     ///< learned keys and values of each head, which every query sees
   Index globals = 0;    ///< first tokens of every sequence, which all of its tokens see and which see all of them
-  /// Causal: the queries of the first so many positions see all before them; two-sided: those of sequences of at most
-  /// so many keys see all.
+  /// Causal: queries at the first dense_up_to positions see every key before them. Two-sided: queries of sequences of
+  /// at most dense_up_to keys see every key.
   Index dense_up_to = 0;
   double soft_cap = 0;     ///< of the logits, see AttentionConfig; 0: none
   double dropout = 0;      ///< of the probabilities, in forward with a tape only; by seed and Input::step
@@ -294,8 +295,8 @@ void visit_settings(C& settings, F& f, const FieldPath& parent) {
 }  // namespace detail
 
 /// Calls f(path, field) for every setting of a config, const or not, in the order of declaration: "model_dim", ...,
-/// "routed.membership.probes", ... What saves, loads and compares configs goes through here.
-/// Requires: nothing; `path` is a std::string_view, valid during the call.
+/// "routed.membership.probes", ... All code that saves, loads or compares configs uses it. `path` is a
+/// std::string_view, valid during the call.
 template <detail::MaybeConst<RoutingAttentionConfig> C, class F>
 void visit(C& config, F&& f) {
   detail::visit_settings(config, f, {});

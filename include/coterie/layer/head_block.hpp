@@ -1,4 +1,4 @@
-// A block of heads of one kind: what its passes need to know of the config, and where it is in the weights.
+// A block of heads of one kind: its settings, resolved, and its positions in the weights.
 #pragma once
 
 #include <algorithm>
@@ -10,11 +10,11 @@
 
 namespace coterie::detail {
 
-/// Whom the heads of a block see.
+/// Which keys the heads of a block see.
 enum class BlockKind {
   local,   ///< a window around the query
   routed,  ///< the members of the query's clusters
-  dense,   ///< everything (causal: everything before the query)
+  dense,   ///< every key (causal: every key up to the query)
 };
 
 /// A block's name: its path in the config, and the prefix of its tables.
@@ -22,8 +22,8 @@ inline const char* block_name(BlockKind kind) {
   return kind == BlockKind::local ? "local" : kind == BlockKind::routed ? "routed" : "dense";
 }
 
-/// Consecutive heads of one kind. Everything that can differ between blocks stands here, resolved; passes read of the
-/// config only what is the same for all.
+/// Consecutive heads of one kind, with every resolved setting that can differ between blocks. Passes read from the
+/// config only what all blocks share.
 struct HeadBlock {
   BlockKind kind = BlockKind::local;
   Index first = 0, count = 0;        ///< query heads
@@ -47,7 +47,7 @@ struct HeadBlock {
   PositionBuckets buckets;  ///< of t5_buckets
   Index distances = 0;      ///< entries of bias and shaw; of local heads their window and lookahead instead
 
-  // Whom they see.
+  // Which keys they see.
   Index window = 0;     ///< keys that a query sees at most; local and routed
   Index lookahead = 0;  ///< later keys that a query sees; local
 
@@ -62,7 +62,7 @@ struct HeadBlock {
   double commitment = 0;  ///< weight of the commitment loss
   KMeansConfig router;    ///< of every router, but for the seed
 
-  // Where it is in the weights and in the random streams.
+  // Positions in the weights and in the random streams.
   Index key_first = 0;               ///< first of these key/value heads in w_k, unless shared
   Index gain_first = 0;              ///< first of these heads in gain, if learned
   Index taps_first = 0;              ///< first row of these heads in taps
@@ -88,7 +88,7 @@ struct HeadBlock {
   bool clustered() const { return kind == BlockKind::routed; }
   /// Whether every key/value head has a router.
   bool learned() const { return clustered() && routing == Routing::learned; }
-  /// Whether plans come from lists of members, not from one label a token.
+  /// Whether plans come from lists of members, not from one label per token.
   bool has_members() const { return clustered() && (balanced || probes > 1); }
   /// Whether routers see sums over the query heads of a key/value head.
   bool sums_queries() const { return learned() && heads_per_kv() > 1; }
@@ -105,7 +105,7 @@ struct Heads {
   const HeadBlock& operator[](BlockKind kind) const { return blocks[index(kind)]; }
 };
 
-/// What all blocks have of a block's settings, where it has heads.
+/// Sets what blocks of every kind have in common, if the block has heads.
 template <class Settings>
 void set_block(HeadBlock& block, const Settings& settings, const RoutingAttentionConfig& c) {
   block.count = settings.heads;
@@ -128,7 +128,7 @@ void set_block(HeadBlock& block, const Settings& settings, const RoutingAttentio
   block.distances = p.distances;
 }
 
-/// The blocks of a resolved config; the one place that reads what the config says of a kind of heads.
+/// The blocks of a resolved config. Only this function reads the settings of a block from the config.
 inline Heads head_blocks(const RoutingAttentionConfig& c) {
   Heads heads;
   HeadBlock &local = heads.blocks[0], &routed = heads.blocks[1], &dense = heads.blocks[2];
@@ -155,20 +155,20 @@ inline Heads head_blocks(const RoutingAttentionConfig& c) {
   dense.kind = BlockKind::dense;
   set_block(dense, c.dense, c);
 
-  const Index group = heads_per_kv(c);
+  const Index per_kv = heads_per_kv(c);
   Index first = 0;
   std::uint64_t stream = 0;
   for (HeadBlock& block : heads.blocks) {
     block.first = first;
-    block.kv_first = first / group;
-    block.kv_count = block.count / group;
+    block.kv_first = first / per_kv;
+    block.kv_count = block.count / per_kv;
     block.key_first = heads.key_heads;
     block.gain_first = heads.gains;
     block.taps_first = heads.taps_rows;
     if (!block.shared) heads.key_heads += block.kv_count;
     if (block.learned_gain) heads.gains += block.count;
     heads.taps_rows += block.taps_rows();
-    // 0 for local heads, and the next ones for the blocks after them, which there may not be.
+    // Stream 0 belongs to local heads, whether there are any or not. Later blocks that have heads take the next ones.
     if (block.kind == BlockKind::local || block.count > 0) block.dropout_stream = stream++;
     first += block.count;
   }
@@ -180,8 +180,8 @@ struct DistanceRange {
   Index first = 0, count = 0;
 };
 
-/// The distances that the table of a block has to hold, where the longest sequence has `longest` keys (at least 1);
-/// only ALiBi's depends on that. Distances outside take the nearest column.
+/// The distances that the table of a block has to hold. `longest`: keys of the longest sequence, at least 1; only ALiBi
+/// depends on it. Distances outside take the nearest column.
 inline DistanceRange table_distances(const RoutingAttentionConfig& c, const HeadBlock& block, Index longest) {
   const bool local = block.kind == BlockKind::local;
   Index back = block.buckets.max_distance, ahead = c.causal ? 0 : back;  // t5_buckets

@@ -19,19 +19,19 @@
 
 namespace coterie::detail {
 
-/// What a backward pass adds into.
+/// Gradients that a backward pass adds into.
 template <class T>
 struct PassGradients {
-  View<T> d_x, d_source;  ///< d_source: of what keys and values are made from, d_x itself where that is x
+  View<T> d_x, d_source;  ///< d_source: of the rows that keys and values are made from; d_x itself without a source
   Parameters<T>& parameters;
 };
 
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
 /// One pass of a block of heads over one input. Start reading at run() and backward(), which order the steps.
-/// Each step of backward stands after the step of forward that it undoes, and names its line.
 ///
-/// A decoder takes the same steps, with a convolution and an attention of its own.
+/// Each step of backward follows the step of forward that it undoes, and names its line. A decoder takes the same
+/// steps, with its own convolution and attention.
 /// Allocates: nothing once the workspace, the plans and the tape have grown to the sizes in use.
 template <class T>
 class HeadsPass {
@@ -61,19 +61,19 @@ class HeadsPass {
   /// The matrices so far.
   const HeadsMatrices<T>& matrices() const { return m_; }
   const CheckedInput<T>& input() const { return in_; }
-  /// The part of route() before plans: labels, and members of clusters where a token can be in several.
+  /// The first step of route(): labels, and members of clusters where a token can be in several.
   void assign(HeadsPlans& plans);
-  /// What attention is asked to do; training: with dropout. In scratch.
+  /// Settings of attention, with dropout in training; the scales are in scratch.
   AttentionConfig attention_config(bool training);
-  /// What attention adds: terms by distance, in scratch, and memory; or memory alone.
+  /// Terms of attention: tables by distance, in scratch, and memory; or memory alone.
   AttentionTerms<T> attention_terms();
   AttentionTerms<T> memory_terms() const;
 
  private:
-  // Gradients of the matrices of the same names; those that nothing has reached yet have no columns.
+  // Gradients of the matrices of the same names; a gradient has no columns until something is added into it.
   struct MatrixGradients {
     View<T> out, attended_q, attended_k, projected_v, routed_q, normalised_q, normalised_k, projected_q, projected_k;
-    View<T> spare;  // rows of queries that are free again
+    View<T> spare;  // memory of the shape of the queries that is free for reuse
   };
 
   void run(View<T> y, HeadsPlans& plans, AttentionTape<T>* tape);
@@ -182,7 +182,7 @@ void HeadsPass<T>::project() {
   product_of(in_.x, p.w_q, p.b_q, block_.first_col(), m_.projected_q);
   // k = source w_k + b_k
   if (!block_.shared) product_of(in_.source, p.w_k, p.b_k, block_.key_first_col(), m_.projected_k);
-  // v = source w_v + b_v; the last row of induction heads has no next value, and nobody sees it
+  // v = source w_v + b_v; the last key of induction heads has no next value: it carries zeros, and no query sees it
   product_of(in_.source, p.w_v, p.b_v, block_.kv_first_col(), m_.projected_v.rows(0, in_.source.rows()));
   if (block_.induction) m_.projected_v.rows(in_.source.rows(), 1).fill(0);
 }
@@ -222,7 +222,7 @@ template <class T>
 void HeadsPass<T>::convolve_backward() {
   // c = convolve(q): projected_q's gradient is so far that of c
   if (block_.taps == 0) return;
-  const View<T> d_q = d_.normalised_q;  // free again
+  const View<T> d_q = d_.normalised_q;  // its memory is free by now
   detail::convolve_backward<T>(m_.projected_q, view(layer_.parameters.taps).rows(block_.taps_first, block_.taps_rows()),
                                block_.taps, in_.positions, d_.projected_q, d_q,
                                view(gradients_->parameters.taps).rows(block_.taps_first, block_.taps_rows()), context_);
@@ -274,7 +274,7 @@ void HeadsPass<T>::assign(HeadsPlans& plans) {
   HeadsRouting<T>(layer_, block_, in_, m_, context_).assign(plans);
 }
 
-// Routing itself passes no gradient: that of the commitment loss.
+// Adds the gradient of the commitment loss; routing itself passes none.
 template <class T>
 void HeadsPass<T>::route_backward(const HeadsPlans& plans) {
   if (!(block_.commitment > 0)) return;

@@ -14,7 +14,7 @@
 
 namespace coterie::detail {
 
-/// What a layer draws random numbers for; each has a stream of its seed of its own.
+/// Uses of random numbers in a layer; each has its own stream of the seed.
 enum class LayerStream : std::uint64_t {
   w_q = 1,
   w_k,
@@ -44,7 +44,7 @@ inline std::vector<TensorShape> parameter_shapes(const RoutingAttentionConfig& c
   const Index cols = static_cast<Index>(all_heads(c)) * c.head_dim, kv_cols = c.kv_heads * c.head_dim;
   const Index key_cols = heads.key_heads * c.head_dim;
   std::vector<TensorShape> shapes;
-  const auto add = [&](std::string_view name, Index rows, Index n) __attribute__((noinline)) {
+  const auto add = [&](std::string_view name, Index rows, Index n) {
     if (rows > 0 && n > 0) shapes.push_back({std::string(name), rows, n});
   };
   add("w_q", c.model_dim, cols);
@@ -90,12 +90,12 @@ Parameters<T> zero_parameters(const RoutingAttentionConfig& c) {
 }
 
 /// First values: weights uniform in +-1/sqrt(rows), taps N(0, 1) * 0.9^t, memory N(0, 1), relative keys and values
-/// N(0, 1/head_dim), gains as HeadBlock has them, biases 0. The number at (i, j) is drawn by the counter i * cols + j,
-/// in double: float and double layers of a seed agree up to rounding.
+/// N(0, 1/head_dim), gains HeadBlock::gain, biases 0. The number at (i, j) is drawn in double with the counter
+/// i * cols + j, so that float and double layers of a seed agree up to rounding.
 template <class T>
 Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
   Parameters<T> p = zero_parameters<T>(c);
-  const auto uniform = [&](RowMatrix<T> & w, LayerStream stream) __attribute__((noinline)) {
+  const auto uniform = [&](RowMatrix<T>& w, LayerStream stream) {
     const double bound = w.rows() > 0 ? 1 / std::sqrt(static_cast<double>(w.rows())) : 0;
     for (Index i = 0; i < w.size(); ++i)
       w.data()[i] = static_cast<T>(
@@ -105,9 +105,8 @@ Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
   uniform(p.w_k, LayerStream::w_k);
   uniform(p.w_v, LayerStream::w_v);
   uniform(p.w_o, LayerStream::w_o);
-  // `from`: numbers of the stream that another tensor has.
-  const auto normal = [&](RowMatrix<T> & m, LayerStream stream, double deviation = 1, Index from = 0)
-      __attribute__((noinline)) {
+  // `from`: the first number of the stream to use; those before it belong to another tensor.
+  const auto normal = [&](RowMatrix<T>& m, LayerStream stream, double deviation = 1, Index from = 0) {
     for (Index i = 0; i < m.size(); ++i)
       m.data()[i] = static_cast<T>(
           deviation * random_normal(c.seed, static_cast<std::uint64_t>(stream), static_cast<std::uint64_t>(from + i)));
@@ -117,7 +116,7 @@ Parameters<T> initial_parameters(const RoutingAttentionConfig& c) {
   normal(p.local_relative_values, LayerStream::local_relative_values, relative);
   normal(p.routed_relative_keys, LayerStream::routed_relative_keys, relative);
   normal(p.routed_relative_values, LayerStream::routed_relative_values, relative);
-  // Dense heads go on where routed ones stop.
+  // Dense heads take the numbers of the stream after those of routed heads.
   normal(p.dense_relative_keys, LayerStream::routed_relative_keys, relative, p.routed_relative_keys.size());
   normal(p.dense_relative_values, LayerStream::routed_relative_values, relative, p.routed_relative_values.size());
   normal(p.memory_keys, LayerStream::memory_keys);

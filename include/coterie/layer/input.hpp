@@ -1,4 +1,4 @@
-// What a layer reads, with the gradient of the same form.
+// Input of a layer, with its gradient.
 #pragma once
 
 #include <concepts>
@@ -18,11 +18,11 @@ template <class T>
 struct Input {
   ConstView<T> x;                         ///< tokens x model_dim
   std::span<const Index> offsets;         ///< sequence s is the rows [offsets[s], offsets[s + 1]); empty: one sequence
-  ConstView<T> source;                    ///< rows x model_dim: where keys and values come from, if given
+  ConstView<T> source;                    ///< rows x model_dim that keys and values are made from, if given
   std::span<const Index> source_offsets;  ///< as offsets, of source; as many sequences
-  std::uint64_t step;                     ///< random routing draws anew for every step
-  std::span<const std::int32_t>
-      routes;  ///< routed key/value heads x tokens labels, head by head, instead of the routers'
+  std::uint64_t step;                     ///< number of the step: random routing and dropout draw anew for each
+  /// Labels that replace those of the routers: routed key/value heads x tokens, head by head; empty: none.
+  std::span<const std::int32_t> routes;
 
   template <std::convertible_to<ConstView<T>> M>
   Input(const M& x_, std::span<const Index> offsets_ = {}, ConstView<T> source_ = {},  // NOLINT: converts on purpose
@@ -34,7 +34,7 @@ struct Input {
   bool crosses() const { return source.cols() > 0; }
 };
 
-/// The gradient of an Input, added to; converts from every matrix that a View takes.
+/// The gradient of an Input, which functions add into; converts from every matrix that a View takes.
 template <class T>
 struct InputGradient {
   View<T> d_x;       ///< as x
@@ -47,13 +47,13 @@ struct InputGradient {
 
 namespace detail {
 
-/// The position of every row in its sequence; those of queries count among their keys.
+/// The position of every row in its sequence; positions of queries are those of the keys that they are aligned with.
 struct RowPositions {
   std::vector<std::int32_t> queries, keys;  ///< keys: of a source, if given
 };
 
 /// Calls of_query(row, position) and, with a source, of_key(row, position) for all rows, with their positions in their
-/// sequences: keys are numbered, queries stand among the keys as the plans align them.
+/// sequences. Keys are numbered from 0 on; queries are aligned with the keys as the plans align them.
 template <class T, class Query, class Key>
 void each_position(const Input<T>& input, bool causal, const Query& of_query, const Key& of_key) {
   Pattern pattern;
@@ -81,7 +81,7 @@ void find_positions(const Input<T>& input, bool causal, RowPositions& to) {
       [&](std::size_t j, std::int32_t position) { to.keys[j] = position; });
 }
 
-/// Whether the rows have these positions. Requires as many.
+/// Whether the rows have these positions. Requires: as many positions as rows.
 template <class T>
 bool has_positions(const Input<T>& input, bool causal, const RowPositions& positions) {
   bool same = true;
@@ -91,11 +91,11 @@ bool has_positions(const Input<T>& input, bool causal, const RowPositions& posit
   return same;
 }
 
-/// An input whose arguments have been checked: what queries and keys are made from, and their positions.
+/// A checked input: the rows that queries and keys are made from, and their positions.
 template <class T>
 struct CheckedInput {
   const Input<T>& input;
-  ConstView<T> x, source;  ///< source: what keys and values are made from, x itself where none is given
+  ConstView<T> x, source;  ///< source: rows that keys and values are made from; x itself where none is given
   std::span<const std::int32_t> positions, key_positions;
   std::span<const Index> offsets, key_offsets;
 

@@ -1,4 +1,4 @@
-// What a layer owns: weights, blocks of heads, routers.
+// State of a layer: weights, blocks of heads, routers.
 #pragma once
 
 #include <array>
@@ -20,14 +20,15 @@ struct LayerState {
   Heads heads;
   Parameters<T> parameters;
   std::array<Rotary, 3> rotary;          ///< of each block, where its positions are rotary
-  std::vector<OnlineKMeans<T>> routers;  ///< one per routed key/value head, if learned
+  std::vector<OnlineKMeans<T>> routers;  ///< one per routed key/value head, where routing is learned
 
   const Rotary& rotary_of(const HeadBlock& block) const { return rotary[Heads::index(block.kind)]; }
-  /// The one block that can have clusters.
+  /// The block of routed heads; no other has clusters.
   const HeadBlock& routed() const { return heads[BlockKind::routed]; }
 };
 
-/// Requires numbers that stay numbers in the scalar type, otherwise ValueError: what attention would find out too late.
+/// Requires settings that are finite numbers in the scalar type, otherwise ValueError. Attention would check them too
+/// late.
 template <class T>
 void check_numbers(const RoutingAttentionConfig& c, const Heads& heads) {
   Faults faults("RoutingAttentionConfig");

@@ -1,4 +1,4 @@
-// Tables by distance of a block of heads, from parameters; forward and backward.
+// Tables by distance of a block of heads, made from parameters; forward and backward.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ inline Index longest_sequence(std::span<const std::int32_t> key_positions) {
 
 // The learned tables of a block of heads among its layer's parameters or gradients.
 
-/// The one of three tensors that belongs to a block.
+/// Picks the tensor of a block.
 template <class M>
 M& of_block(const HeadBlock& block, M& local, M& routed, M& dense) {
   return block.kind == BlockKind::local ? local : block.kind == BlockKind::routed ? routed : dense;
@@ -44,7 +44,7 @@ auto& relative_value_table(P& p, const HeadBlock& block) {
   return of_block(block, p.local_relative_values, p.routed_relative_values, p.dense_relative_values);
 }
 
-/// What a block of heads adds by distance: parameters, or a table in scratch.
+/// The terms by distance of a block of heads: views of parameters, or a table in scratch.
 template <class T>
 AttentionTerms<T> position_terms(const RoutingAttentionConfig& c, const Parameters<T>& parameters,
                                  const HeadBlock& block, std::span<const std::int32_t> key_positions, Arena& arena) {
@@ -87,7 +87,7 @@ AttentionTermGradients<T> position_term_gradients(const AttentionTerms<T>& terms
   return d_terms;
 }
 
-/// Undoes position_terms: what attention has added to d_table reaches the gradients.
+/// Undoes position_terms: adds into the gradients what attention has added into d_table.
 template <class T>
 void position_terms_backward(const AttentionTerms<T>& terms, View<T> d_table, Parameters<T>& gradients,
                              const HeadBlock& block) {

@@ -1,4 +1,4 @@
-// Routed heads as three public implementations have them, in one word each.
+// Presets: settings of routed heads after three public implementations.
 #pragma once
 
 #include <cmath>
@@ -9,12 +9,12 @@
 
 namespace coterie {
 
-/// Presets set routing, membership, matching and routers of the routed block. Its size and positions, and all that is
-/// outside of it, stay as they are given.
+/// Presets set routing, membership, matching, routers and commitment of the routed block. Its size and positions, and
+/// all settings outside of it, stay as they are given.
 ///
-/// They reproduce what the code computes, not its faults: lists go by real positions, a query that sees no key gives
-/// zero and its cluster counts as absent, distances are never ranks, values are never rotated. Balanced membership is
-/// not strictly causal (see balanced_members). Centroids start and follow the schedule of OnlineKMeans.
+/// They reproduce what the code computes, not its faults: lists are ordered by real positions, a query that sees no key
+/// gives zero and its cluster counts as absent, distances are never ranks, values are never rotated. Balanced
+/// membership is not strictly causal (see balanced_members). Centroids start and move by the schedule of OnlineKMeans.
 ///
 ///     RoutingAttention<float> layer(presets::google(
 ///         {.model_dim = 256, .causal = true, .routed = {.heads = 8, .clusters = 16, .window = 512}}));
@@ -22,7 +22,7 @@ namespace presets {
 
 namespace detail {
 
-/// What the three have in common: the paper's membership, no induction, no revival, no splits.
+/// Settings that the three share: the paper's membership, no induction, no revival, no splits.
 inline RoutedHeads balanced(RoutedHeads routed) {
   routed.routing = Routing::learned;
   routed.membership = {.kind = MembershipKind::balanced};
@@ -31,7 +31,7 @@ inline RoutedHeads balanced(RoutedHeads routed) {
   return routed;
 }
 
-/// The weight of a loss that is the mean over routers, for ours is their sum.
+/// The weight of a loss that is a mean over routers, converted to ours, which is a sum.
 inline double over_routers(double weight, const RoutingAttentionConfig& c) {
   const std::int64_t each = c.kv_heads > 0 ? coterie::detail::all_heads(c) / c.kv_heads : 1;
   const std::int64_t routers = each > 0 ? c.routed.heads / each : 0;
@@ -79,11 +79,13 @@ inline RoutingAttentionConfig lingvo(RoutingAttentionConfig c) {
   return c;
 }
 
-/// The routing transformer for PyTorch: unit length for routing; raw queries against unit keys where they are shared
-/// (if causal), which see themselves only if alone (never beside memory), and raw ones of both otherwise; scaled by
-/// 1/sqrt(d); sums over clusters divided by their number + 1e-5; centroids follow the batch's directions; commitment
-/// 1e-4 (the mean over queries and keys). Its causal heads with keys of their own need memory; ours is per head, not
-/// per cluster.
+/// The routing transformer for PyTorch: unit length for routing, logits scaled by 1/sqrt(d), sums over clusters divided
+/// by their number + 1e-5, centroids that follow the batch's directions, commitment 1e-4 (the mean over queries and
+/// keys).
+///
+/// Queries and keys are shared if causal, unless `shared_qk` is given. Shared: raw queries against unit keys, and a
+/// token sees itself only if alone, never beside memory. Not shared: raw queries and keys; causal heads then need
+/// memory, which is per head here and per cluster there.
 /// Source: the package routing-transformer 1.6.
 inline RoutingAttentionConfig pytorch(RoutingAttentionConfig c) {
   c.routed = detail::balanced(c.routed);

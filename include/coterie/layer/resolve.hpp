@@ -1,4 +1,4 @@
-// Automatic values of a layer's config, and the judgement of what was asked.
+// Resolution of a layer's config: automatic values and checks.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 
 namespace coterie::detail {
 
-/// The largest size: products of two of them can be counted.
+/// The largest size: the product of two such sizes fits into 64 bits.
 inline constexpr Index largest_size = (std::numeric_limits<std::int32_t>::max)();
 
 /// Heads of all blocks together; numbers out of range count as the nearest in range.
@@ -31,7 +31,7 @@ inline Index heads_per_kv(const RoutingAttentionConfig& c) { return static_cast<
 /// Key/value heads of the routed block of a resolved config: each has a router and a plan.
 inline Index routed_kv_heads(const RoutingAttentionConfig& c) { return c.routed.heads / heads_per_kv(c); }
 
-/// Whether routed heads have plans of lists of members, not of one label a token.
+/// Whether the plans of routed heads come from lists of members, not from one label per token.
 inline bool has_members(const RoutingAttentionConfig& c) {
   return c.routed.heads > 0 && (c.routed.membership.kind == MembershipKind::balanced || c.routed.membership.probes > 1);
 }
@@ -45,7 +45,7 @@ inline KMeansConfig router_config(const RoutingAttentionConfig& c, std::uint64_t
           .router = c.routed.router};
 }
 
-/// The buckets of a block with t5_buckets.
+/// The buckets of a block whose positions are t5_buckets.
 inline PositionBuckets position_buckets(const Positions& positions, bool causal) {
   return {.buckets = positions.buckets, .max_distance = positions.max_distance, .causal = causal};
 }
@@ -65,9 +65,9 @@ void fill_block(Block& block, const RoutingAttentionConfig& c) {
     block.positions.kind = routed || m.induction || c.head_dim == 1 ? PositionKind::none : PositionKind::rotary;
 }
 
-/// The config with every automatic value filled in; blocks without heads stay as they are. Judges nothing.
-inline RoutingAttentionConfig fill(const RoutingAttentionConfig& asked) {
-  RoutingAttentionConfig c = asked;
+/// The config with every automatic value filled in; blocks without heads stay as they are. Checks nothing.
+inline RoutingAttentionConfig fill(const RoutingAttentionConfig& given) {
+  RoutingAttentionConfig c = given;
   const std::int64_t heads = all_heads(c);
   if (c.kv_heads == 0) c.kv_heads = static_cast<Index>(heads);
   if (c.head_dim == 0 && c.model_dim >= 1 && heads >= 1)
@@ -98,7 +98,7 @@ class BlockFaults {
   const char* block_;
 };
 
-/// Judges how a block makes queries and keys. `routers`: the block has routers, which see normalised rows.
+/// Checks how a block makes queries and keys. `routers`: the block has routers, which see normalised rows.
 inline void check_matching(const Matching& m, const RoutingAttentionConfig& c, bool routers, BlockFaults& faults) {
   faults.expect(!m.induction || c.causal, "matching.induction",
                 "false in a two-sided layer (a key carries the value of the next position)", "true");
@@ -142,7 +142,7 @@ inline void check_matching(const Matching& m, const RoutingAttentionConfig& c, b
                              c.kv_heads);
 }
 
-/// Judges how a block knows positions. `own_range`: its window says which distances have an entry.
+/// Checks how a block knows positions. `own_range`: its window sets which distances have an entry.
 inline void check_positions(const Positions& p, const RoutingAttentionConfig& c, bool own_range, BlockFaults& faults) {
   const int kind = static_cast<int>(*p.kind);
   faults.expect(kind >= 0 && kind <= static_cast<int>(PositionKind::shaw), "positions.kind",
@@ -168,7 +168,7 @@ inline void check_positions(const Positions& p, const RoutingAttentionConfig& c,
                   "0 without bias or shaw (nothing else has entries by distance)", p.distances);
 }
 
-/// Judges what all blocks have; false for a block without heads, of which there is nothing more to say.
+/// Checks the settings that every kind of block has. Returns whether the block has heads and so needs further checks.
 template <class Block>
 bool check_block(const Block& block, const RoutingAttentionConfig& c, const char* name, Faults& faults) {
   BlockFaults own(faults, name);
@@ -248,7 +248,7 @@ inline void check_routed(const RoutedHeads& routed, BlockFaults& faults) {
                 routed.commitment);
 }
 
-/// Judges global tokens and short sequences: what is dense anyway needs neither.
+/// Checks memory, globals and dense_up_to. A layer of dense heads alone needs neither of the last two.
 inline void check_additions(const RoutingAttentionConfig& c, Faults& faults) {
   const bool all_dense = c.local.heads <= 0 && c.routed.heads <= 0 && c.dense.heads > 0;
   faults.expect(c.memory >= 0 && c.memory <= largest_size, "memory", join("0 to ", largest_size), c.memory);
@@ -270,14 +270,14 @@ inline void check_additions(const RoutingAttentionConfig& c, Faults& faults) {
                 c.dense_up_to);
 }
 
-/// Judges a config by what was asked and what fill() made of it: ValueError, which names all faults by path.
-inline void check_settings(const RoutingAttentionConfig& asked, const RoutingAttentionConfig& c) {
+/// Checks a config as given and as filled in by fill(): ValueError, which names all faults by path.
+inline void check_settings(const RoutingAttentionConfig& given, const RoutingAttentionConfig& c) {
   Faults faults("RoutingAttentionConfig");
   const std::int64_t heads = all_heads(c);
   faults.expect(c.model_dim >= 1 && c.model_dim <= largest_size, "model_dim", join("1 to ", largest_size), c.model_dim);
   faults.expect(heads >= 1 && heads <= largest_size, "heads",
                 join("1 to ", largest_size, " in the blocks local, routed and dense together"), heads);
-  if (asked.head_dim == 0 && c.model_dim >= 1 && heads >= 1)
+  if (given.head_dim == 0 && c.model_dim >= 1 && heads >= 1)
     faults.expect(c.model_dim % heads == 0, "model_dim", join("a multiple of heads = ", heads, ", or a head_dim"),
                   c.model_dim);
   else
@@ -297,9 +297,9 @@ inline void check_settings(const RoutingAttentionConfig& asked, const RoutingAtt
 
 /// The config with every automatic value filled in.
 /// Requires: settings that make sense together; otherwise ValueError, which names all faults.
-inline RoutingAttentionConfig resolve(const RoutingAttentionConfig& asked) {
-  const RoutingAttentionConfig config = fill(asked);
-  check_settings(asked, config);
+inline RoutingAttentionConfig resolve(const RoutingAttentionConfig& given) {
+  const RoutingAttentionConfig config = fill(given);
+  check_settings(given, config);
   return config;
 }
 

@@ -22,14 +22,14 @@
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
 
-/// What routers see of queries or of keys: rows of all routed key/value heads side by side.
+/// Rows of queries or of keys as routers see them, all routed key/value heads side by side.
 template <class T>
 struct RouterRows {
   const HeadBlock& block;
   ConstView<T> all;         ///< rows x key/value heads * d
-  bool normalised = false;  ///< they are already
+  bool normalised = false;  ///< whether these rows are normalised already
 
-  /// The normalised rows of a head; where they are not yet, written to `scratch`, rows x d.
+  /// The normalised rows of a head. Where they are not normalised yet, they are written to `scratch`, rows x d.
   ConstView<T> of(Index head, View<T> scratch, Context& context) const {
     if (normalised) return columns(head);
     const View<T> to = scratch.rows(0, all.rows());
@@ -101,8 +101,8 @@ void sum_queries_backward(const HeadBlock& block, ConstView<T> q, ConstView<T> d
   });
 }
 
-/// The sum over routers of the commitment loss of their rows. Adds into d_rows the gradient of rows.all; a view without
-/// columns: the loss alone.
+/// The sum over routers of the commitment loss of their rows. Adds the gradient of rows.all into d_rows, unless that
+/// has no columns.
 template <class T>
 double rows_commitment(std::span<const OnlineKMeans<T>> routers, const RouterRows<T>& rows,
                        std::span<const std::int32_t> labels, View<T> d_rows, Context& context) {
@@ -149,11 +149,11 @@ class HeadsRouting {
         keys_{router_keys(block, m)},
         context_(context) {}
 
-  /// Labels of queries and keys of routed heads: given, drawn, or by their routers. Of heads that can have several
-  /// clusters a token, also the members of these.
+  /// Sets the labels of queries and keys of routed heads: given, drawn, or assigned by their routers. Where a token can
+  /// be in several clusters, sets the members of the clusters as well.
   void assign(HeadsPlans& plans) const { block_.has_members() ? score_members(plans) : assign_labels(plans); }
 
-  /// The plans, with memory, global tokens and a dense beginning on top.
+  /// Builds the plans, with a dense beginning, global tokens and memory on top.
   void build_plans(HeadsPlans& plans) const;
 
  private:
@@ -166,7 +166,7 @@ class HeadsRouting {
 
   Index tokens() const { return in_.x.rows(); }
   Index key_rows() const { return in_.source.rows(); }
-  // Lists of members of a head: of queries, and of keys where they are others.
+  // Lists of members of a head: one of queries, and one of keys where it differs.
   std::size_t sides() const { return block_.balanced && block_.shared ? 1 : 2; }
   ClusterMembers& members_of(HeadsPlans& plans, Index head, std::size_t side) const {
     return plans.members[static_cast<std::size_t>(head) * sides() + side];
@@ -216,7 +216,7 @@ void HeadsRouting<T>::build_plans(HeadsPlans& plans) const {
   add_to_plans(plans);
 }
 
-// The plans without what comes on top of them.
+// Builds the plans without a dense beginning, global tokens and memory.
 template <class T>
 void HeadsRouting<T>::build_token_plans(HeadsPlans& plans) const {
   if (block_.has_members()) return build_member_plans(plans);
@@ -242,7 +242,7 @@ void HeadsRouting<T>::build_token_plans(HeadsPlans& plans) const {
                plan, &plans.scratch[0]);
 }
 
-// Plans of one label a token.
+// Builds plans from one label per token.
 template <class T>
 void HeadsRouting<T>::build_clustered_plans(HeadsPlans& plans) const {
   assign_labels(plans);
@@ -260,7 +260,7 @@ void HeadsRouting<T>::build_clustered_plans(HeadsPlans& plans) const {
   });
 }
 
-// Labels and lists of members, both from the scores of the routers.
+// Makes labels and lists of members from the scores of the routers.
 template <class T>
 void HeadsRouting<T>::score_members(HeadsPlans& plans) const {
   const Index heads = block_.kv_count;
@@ -298,7 +298,7 @@ void HeadsRouting<T>::score_members(HeadsPlans& plans) const {
     }
 }
 
-// Plans of tokens that are in several clusters or in none: balanced membership, several probes.
+// Builds plans of tokens that are in several clusters or in none: balanced membership, several probes.
 template <class T>
 void HeadsRouting<T>::build_member_plans(HeadsPlans& plans) const {
   score_members(plans);
@@ -315,7 +315,7 @@ void HeadsRouting<T>::build_member_plans(HeadsPlans& plans) const {
   });
 }
 
-// A dense beginning, global tokens and memory; of dense heads, which see all tokens anyway, memory alone.
+// Adds a dense beginning, global tokens and memory. Dense heads see all tokens anyway and get memory alone.
 template <class T>
 void HeadsRouting<T>::add_to_plans(HeadsPlans& plans) const {
   const RoutingAttentionConfig& c = layer_.config;

@@ -1,4 +1,4 @@
-// The layer: multi-head attention whose heads see a window, the tokens of like content, or everything.
+// The layer: multi-head attention whose heads see a window, tokens of similar content, or every key.
 #pragma once
 
 #include <algorithm>
@@ -26,14 +26,14 @@ class Decoder;
 ///     layer.update_router(tape, context);
 ///
 /// Formula: y = sum over heads h of attention_h w_o[h] + b_o. Local heads see a window around the query, routed heads
-/// the members of its clusters, dense heads everything; a causal layer nothing after the query.
+/// the members of its clusters, dense heads every key. In a causal layer no head sees a key after the query.
 ///   shared:     q = k = normalise(x w_q), logits gain/sqrt(d) q.k;
 ///   otherwise:  q = x w_q, k = x w_k, logits q.k/sqrt(d); routers see normalised rows;
-///   both with other logits, gains and normalisation where the config says so;
+///   in both cases the config can set other logits, gains and normalisation;
 ///   induction:  q = k = normalise(convolve(x w_q)), and key j carries the value of position j + 1 (zero keys: zero).
-/// With a source, keys and values are made from its rows: cross-attention, of heads that do not share. The last causal
-/// query then meets the last row of its sequence of the source, two-sided ones meet in proportion (Alignment).
-/// Routing passes no gradient.
+/// With a source, keys and values are made from its rows: cross-attention, of heads that do not share queries and keys.
+/// Causal queries are then aligned with the end of their sequence of the source, two-sided ones in proportion
+/// (Alignment). Routing passes no gradient.
 /// Requires: arguments that fit (ShapeError, ValueError); nothing is written before all of them have been checked.
 /// Allocates: nothing in forward, backward and update_router(tape, context), once tape and workspace have grown to the
 ///   sizes in use; the first update_router allocates for its k-means++.
@@ -67,7 +67,7 @@ class RoutingAttention {
   /// y = layer(x), for evaluation: bit-identical to the other forward, but without dropout, and nothing is kept.
   /// Shapes: x, y tokens x model_dim.
   /// Requires: matching shapes, y apart from x (ShapeError); offsets ascending from 0 to tokens, routes in
-  ///   [-1, clusters) and only without a source, a source only where no head shares, with
+  ///   [-1, clusters) and only without a source; a source only where no head shares queries and keys, with
   ///   Self::visible and without globals (ValueError).
   /// Overwrites y.
   void forward(const Input<T>& input, View<T> y, Context& context) const {
@@ -80,7 +80,7 @@ class RoutingAttention {
   /// The same, keeping on the tape what backward and update_router need.
   void forward(const Input<T>& input, View<T> y, Tape& tape, Context& context) const {
     detail::LayerChecks<T>("RoutingAttention::forward", state_).forward(input, y, context);
-    tape.tokens_ = -1;  // no longer what it was, should something throw
+    tape.tokens_ = -1;  // empty, should something throw
     tape.config_ = state_.config;
     run(input, y, tape.positions_, context,
         [&](detail::HeadsPass<T> pass, std::size_t block) { pass.forward(y, tape.blocks_[block]); });
@@ -97,11 +97,11 @@ class RoutingAttention {
   /// Adds into d_x, d_source and gradients.
   void backward(const Input<T>& input, const Tape& tape, detail::Same<ConstView<T>> d_y, InputGradient<T> d_x,
                 Parameters<T>& gradients, Context& context) const {
-    const detail::LayerChecks<T> check("RoutingAttention::backward", state_);
-    check.backward(input, tape, d_y);
-    check.gradients(input, d_y, d_x, gradients);
-    check.positions(input, tape);
-    check.ready(context);
+    const detail::LayerChecks<T> checks("RoutingAttention::backward", state_);
+    checks.backward(input, tape, d_y);
+    checks.gradients(input, d_y, d_x, gradients);
+    checks.positions(input, tape);
+    checks.ready(context);
 
     if (input.x.rows() == 0) return;
     // y += b_o
@@ -111,7 +111,7 @@ class RoutingAttention {
                [&](detail::HeadsPass<T> pass, std::size_t block) { pass.backward(d_y, tape.blocks_[block], into); });
   }
 
-  /// The commitment loss of a forward pass, whose gradient backward adds. Call it before update_router.
+  /// The commitment loss of a forward pass; backward adds its gradient. Call it before update_router.
   /// Formula: commitment times the sum over routed key/value heads of the mean square distance of their normalised rows
   ///   from their nearest centroids; of queries, and of keys unless shared.
   /// Requires: a tape of a layer with this config (ValueError).
@@ -128,9 +128,10 @@ class RoutingAttention {
                         : queries + loss(detail::router_keys(block, routed.matrices), routed.plans.key_labels());
   }
 
-  /// Moves the centroids by the rows and labels of a forward pass; the only kind of call that does. Without learned
+  /// Moves the centroids by the rows and labels of a forward pass; no other kind of call moves them. Without learned
   /// routing it does nothing.
-  /// After an error, of a task or of memory as well, all centroids are where they were.
+  /// Requires: a tape of a layer with this config (ValueError). After any error, also of a task or of memory, all
+  ///   centroids are where they were.
   void update_router(const Tape& tape, Context& context) {
     detail::LayerChecks<T>("RoutingAttention::update_router", state_).tape(tape);
     if (state_.routers.empty()) return;
@@ -150,9 +151,9 @@ class RoutingAttention {
   /// Adds the normalised rows of a forward pass, by their labels, to the statistics: queries, and keys unless shared.
   /// Requires: a tape of a layer with this config (ValueError), statistics of its shapes (ShapeError).
   void observe(const Tape& tape, RouterStatistics<T>& statistics, Context& context) const {
-    const detail::LayerChecks<T> check("RoutingAttention::observe", state_);
-    check.tape(tape);
-    check.statistics(statistics);
+    const detail::LayerChecks<T> checks("RoutingAttention::observe", state_);
+    checks.tape(tape);
+    checks.statistics(statistics);
     if (state_.routers.empty()) return;
     const detail::HeadBlock& block = state_.routed();
     const detail::HeadsMatrices<T>& m = tape.block(block.kind).matrices;
@@ -167,12 +168,15 @@ class RoutingAttention {
     });
   }
 
-  /// Moves the centroids by what was observed, on this machine or, with block() summed, on several; all of
-  /// them or, where something throws, none. Allocates a serial context.
+  /// Moves the centroids by statistics of this machine or, with block() summed, of several. Without learned routing it
+  /// does nothing.
+  /// Requires: statistics of the routers' shapes (ShapeError), finite numbers (ValueError). After any error all
+  ///   centroids are where they were.
+  /// Allocates: nothing, but for the k-means++ of the first update.
   void update_router(const RouterStatistics<T>& statistics) {
     detail::LayerChecks<T>("RoutingAttention::update_router", state_).statistics(statistics);
     if (state_.routers.empty()) return;
-    Context serial;
+    Serial serial;
     detail::update_routers<T>(state_.routers, statistics, serial);
   }
 
@@ -184,7 +188,7 @@ class RoutingAttention {
  private:
   friend class Decoder<T>;
 
-  // What forward without a tape keeps in the workspace, for its memory only.
+  // Memory of forward without a tape, kept in the workspace from call to call.
   struct Scratch {
     detail::RowPositions positions;
     detail::HeadsPlans plans;
@@ -208,7 +212,7 @@ class RoutingAttention {
   }
 
   detail::LayerState<T> state_;
-  RouterStatistics<T> statistics_;  // of update_router(tape, context), for its memory only
+  RouterStatistics<T> statistics_;  // memory of update_router(tape, context), kept from call to call
 };
 
 }  // namespace coterie

@@ -19,7 +19,7 @@ namespace coterie {
 
 namespace detail {
 
-/// The piece of labels, heads x rows, that belongs to a head.
+/// The labels of one head among those of all, heads x rows.
 template <class L>
 std::span<L> labels_of(std::span<L> all, Index head, Index rows) {
   return all.subspan(static_cast<std::size_t>(head * rows), static_cast<std::size_t>(rows));
@@ -39,7 +39,7 @@ class HeadsPlans {
   std::span<const std::int32_t> key_labels() const { return own_key_labels.empty() ? query_labels : own_key_labels; }
 
   std::span<const AttentionPlan> used() const { return {plans.data(), count}; }
-  /// The first `number` plans, to be built. Where memory ends, none are in use.
+  /// The first `number` plans, to be built. Allocates: where there are fewer. After an error none are in use.
   std::span<AttentionPlan> use(std::size_t number) {
     count = 0;
     if (plans.size() < number) plans.resize(number);
@@ -53,19 +53,19 @@ class HeadsPlans {
   }
 };
 
-/// The matrices of a block of heads in a forward pass; d head width, c = heads * d, e = key/value heads * d. Some names
-/// can be the same rows.
+/// The matrices of a block of heads in a forward pass. Several of them can be views of the same rows.
+/// Shapes: d = head width, c = heads * d, e = key/value heads * d.
 template <class T>
 struct HeadsMatrices {
-  View<T> projected_q;   ///< tokens x c; normalised in place where nobody needs the projected ones afterwards
-  View<T> normalised_q;  ///< tokens x c: normalised, after the convolution if any; else projected_q
-  View<T> routed_q;      ///< tokens x e: what routers see: normalised_q, or sums of it over heads of a key/value head
-  View<T> attended_q;    ///< tokens x c: what attention reads: one of the first two, or rotated
-  View<T> projected_k;   ///< source rows x e, unless shared; normalised in place where attention reads them so
-  View<T> attended_k;    ///< source rows x e: projected_k, or where shared one of the first two; or rotated
-  View<T> projected_v;   ///< source rows x e; one row of zeros more for induction
-  View<T> out;           ///< tokens x c: what attention gave
-  View<T> q_inverse_deviation;  ///< tokens x heads: what normalise_rows says of normalised_q, where kept
+  View<T> projected_q;          ///< tokens x c; normalised in place where nobody needs the projected ones afterwards
+  View<T> normalised_q;         ///< tokens x c: normalised, after the convolution if any; else projected_q
+  View<T> routed_q;             ///< tokens x e: rows for the routers: normalised_q, or its sums per key/value head
+  View<T> attended_q;           ///< tokens x c: what attention reads: one of the first two, or rotated
+  View<T> projected_k;          ///< source rows x e, unless shared; normalised in place where attention reads them so
+  View<T> attended_k;           ///< source rows x e: projected_k, or where shared one of the first two; or rotated
+  View<T> projected_v;          ///< source rows x e; one row of zeros more for induction
+  View<T> out;                  ///< tokens x c: the output of attention
+  View<T> q_inverse_deviation;  ///< tokens x heads: inverse deviations of normalise_rows for normalised_q, where kept
   View<T> k_inverse_deviation;  ///< source rows x key/value heads: the same of projected_k
 
   HeadsMatrices() = default;
@@ -75,7 +75,7 @@ struct HeadsMatrices {
     lay_out(block, tokens, source_rows, [&](Index rows, Index cols) { return arena.matrix<T>(rows, cols); });
   }
 
-  /// Bytes that they take.
+  /// Bytes of all matrices.
   static std::size_t bytes(const HeadBlock& block, Index tokens, Index source_rows) {
     std::size_t sum = 0;
     HeadsMatrices().lay_out(block, tokens, source_rows, [&](Index rows, Index cols) {
@@ -90,7 +90,7 @@ struct HeadsMatrices {
   void lay_out(const HeadBlock& block, Index n, Index source_rows, const Take& take) {
     const Index cols = block.cols(), kv_cols = block.kv_cols();
     projected_q = take(n, cols);
-    // Who needs projected queries beside normalised ones: the convolution's gradient, and attention that reads them.
+    // The convolution's gradient, and attention that reads projected queries, need them beside the normalised ones.
     const bool both = block.taps > 0 || (block.shared && block.logits != Logits::normalised);
     normalised_q = both ? take(n, cols) : projected_q;
     routed_q = block.sums_queries() ? take(n, kv_cols) : normalised_q;
@@ -133,7 +133,8 @@ class LayerChecks;
 }
 
 /// What backward and update_router need of a forward pass, and diagnostics: labels, plans, cluster sizes.
-/// Make it once and use it for every step; its memory grows to the largest step and stays.
+///
+/// Make it once and use it for every step. Its memory grows to the largest step and stays.
 template <class T>
 class RoutingAttentionTape {
  public:
@@ -153,51 +154,53 @@ class RoutingAttentionTape {
   /// Tokens of the forward pass; -1 before the first.
   Index tokens() const { return tokens_; }
 
-  /// Clusters of the queries of a routed head, one per token (-1: none); empty for dense heads.
-  /// Here and below heads are counted among the routed ones, or among the dense ones of a layer without these; query
-  /// heads that share a key/value head count as one.
+  /// Clusters of the queries of a routed head, one per token (-1: none).
+  ///
+  /// Here and below, heads are numbered within the routed block. Query heads that share a key/value head count as one.
+  /// Requires: a routed head (ValueError).
   std::span<const std::int32_t> labels(Index routed_head) const {
-    return slice("Tape::labels", content().plans.query_labels, routed_head, tokens_);
+    return slice("Tape::labels", routed().plans.query_labels, routed_head, tokens_);
   }
   /// Clusters of the keys of a routed head; those of the queries where they are shared.
+  /// Requires: a routed head (ValueError).
   std::span<const std::int32_t> key_labels(Index routed_head) const {
-    return slice("Tape::key_labels", content().plans.key_labels(), routed_head, key_tokens_);
+    return slice("Tape::key_labels", routed().plans.key_labels(), routed_head, key_tokens_);
   }
-  /// How many queries each cluster of a routed head has; allocates.
+  /// Numbers of queries in each cluster of a routed head.
+  /// Requires: a routed head (ValueError). Allocates: the result.
   std::vector<double> cluster_sizes(Index routed_head) const {
-    std::vector<double> sizes(static_cast<std::size_t>(content_block().clusters), 0.0);
+    std::vector<double> sizes(static_cast<std::size_t>(config_.routed.clusters), 0.0);
     for (const std::int32_t label : labels(routed_head))
       if (label >= 0) sizes[static_cast<std::size_t>(label)] += 1;
     return sizes;
   }
 
-  /// The plans of the routed heads, one each; of a layer without them, that of its dense heads.
-  std::span<const AttentionPlan> plans() const { return content().plans.used(); }
-  /// The plan of all local heads, in a span of one; empty when there are none.
-  std::span<const AttentionPlan> local_plans() const { return block(detail::BlockKind::local).plans.used(); }
-  /// The plan of all dense heads, in a span of one; empty when there are none.
-  std::span<const AttentionPlan> dense_plans() const { return block(detail::BlockKind::dense).plans.used(); }
+  /// The plans of the routed heads, one each; empty where there are none.
+  std::span<const AttentionPlan> plans() const { return plans_of(detail::BlockKind::routed, config_.routed.heads); }
+  /// The plan of all local heads, in a span of one; empty where there are none.
+  std::span<const AttentionPlan> local_plans() const { return plans_of(detail::BlockKind::local, config_.local.heads); }
+  /// The plan of all dense heads, in a span of one; empty where there are none.
+  std::span<const AttentionPlan> dense_plans() const { return plans_of(detail::BlockKind::dense, config_.dense.heads); }
 
  private:
   friend class RoutingAttention<T>;
   friend class detail::LayerChecks<T>;
 
   const detail::HeadsTape<T>& block(detail::BlockKind kind) const { return blocks_[detail::Heads::index(kind)]; }
-  detail::HeadBlock content_block() const {
-    const detail::Heads heads = tokens_ < 0 ? detail::Heads() : detail::head_blocks(config_);
-    const detail::HeadBlock& routed = heads[detail::BlockKind::routed];
-    return routed.count > 0 ? routed : heads[detail::BlockKind::dense];
-  }
-  const detail::HeadsTape<T>& content() const {
-    return block(content_block().count > 0 ? content_block().kind : detail::BlockKind::routed);
+  const detail::HeadsTape<T>& routed() const { return block(detail::BlockKind::routed); }
+
+  // By the config: a block without heads can still hold the plans of another layer that used this tape before.
+  std::span<const AttentionPlan> plans_of(detail::BlockKind kind, Index heads) const {
+    if (tokens_ < 0 || heads == 0) return {};
+    return block(kind).plans.used();
   }
 
   std::span<const std::int32_t> slice(const char* function, std::span<const std::int32_t> all, Index head,
                                       Index rows) const {
-    const Index heads = content_block().kv_count;
+    const Index heads = tokens_ < 0 || config_.routed.heads == 0 ? 0 : detail::routed_kv_heads(config_);
     if (head < 0 || head >= heads)
-      detail::fail<ValueError>(function, "routed_head", detail::join("0 to ", heads, " - 1"), head);
-    if (all.empty()) return {};
+      detail::fail<ValueError>(function, "routed_head",
+                               heads > 0 ? detail::join("0 to ", heads - 1) : "a layer with routed heads", head);
     return detail::labels_of(all, head, rows);
   }
 

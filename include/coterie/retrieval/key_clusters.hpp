@@ -22,9 +22,9 @@ class KeyClusters {
  public:
   struct Head {
     Index count = 0;         // clusters in use
-    RowMatrix<T> centroids;  // d x count, a column each: what all keys have in common is not in them
+    RowMatrix<T> centroids;  // d x count, a column each, relative to the mean
     RowMatrix<T> nearest;    // count x (d + 1): centroid and minus half its square, for nearest_centroids
-    RowMatrix<T> mean;       // 1 x d: what all keys have in common
+    RowMatrix<T> mean;       // 1 x d: mean of the keys of the sample
     std::vector<std::vector<std::int32_t>> members;  // ascending
   };
 
@@ -55,13 +55,14 @@ class KeyClusters {
     return heads_[static_cast<std::size_t>(kv_head)];
   }
 
-  /// Keys that a plan can list at most which looks into `probed` clusters.
+  /// The largest number of keys that a plan of `probed` clusters can list.
   Index most_listed(Index probed) const {
     const Index inside = clustered_.count();
     return tokens_ - inside + (probed < config_.clusters ? (std::min)(inside, probed * longest_) : inside);
   }
 
-  /// New clusters of the keys between the first and the recent ones; the old ones stay until the new ones are there.
+  /// Makes new clusters of the keys between the first and the recent ones; the old ones stay until the new are
+  /// complete.
   void build(ConstView<T> k, Context& context) {
     check_keys("KeyIndex::build", k, 0, (std::max<Index>)(1, k.cols() / config_.kv_heads));
     KeyClusters made(config_);
@@ -80,7 +81,7 @@ class KeyClusters {
     *this = std::move(made);
   }
 
-  /// Puts the keys that are not among the recent ones any more into the clusters that there are.
+  /// Puts keys that have left the recent ones into the existing clusters.
   void append(ConstView<T> k, Context& context) {
     check_keys("KeyIndex::append", k, tokens_, dim_ > 0 ? dim_ : (std::max<Index>)(1, k.cols() / config_.kv_heads));
     if (heads_.front().count > 0) take(k, k.rows() - config_.recent, context);
@@ -96,7 +97,8 @@ class KeyClusters {
     check_shape<T>(function, "k", k, k.rows(), config_.kv_heads * d);
   }
 
-  /// A head's first centroids, of a sample of its keys. Returns the sample: rows less their mean, and a column of ones.
+  /// Finds the first centroids of a head, from a sample of its keys. Returns the sample: rows minus their mean, and a
+  /// column of ones.
   RowMatrix<T> seed(ConstView<T> k, RowRange range, Index kv_head) {
     Head& head = heads_[static_cast<std::size_t>(kv_head)];
     const std::uint64_t seed = random_bits(config_.seed, static_cast<std::uint64_t>(kv_head), 0);
@@ -117,7 +119,7 @@ class KeyClusters {
 
     RowMatrix<T> centroids = RowMatrix<T>::Zero(config_.clusters, dim_);
     SeedingScratch<T> scratch;
-    // Where no key of the sample is finite, one centroid takes them all.
+    // One centroid takes all keys where none of the sample is finite.
     head.count = (std::max<Index>)(1, seed_centroids<T>(view(std::as_const(sample)).columns(0, dim_), view(centroids),
                                                         seed, scratch));
     head.nearest.resize(head.count, dim_ + 1);
@@ -125,8 +127,7 @@ class KeyClusters {
     return sample;
   }
 
-  /// Lloyd steps by distance, on the kernel; a centroid without rows stays. The router's lloyd_step goes by dot
-  /// product.
+  /// Runs Lloyd steps by distance; a centroid without rows stays. (The lloyd_step of routers is by dot product.)
   void settle(Head& head, const RowMatrix<T>& sample, Context& context) const {
     std::vector<std::int32_t> labels(static_cast<std::size_t>(sample.rows()));
     std::vector<double> counts, sums;

@@ -1,5 +1,5 @@
-// An index over the key/value cache of a head that was never trained to be routed: clusters of its keys, of which a
-// query looks into the few that promise most.
+// An index over the key/value cache of a head that was never trained to be routed: a query sees the few clusters of
+// keys that score highest.
 //
 //     KeyIndex<float> index({.clusters = 256});
 //     index.build(k, context);                                    // once: k-means
@@ -36,19 +36,19 @@ struct KeyIndexConfig {
   std::uint64_t seed = 0;  ///< seed of the sample and of k-means++
 };
 
-/// What a query asks of a KeyIndex.
+/// Settings of one call of a KeyIndex; designated initialisers in this order.
 struct ProbeConfig {
   Index heads = 0;   ///< query heads, a multiple of the index's kv_heads; 0: as those
-  Index probes = 8;  ///< clusters that a query looks into, 0 to clusters; as many as there are, where there are fewer
+  Index probes = 8;  ///< clusters that a query sees, 0 to clusters; all of them where build() found fewer
   double scale = 0;  ///< factor of q.k; 0: 1/sqrt(d)
 };
 
 namespace detail {
 
-/// Queries of a task.
+/// Number of queries of a task.
 inline constexpr Index probe_chunk = 256;
 
-/// What a task of KeyIndex works in: one for each worker, kept from call to call.
+/// Scratch of the tasks of KeyIndex: one for each worker, kept from call to call.
 struct ProbeScratch {
   struct Worker {
     explicit Worker(InstructionSet instructions) : context(instructions) {}
@@ -59,13 +59,13 @@ struct ProbeScratch {
   };
   std::deque<Worker> workers;
 
-  /// Workers for a context.
+  /// Makes scratch for the workers of a context.
   void prepare(const Context& context) {
     if (!workers.empty() && workers.front().context.instructions() != context.instructions()) workers.clear();
     while (static_cast<Index>(workers.size()) < context.workers()) workers.emplace_back(context.instructions());
   }
 
-  /// Room for the largest task in every worker, for which of them gets it is chance.
+  /// Reserves memory for the largest task in every worker, because any of them can get it.
   void reserve(Index queries, Index probes, Index clusters, Index keys) {
     const auto entries = static_cast<std::size_t>(queries * (probes + 1)),
                probed = static_cast<std::size_t>(queries * probes);
@@ -104,10 +104,12 @@ struct ProbeScratch {
 ///
 /// A query sees the first `sinks` keys, the last `recent` ones, and of the keys between those the `probes` clusters
 /// whose centroids have the largest dot products with it; one softmax over all of these, each key once. Keys enter
-/// clusters as they leave the recent ones. Keys and queries may be rotated or not; they are taken as they are.
-/// How much of the attention that keeps depends on the heads: peaked ones lose little, of flat ones it keeps about the
-/// share of keys that it looks at. Measure with plan() and attention_recall().
-/// Until build() has found clusters, a query sees all keys: attend() is dense attention.
+/// clusters as they leave the recent ones. Until build() has found clusters, a query sees all keys: attend() is dense
+/// attention.
+///
+/// Keys and queries may be rotated or not; they are used as they are. The share of attention kept depends on the heads:
+/// peaked ones lose little, flat ones keep about the share of keys that they see. Measure it with plan() and
+/// attention_recall().
 /// Threads and determinism: the same clusters and outputs for any number of workers. const calls may run at the same
 ///   time, each with a Context of its own.
 /// Source: inverted-file search (Jegou et al. 2011) for the clusters of Roy et al. 2021; sinks as in Xiao et al. 2024;
@@ -131,12 +133,14 @@ class KeyIndex {
     return head.members[static_cast<std::size_t>(cluster)];
   }
 
-  /// Forgets all clusters and makes new ones of the keys between the first and the recent ones.
+  /// Replaces all clusters by new ones of the keys between the first and the recent ones.
   ///
   /// k-means by distance (k-means++, then config().steps Lloyd steps) on a sample of config().sample keys; then every
-  /// key joins its nearest centroid, the lowest on ties. Distances, unlike dot products, do not see what all keys have
-  /// in common; nor do probabilities.
-  /// A key with NaN or infinity moves no centroid; it is in some cluster, and reaches the queries that look into that.
+  /// key joins its nearest centroid, the lowest on ties. Distances, unlike dot products, do not depend on the mean of
+  /// all keys; nor do the probabilities of attention.
+  ///
+  /// A key with NaN or infinity moves no centroid; it is in some cluster, and reaches the queries that see that
+  /// cluster.
   ///
   /// Shapes: k tokens x kv_heads*d.
   /// Requires: that, d at least 1, at most 2^31 - 1 rows (ShapeError). On any error, also of a task or of memory, the
@@ -149,8 +153,8 @@ class KeyIndex {
   /// Takes in the rows that the cache has grown by since the last call of build() or append(): those that are not among
   /// the recent ones any more join their nearest centroid. Centroids stay where they are, and keys in their clusters.
   ///
-  /// Clusters grow with the cache, and the cost of a query with them: build() again when it has doubled, and the cost
-  /// per key stays constant on the whole.
+  /// Clusters grow with the cache, and the cost of a query with them. Call build() again whenever the cache has
+  /// doubled: its cost per key is then constant on average.
   ///
   /// Shapes: k tokens x kv_heads*d, at least tokens() rows, of which the first are those that the index knows; only
   ///   those that leave the recent ones are read.
@@ -216,10 +220,11 @@ class KeyIndex {
     scratch.level();
   }
 
-  /// Writes what attend() goes by: a plan for every query head, completed, of all queries and tokens() keys,
+  /// Writes the plans of attend(): a complete plan for every query head, of all queries and tokens() keys,
   /// Combine::lse.
   ///
-  /// For attention_recall() against a dense plan, for attention_forward() with a tape (log-sum-exp) or more terms.
+  /// Use them for attention_recall() against a dense plan, or for attention_forward() with a tape (log-sum-exp) or
+  /// terms.
   /// Shapes: q queries x heads*d. Requires: that (ShapeError); a config as its fields say (ValueError); otherwise
   ///   nothing is written.
   /// Allocates: where the plans have to grow. Cost: the choice of clusters, and linear in queries and tokens().
@@ -255,7 +260,7 @@ class KeyIndex {
       faults.expect(false, "probes", detail::join("0 to clusters = ", this->config().clusters), config.probes);
     faults.expect(std::isfinite(static_cast<T>(config.scale)), "scale", "a finite number", config.scale);
     faults.raise();
-    // Before the first keys are known any width will do.
+    // Any width will do before the first keys are known.
     const Index d = clusters_.dim() > 0 ? clusters_.dim() : q.cols() / heads;
     detail::check_shape<T>(function, "q", q, q.rows(), heads * (std::max<Index>)(d, 1));
     return {heads, d};
@@ -279,7 +284,7 @@ class KeyIndex {
       plan.visible.resize(plan.entries.size(), {0, static_cast<std::int32_t>(plan.keys.size() - keys_before)});
     };
 
-    // What all queries see: what is in no cluster.
+    // All queries see the keys that are in no cluster.
     for (std::int32_t i = 0; i < count; ++i) plan.entries.push_back(i);
     for (Index i = 0; i < clusters_.clustered().begin; ++i) plan.keys.push_back(static_cast<std::int32_t>(i));
     for (Index i = clusters_.clustered().end; i < tokens(); ++i) plan.keys.push_back(static_cast<std::int32_t>(i));

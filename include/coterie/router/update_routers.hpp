@@ -4,7 +4,6 @@
 #include <span>
 #include <vector>
 
-#include "coterie/core/context.hpp"
 #include "coterie/router/kmeans.hpp"
 
 namespace coterie::detail {
@@ -14,16 +13,15 @@ namespace coterie::detail {
 /// Requires: statistics of the routers' clusters and dim, with as many heads (ShapeError); head by head what
 /// OnlineKMeans::update requires (its errors). After any error, of a task or of memory as well, no router has moved.
 /// Allocates: copies of the routers that have not been updated yet, and their k-means++; else nothing.
-/// Threads and determinism: bit-identical to one update() after the other. Checks and first updates are tasks of the
-/// context. What moves routers runs in the calling thread alone, where it cannot fail: it is clusters x dim numbers a
-/// router.
-template <class T>
-void update_routers(std::span<OnlineKMeans<T>> routers, const RouterStatistics<T>& statistics, Context& context) {
+/// Threads and determinism: bit-identical to one update() after the other. Checks and first updates are tasks of `tasks`, a
+///   Context or Serial. Later updates run in the calling thread, where they cannot fail: clusters x dim numbers each.
+template <class T, class Tasks>
+void update_routers(std::span<OnlineKMeans<T>> routers, const RouterStatistics<T>& statistics, Tasks& tasks) {
   const auto heads = static_cast<Index>(routers.size());
   const auto router = [&](Index h) -> OnlineKMeans<T>& { return routers[static_cast<std::size_t>(h)]; };
   if (statistics.heads() != heads)
     fail<ShapeError>("OnlineKMeans::update", "statistics", join(heads, " heads"), statistics.heads());
-  context.for_each(heads, [&](Index h, Index) { router(h).check_update(statistics, h); });
+  tasks.for_each(heads, [&](Index h, Index) { router(h).check_update(statistics, h); });
   std::vector<OnlineKMeans<T>> first;  // copies of the routers whose first update this is
   std::vector<Index> first_heads;
   for (Index h = 0; h < heads; ++h)
@@ -31,7 +29,7 @@ void update_routers(std::span<OnlineKMeans<T>> routers, const RouterStatistics<T
       first.push_back(router(h));
       first_heads.push_back(h);
     }
-  context.for_each(static_cast<Index>(first.size()), [&](Index i, Index) {
+  tasks.for_each(static_cast<Index>(first.size()), [&](Index i, Index) {
     first[static_cast<std::size_t>(i)].update_checked(statistics, first_heads[static_cast<std::size_t>(i)]);
   });
   // From here on nothing allocates and nothing throws.

@@ -20,17 +20,17 @@ namespace coterie {
 
 namespace detail {
 
-/// The format of saved layers: of the files that this library writes, and the newest that it reads. A setting, tensor
-/// or enumerator more is a new format.
+/// The format of saved layers that this library writes, and the newest that it reads. A new setting, tensor or
+/// enumerator makes a new format.
 inline constexpr int format_version = 2;
 
-/// The oldest format that this library reads. Format 1 names settings otherwise.
+/// The oldest format that this library reads. Format 1, of coterie 0.1, has other names of settings.
 inline constexpr int oldest_format = 2;
 
-/// The first format that has a setting. Those that came after format 2 are listed here by their paths.
+/// The first format that has a setting. List settings that came after format 2 here, by their paths.
 inline int first_format(std::string_view) { return 2; }
 
-/// The names of an enumeration's values 0, 1, ...; a new enumerator belongs in here.
+/// The names of the values 0, 1, ... of an enumeration. Add new enumerators here.
 template <class E>
 inline constexpr std::array<std::string_view, 0> enum_names{};
 template <>
@@ -94,7 +94,7 @@ std::string field_text(const V& value) {
   }
 }
 
-/// Sets a field from its text; empty, or what would have been right.
+/// Sets a field from its text. Returns nothing or, where the text is wrong, what was expected.
 template <class V>
 std::string read_field(std::string_view text, V& value) {
   if constexpr (IsOptional<V>::value) {
@@ -127,8 +127,8 @@ std::string read_field(std::string_view text, V& value) {
 }
 
 /// Reads the settings of a config from a file of a format: text_of(path) gives the text of one, null where the file
-/// has none. A setting that came with a later format, as first(path) says, keeps its default. Returns what is wrong
-/// with the first one that is, or nothing.
+/// has none. A setting whose format first(path) is later than the file's keeps its default. Returns the fault of the
+/// first wrong setting, or nothing.
 template <class C, class TextOf, class First>
 std::string read_settings(C& config, int format, TextOf&& text_of, First&& first) {
   std::string fault;

@@ -52,7 +52,7 @@ class PytorchTensors {
   std::set<std::string> known_;
 };
 
-/// Requires a config that has room for what the module's tensors hold, and no parameters that it has not.
+/// Requires a config with room for all tensors of the module, and without parameters that the module lacks.
 inline void check_pytorch_config(const char* function, const RoutingAttentionConfig& c, Index queries_ahead) {
   Faults faults(function);
   const bool any_local = c.local.heads > 0, any_routed = c.routed.heads > 0;
@@ -90,7 +90,7 @@ void transpose_rows(const std::vector<T>& weight, Index first, View<T> to) {
 }
 
 /// Requires the frequencies of the rotary positions of local heads, where a file has them, to be those of the config. A
-///   hundredth covers the rounding of short floats; another base differs by more.
+/// tolerance of a hundredth covers the rounding of short floats; another base differs by more.
 template <class T>
 void check_pytorch_rotary(PytorchTensors<T>& tensors, const RoutingAttentionConfig& c) {
   constexpr char name[] = "local_attn.rel_pos.inv_freq";
@@ -163,30 +163,30 @@ void take_pytorch_memory(PytorchTensors<T>& tensors, std::string_view name, cons
 }  // namespace detail
 
 /// Makes a layer with the weights and centroids of a SelfAttention module of the routing transformer for PyTorch, whose
-/// state_dict was saved as a safetensors file; `prefix` is what stands before "to_q.weight" there, dot included.
+/// state_dict was saved as a safetensors file; `prefix` is the text before "to_q.weight" there, dot included.
 ///
 ///     RoutingAttention<float> layer = import_pytorch<float>(read_safetensors("encoder.safetensors"),
 ///         "layers.blocks.0.f.net.fn.", presets::pytorch(config));                 // of a RoutingTransformer
 ///
-/// The config says what the layer computes with the weights: presets::pytorch what the module does, but for the faults
+/// The config says what the layer computes with the weights; presets::pytorch reproduces the module, but for the faults
 /// that it names. Sizes have to be those of the file: head_dim = dim_head, local.heads = n_local_attn_heads,
 /// routed.heads = the others, routed.clusters = max_seq_len / window_size, memory = num_mem_kv.
 ///
 /// With D = model_dim, H = heads, d = head_dim, L local and R routed heads:
 ///
-///     local_to_qkv.weight [3*L*d, D], .bias [3*L*d]   local columns of w_q, w_k, w_v, b_q, b_k, b_v; other biases are
-///     0
-///     to_q.weight, to_k.weight (unless shared_qk), to_v.weight [R*d, D]      routed columns of w_q, w_k, w_v
+///     local_to_qkv.weight [3*L*d, D], .bias [3*L*d]            local columns of w_q, w_k, w_v, b_q, b_k, b_v;
+///                                                              other biases are 0
+///     to_q.weight, to_k.weight, to_v.weight [R*d, D]           routed columns of w_q, w_k (unless shared_qk), w_v
 ///     to_out.weight [D, H*d]                                   w_o
-///     global_attn.kmeans.means [R, clusters, d], .initted []   centroids as they are; not initted: those of the seed
+///     global_attn.kmeans.means [R, clusters, d], .initted []   centroids; those of the seed where not initted
 ///     global_attn.mem_key, .mem_value [R, clusters, memory, d] memory_keys, memory_values
 ///     local_attn.rel_pos.inv_freq [d/2]                        may be missing; local.positions.kind = rotary,
 ///                                                              and its base
 ///
 /// Without routed heads to_q, to_k and to_v are empty or missing. F16, BF16 and F32 are read, and F64 for double.
-/// Averages go on from the centroids with decay itself, its schedule behind them; their counts are unknown.
+/// Averages continue from the centroids with the full decay, past its schedule; their counts are unknown.
 ///
-/// What a layer cannot reproduce, although its weights are read:
+/// A layer cannot reproduce the following, although its weights are read:
 /// * The local heads of the module look back by blocks: a causal query sees its own block of local.window keys and
 ///   `radius` blocks before it. A window agrees with that where a sequence has at most radius + 1 blocks, with
 ///   local.window = (radius + 1) blocks. On longer sequences outputs differ.
@@ -196,16 +196,16 @@ void take_pytorch_memory(PytorchTensors<T>& tensors, std::string_view name, cons
 /// * Memory of routed heads is per cluster there, and per head here. It is read only where all clusters of a head have
 ///   the same, which training does not leave so; causal modules with separate queries and keys always have memory.
 ///
-/// Two-sided local heads of the module (package local-attention 1.11) turn queries too far: by the window times the
-/// radius ahead of their keys, which trained weights have adapted to. `queries_ahead` is that product: local columns of
-/// w_q and b_q are turned by it, which gives the module's outputs. 0: positions are the real ones, as in causal
-/// modules.
+/// Two-sided local heads of the module (package local-attention 1.11) rotate queries too far, by the window times the
+/// radius ahead of their keys, and trained weights have adapted to it. `queries_ahead` is that product: local columns
+/// of w_q and b_q are rotated by it, which gives the module's outputs. With 0, positions are the real ones, as in
+/// causal modules.
 ///
 /// Requires: a config that makes sense, with bias where there are local heads, RotaryLayout::halves where those are
-///   rotary, learned routing, Normalisation::unit_length, as many kv_heads as heads, and no parameter that the module
-///   has not: no gain (learned_gain = false), taps, biases by distance, nor memory beside local heads; queries_ahead at
-///   least 0, and 0 without rotary local heads (ValueError). In the file, under the prefix, these tensors in these
-///   shapes and no others; memory that does not differ between clusters; finite centroids (FileError).
+///   rotary, learned routing, Normalisation::unit_length, as many kv_heads as heads, and no parameter that the
+///   module lacks: no gain (learned_gain = false), taps, biases by distance, nor memory beside local heads;
+///   queries_ahead at least 0, and 0 without rotary local heads (ValueError). In the file, under the prefix, these
+///   tensors in these shapes and no others; memory that does not differ between clusters; finite centroids (FileError).
 /// Allocates: the layer.
 /// Source: the package routing-transformer, class SelfAttention.
 template <class T>

@@ -22,7 +22,7 @@ namespace detail {
 
 inline constexpr char format_key[] = "coterie.format";
 
-/// The metadata of a field, with its layer's prefix.
+/// The metadata key of a setting, with the prefix of its layer.
 inline std::string config_key(std::string_view prefix, std::string_view field) {
   return join(prefix, "config.", field);
 }
@@ -82,7 +82,7 @@ template <class T>
 void check_tensors(const char* function, const SafetensorsView& file, std::string_view prefix,
                    const RoutingAttentionConfig& c) {
   std::set<std::string> known;
-  const auto check = [&](const std::string& name, Dtype dtype, Index rows, Index cols) {
+  const auto expect_tensor = [&](const std::string& name, Dtype dtype, Index rows, Index cols) {
     const SafetensorsTensor& tensor = file.required(function, name);
     file.require_shape(function, tensor, std::array<Index, 2>{rows, cols});
     if (tensor.dtype != dtype)
@@ -91,14 +91,14 @@ void check_tensors(const char* function, const SafetensorsView& file, std::strin
     known.insert(name);
   };
   for (const TensorShape& shape : parameter_shapes(c))
-    check(join(prefix, shape.name), dtype_of<T>, shape.rows, shape.cols);
+    expect_tensor(join(prefix, shape.name), dtype_of<T>, shape.rows, shape.cols);
   const Index routers = c.routed.routing == Routing::learned ? routed_kv_heads(c) : 0;
   for (Index h = 0; h < routers; ++h) {
-    check(router_name(prefix, h, "centroids"), dtype_of<T>, c.routed.clusters, c.head_dim);
-    check(router_name(prefix, h, "counts"), Dtype::f64, 1, c.routed.clusters);
-    check(router_name(prefix, h, "sums"), Dtype::f64, c.routed.clusters, c.head_dim);
-    check(router_name(prefix, h, "updates"), Dtype::i64, 1, 1);
-    check(router_name(prefix, h, "frozen"), Dtype::i64, 1, 1);
+    expect_tensor(router_name(prefix, h, "centroids"), dtype_of<T>, c.routed.clusters, c.head_dim);
+    expect_tensor(router_name(prefix, h, "counts"), Dtype::f64, 1, c.routed.clusters);
+    expect_tensor(router_name(prefix, h, "sums"), Dtype::f64, c.routed.clusters, c.head_dim);
+    expect_tensor(router_name(prefix, h, "updates"), Dtype::i64, 1, 1);
+    expect_tensor(router_name(prefix, h, "frozen"), Dtype::i64, 1, 1);
   }
   file.require_no_others(function, prefix, known);
 }
@@ -138,10 +138,11 @@ void fill_layer(const char* function, const SafetensorsView& file, std::string_v
 
 }  // namespace detail
 
-/// Adds a layer to what will be written: its parameters as "<prefix>w_q" and so on, the state of the router of routed
-/// (key/value) head h (centroids, counts, sums, updates, frozen) as "<prefix>routers.<h>.centroids" and so on, its
-/// config as metadata "<prefix>config.<path>", such as config.routed.window, and the format. Nothing else of a layer
-/// changes when it is trained.
+/// Adds a layer to a writer: all that training changes, and the config.
+///
+/// Parameters are named "<prefix>w_q" and so on, the state of the router of routed key/value head h (centroids, counts,
+/// sums, updates, frozen) "<prefix>routers.<h>.centroids" and so on. Settings are metadata "<prefix>config.<path>",
+/// such as config.routed.window; the format is metadata too.
 ///
 ///     SafetensorsWriter writer;
 ///     for (std::size_t i = 0; i < layers.size(); ++i)
@@ -171,13 +172,12 @@ void add_layer(SafetensorsWriter& writer, std::string_view prefix, const Routing
   }
 }
 
-/// Makes the layer that add_layer wrote under this prefix; it goes on bit-identically to one that was never stopped.
+/// Makes the layer that add_layer wrote under this prefix; its training continues bit-identically.
 ///
-/// Requires: a format from 2 on (files of coterie 0.1 have format 1) that is not newer than this library; settings that
-///   came after it take their defaults; a config with all of the others, nothing else, and values that make sense;
-///   under the prefix all tensors of the layer and no others, in the shapes of its config (FileError). Files of float
-///   make layers of float only, those of double of double: nothing is rounded.
-/// Allocates: the layer, and only after its config has been found to fit the tensors in the file.
+/// Requires: format 2 or later (files of coterie 0.1 have format 1), not newer than this library; all settings of that
+///   format and no others, with valid values; under the prefix all tensors of the layer and no others, in the shapes of
+///   its config and the scalar type T (FileError). Settings that came after the format take their defaults.
+/// Allocates: the layer, and only after its config was found to fit the tensors of the file.
 template <class T>
 RoutingAttention<T> read_layer(const SafetensorsView& file, std::string_view prefix = {}) {
   const RoutingAttentionConfig config = detail::read_config("read_layer", file, prefix);
@@ -187,7 +187,8 @@ RoutingAttention<T> read_layer(const SafetensorsView& file, std::string_view pre
   return layer;
 }
 
-/// The same into a layer that exists; its memory stays where it is.
+/// The same into an existing layer, whose memory stays.
+///
 /// Requires: also the config of the layer, field by field (FileError, which names those that differ).
 /// Overwrites parameters and routers: all of them, or on error none.
 template <class T>
@@ -208,7 +209,7 @@ void read_layer(const SafetensorsView& file, std::string_view prefix, RoutingAtt
   detail::fill_layer("read_layer", file, prefix, layer);
 }
 
-/// Writes a layer to a file of its own; see add_layer and SafetensorsWriter::write. On error what was there before
+/// Writes a layer to a file of its own; see add_layer and SafetensorsWriter::write. On error an old file of that name
 /// stays.
 ///
 ///     save("layer.safetensors", layer);
