@@ -12,18 +12,7 @@ foreach(header IN LISTS headers)
   list(APPEND sources ${alone}/${source})
 endforeach()
 
-# The headers of these rooms compile after macros of other people's headers.
-set(includes "#include \"macros.hpp\"\n\n")
-foreach(header IN LISTS headers)
-  if(header MATCHES "^coterie/(core|file|plan)/")
-    string(APPEND includes "#include <${header}>\n")
-  endif()
-endforeach()
-file(CONFIGURE OUTPUT ${alone}/macros.cpp CONTENT "${includes}")
-list(APPEND sources ${alone}/macros.cpp)
-
 add_library(check_headers OBJECT ${sources})
-target_include_directories(check_headers PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
 target_link_libraries(check_headers PRIVATE coterie_kernels)
 
 if(EXISTS ${root}/coterie/coterie.hpp)

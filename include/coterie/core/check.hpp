@@ -42,11 +42,11 @@ class MessagePart {
   MessagePart(const std::string& text) : MessagePart(std::string_view(text)) {}  // NOLINT
   MessagePart(std::string_view text) : text_(text) {}                            // NOLINT
   MessagePart(char letter) : kind_(Kind::letter), letter_(letter) {}             // NOLINT
-  template <std::floating_point F>
-  MessagePart(F number) : kind_(Kind::real), real_(number) {}  // NOLINT
-  template <std::integral I>
-  MessagePart(I number) {  // NOLINT
-    if constexpr (std::is_signed_v<I>) {
+  template <std::floating_point Real>
+  MessagePart(Real number) : kind_(Kind::real), real_(number) {}  // NOLINT
+  template <std::integral Integer>
+  MessagePart(Integer number) {  // NOLINT
+    if constexpr (std::is_signed_v<Integer>) {
       kind_ = Kind::integer;
       integer_ = number;
     } else {
