@@ -13,8 +13,9 @@ namespace coterie::detail {
 /// Requires: statistics of the routers' clusters and dim, with as many heads (ShapeError); head by head what
 /// OnlineKMeans::update requires (its errors). After any error, of a task or of memory as well, no router has moved.
 /// Allocates: copies of the routers that have not been updated yet, and their k-means++; else nothing.
-/// Threads and determinism: bit-identical to one update() after the other. Checks and first updates are tasks of `tasks`, a
-///   Context or Serial. Later updates run in the calling thread, where they cannot fail: clusters x dim numbers each.
+/// Threads and determinism: bit-identical to one update() after the other. Checks and first updates are tasks of
+///   `tasks`, a Context or Serial. Later updates run in the calling thread, where they cannot fail: clusters x dim
+///   numbers each.
 template <class T, class Tasks>
 void update_routers(std::span<OnlineKMeans<T>> routers, const RouterStatistics<T>& statistics, Tasks& tasks) {
   const auto heads = static_cast<Index>(routers.size());
