@@ -8,6 +8,7 @@
 #include "allocation.hpp"
 #include "catch.hpp"
 #include "coterie/router/kmeans.hpp"
+#include "errors.hpp"
 #include "rows.hpp"
 
 using namespace coterie;
@@ -111,6 +112,17 @@ TEST_CASE("T15: tokens that no cluster takes are counted, and join their best cl
   covered = coverage(members);
   REQUIRE(covered.in_none == 2);
   REQUIRE(covered.in_several == 2);
+}
+
+TEST_CASE("coverage refuses rows that are no tokens") {
+  ClusterMembers members{.tokens = 3, .clusters = 1, .begin = {0, 1}, .rows = {2}};
+  REQUIRE(coverage(members).in_one == 1);
+  for (const std::int32_t row : {-1, 3}) {
+    members.rows = {row};
+    REQUIRE(test::contains(test::message_of<ValueError>([&] { coverage(members); }), "coverage: members.rows"));
+  }
+  members = {.tokens = -1, .clusters = 1, .begin = {0, 0}};
+  REQUIRE(test::contains(test::message_of<ValueError>([&] { coverage(members); }), "coverage: members.tokens"));
 }
 
 TEST_CASE("rows go to their best clusters; one probe is the router's label") {

@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "coterie/core/check.hpp"
 #include "coterie/core/matrix.hpp"
 
 namespace coterie {
@@ -34,11 +35,17 @@ struct MembershipCoverage {
 };
 
 /// Counts how the tokens are covered: those in no cluster get no output from routed attention.
+/// Requires: rows from 0 to tokens - 1; otherwise ValueError.
 /// Allocates: a count for each token.
 /// Cost: linear in tokens and memberships.
 inline MembershipCoverage coverage(const ClusterMembers& members) {
+  if (members.tokens < 0) detail::fail<ValueError>("coverage", "members.tokens", "at least 0", members.tokens);
   std::vector<std::int32_t> count(static_cast<std::size_t>(members.tokens), 0);
-  for (const std::int32_t row : members.rows) ++count[static_cast<std::size_t>(row)];
+  for (const std::int32_t row : members.rows) {
+    if (row < 0 || row >= members.tokens)
+      detail::fail<ValueError>("coverage", "members.rows", detail::join("rows from 0 to ", members.tokens - 1), row);
+    ++count[static_cast<std::size_t>(row)];
+  }
   MembershipCoverage result;
   for (const std::int32_t n : count) ++(n == 0 ? result.in_none : n == 1 ? result.in_one : result.in_several);
   return result;
