@@ -1,4 +1,4 @@
-// Which thread takes which part next: the tasks of several heads, and the parts of a task one after the other.
+// Order in which a thread works through the tasks of a call.
 #pragma once
 
 #include <algorithm>

@@ -58,7 +58,7 @@ struct PartSizes {
 /// One part of a plan for one head: what the forward tile reads and writes.
 template <class T>
 struct AttentionArguments {
-  Index entries = 0;                      // of this part
+  Index entries = 0;                      // number of entries of this part
   const std::int32_t* rows = nullptr;     // query row of each entry
   const Interval* visible = nullptr;      // per entry
   const Interval* visible_too = nullptr;  // per entry, or null
@@ -66,8 +66,8 @@ struct AttentionArguments {
   RowSource<T> q, k, v;
   Index d = 0, dv = 0;
   T scale = 1;
-  T soft_cap = 0;           // of logits to base 2, before the bias; 0: none
-  const T* bias = nullptr;  // by distance; see AttentionTerms
+  T soft_cap = 0;           // bound of logits to base 2, before the bias; 0: none
+  const T* bias = nullptr;  // bias by distance; see AttentionTerms
   Index bias_first = 0, bias_count = 0;
   const T* relative_keys = nullptr;    // row r: of distance relative_first + r; or null
   const T* relative_values = nullptr;  // or null
@@ -77,7 +77,7 @@ struct AttentionArguments {
   const std::int32_t* key_positions = nullptr;
   std::uint64_t dropout_call = 0;   // seed, step and head
   std::uint32_t dropout_bound = 0;  // pairs whose bits are below are dropped; 0: none
-  T dropout_scale = 1;              // of the others
+  T dropout_scale = 1;              // factor of the pairs that are kept
   bool by_entry = false;            // out and states: row e of the part instead of row rows[e]
   T* out = nullptr;
   Index out_stride = 0;
@@ -155,7 +155,7 @@ struct AttentionGradientArguments {
   bool by_entry = false;  // d_q: row e of the part instead of row rows[e]
   T* d_q = nullptr;       // added to
   Index d_q_stride = 0;
-  const PartialRange* ranges = nullptr;  // of the partial sums, ascending
+  const PartialRange* ranges = nullptr;  // ranges of the partial sums, ascending
   Index range_count = 0;
   T* d_k = nullptr;  // partial sums: rows of padded(d) and padded(dv) numbers, added to
   T* d_v = nullptr;

@@ -1,4 +1,4 @@
-// Dense products y = x w, and their gradients.
+// Dense products y = x w, forward or backward.
 #pragma once
 
 #include "coterie/core/context.hpp"

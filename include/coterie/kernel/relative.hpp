@@ -39,13 +39,13 @@ struct Relative {
 
   const AttentionArguments<T>* arguments = nullptr;
   const TilePositions<T, M>* positions = nullptr;
-  Index count = 0;                // of the table's rows
-  std::int32_t* rows = nullptr;   // table rows that the tile reaches, ascending, and the two ends always
-  Index reached = 0;              // how many
-  Index at_once = 0;              // of them go through a product: about the same number every time
-  std::int32_t* place = nullptr;  // per table row: its row in buffers; 0 for those that no visible pair uses
-  std::int32_t* marks = nullptr;  // per table row, and one more: zeros between tiles
-  unsigned char* used = nullptr;  // [reached][width]: whether the lane uses the row; found where it is needed
+  Index count = 0;                     // number of table rows
+  std::int32_t* rows = nullptr;        // table rows that the tile reaches, ascending, and the two ends always
+  Index reached = 0;                   // number of rows in `rows`
+  Index at_once = 0;                   // rows that go through one product: about the same number every time
+  std::int32_t* buffer_row = nullptr;  // per table row: its row in buffers, 0 if no visible pair uses it
+  std::int32_t* marks = nullptr;       // per table row, and one more: zeros between tiles
+  unsigned char* used = nullptr;       // [reached][width]: whether the lane uses the row; found where it is needed
   bool used_known = false;
   bool skewed = false;
   Index earlier_low = 0,
@@ -73,18 +73,18 @@ struct Relative {
     count = given.relative_count;
     reached = 0;
     if (count == 0) return;
-    place = ::new (static_cast<void*>(scratch)) std::int32_t[std::size_t(3 * count + 1)];
-    rows = place + count;
+    buffer_row = ::new (static_cast<void*>(scratch)) std::int32_t[std::size_t(3 * count + 1)];
+    rows = buffer_row + count;
     marks = rows + count;
     used = ::new (static_cast<void*>(marks + count + 1)) unsigned char[std::size_t(count * width)];
-    std::fill_n(place, count, 0);
+    std::fill_n(buffer_row, count, 0);
     std::fill_n(marks, count + 1, 0);
   }
 
   /// Finds the table rows that the tile's pairs use.
   COTERIE_INLINE void take(const Visibility<T, M>& visibility) {
     M::apart([&]() __attribute__((always_inline)) {
-      for (Index t = 0; t < reached; ++t) place[rows[t]] = 0;
+      for (Index t = 0; t < reached; ++t) buffer_row[rows[t]] = 0;
       used_known = false;
       earlier_low = block_low = count;
       earlier_high = block_high = -1;
@@ -142,13 +142,13 @@ struct Relative {
         open = marks[r] + (skewed ? open : 0);
         marks[r] = 0;
         rows[reached] = static_cast<std::int32_t>(r);
-        place[r] = static_cast<std::int32_t>(open != 0 ? listed + reached : 0);
+        buffer_row[r] = static_cast<std::int32_t>(open != 0 ? listed + reached : 0);
         reached += open != 0;  // no branch, for what scattered tiles reach is chance
       }
       if (begin_row < end_row) marks[end_row] = 0;
       marks[0] = marks[count - 1] = 0;
       if (count > 1) {
-        place[count - 1] = 1;
+        buffer_row[count - 1] = 1;
         rows[reached++] = static_cast<std::int32_t>(count - 1);
       }
       constexpr Index rows_of_sums = M::most_rows, most = key_block / rows_of_sums * rows_of_sums;
@@ -207,11 +207,12 @@ struct Relative {
           const auto from = static_cast<int>(std::clamp<Index>(none - diagonals, j, after));
           const auto until = static_cast<int>(std::clamp<Index>(none, from, after));
           // Rows that no visible pair uses have no row in the buffers.
-          const bool placed = from < until && place[none - from] >= listed && place[none - until + 1] >= listed;
-          if (placed && place[none - from] - place[none - until + 1] == until - 1 - from) {
+          const bool placed =
+              from < until && buffer_row[none - from] >= listed && buffer_row[none - until + 1] >= listed;
+          if (placed && buffer_row[none - from] - buffer_row[none - until + 1] == until - 1 - from) {
             run_begin[v] = from;
             run_end[v] = until;
-            run_from[v] = (place[none - from] + from) * Index(width) + v * lanes;
+            run_from[v] = (buffer_row[none - from] + from) * Index(width) + v * lanes;
           }
         }
         for (; j < after; ++j) {
@@ -222,9 +223,9 @@ struct Relative {
           const Index row = lowest - of_key[j];
           std::int32_t* const to = at + j * width;
           if (row > 0 && row <= diagonals)
-            *to = place[row] * width + v * lanes;
+            *to = buffer_row[row] * width + v * lanes;
           else if (row >= end)
-            *to = place[end] * width + v * lanes;
+            *to = buffer_row[end] * width + v * lanes;
           else if (row + span <= 0)
             *to = v * lanes;
           else
@@ -234,8 +235,8 @@ struct Relative {
     });
   }
 
-  /// Calls whole(at, place) for vectors of pairs that find their numbers side by side in a buffer, single(at, place)
-  /// for the other pairs, and same(at, keys, place) for vectors of as many keys that find the same ones. `at` is where
+  /// Calls whole(at, from) for vectors of pairs that find their numbers side by side in a buffer, single(at, from)
+  /// for the other pairs, and same(at, keys, from) for vectors of as many keys that find the same ones. `at` is where
   /// the block has them. Masked pairs are among them.
   template <class Whole, class Single, class Same>
   COTERIE_INLINE void each(const KeySegment& s, int block_begin, const Whole& whole, const Single& single,
@@ -258,7 +259,7 @@ struct Relative {
       const int middle = std::clamp(last_row_until[v], begin, end),
                 first_row = std::clamp(first_row_from[v], middle, end);
       const int from = std::clamp(run_begin[v], middle, first_row), until = std::clamp(run_end[v], from, first_row);
-      same(Index(begin) * width + v * lanes, middle - begin, place[count - 1] * Index(width) + v * lanes);
+      same(Index(begin) * width + v * lanes, middle - begin, buffer_row[count - 1] * Index(width) + v * lanes);
       found(v, middle, from);
       for (int j = from; j < until; ++j) whole(Index(j) * width + v * lanes, run_from[v] - Index(j) * width);
       found(v, until, first_row);
@@ -435,7 +436,7 @@ struct Relative {
   COTERIE_INLINE void find_each(Index row, int v, std::int32_t* to) const {
     const Index* const above = positions->above + v * lanes;
     for (int l = 0; l < lanes; ++l) {
-      const std::int32_t at = place[std::clamp<Index>(row + above[l], 0, count - 1)];
+      const std::int32_t at = buffer_row[std::clamp<Index>(row + above[l], 0, count - 1)];
       to[l] = (at - (skewed && at >= static_cast<std::int32_t>(listed) ? l : 0)) * width + v * lanes + l;
     }
     *to = -1 - *to;
@@ -458,7 +459,7 @@ struct Relative {
           if (!arguments->has_position(key)) continue;
           const Index query = positions->lowest[l / lanes] + positions->above[l];
           const Index row = query - arguments->key_position(key) - arguments->relative_first;
-          const Index t = row <= 0 ? 0 : row >= count - 1 ? reached - 1 : place[row] - listed;
+          const Index t = row <= 0 ? 0 : row >= count - 1 ? reached - 1 : buffer_row[row] - listed;
           used[t * width + l] = 1;
         }
   }

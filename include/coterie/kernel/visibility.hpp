@@ -237,11 +237,11 @@ struct Visibility {
 
   /// Keeps `cuts` ascending and without repetition.
   static COTERIE_INLINE void insert(int* cuts, int& cut_count, int bound) {
-    int place = cut_count;
-    while (place > 0 && cuts[place - 1] > bound) --place;
-    if (place > 0 && cuts[place - 1] == bound) return;
-    for (int c = cut_count; c > place; --c) cuts[c] = cuts[c - 1];
-    cuts[place] = bound;
+    int index = cut_count;
+    while (index > 0 && cuts[index - 1] > bound) --index;
+    if (index > 0 && cuts[index - 1] == bound) return;
+    for (int c = cut_count; c > index; --c) cuts[c] = cuts[c - 1];
+    cuts[index] = bound;
     ++cut_count;
   }
 };

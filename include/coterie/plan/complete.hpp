@@ -1,4 +1,4 @@
-// What ends every plan: checks of what a builder wrote, and the arrays that are derived from it.
+// Completion of a plan after a builder has written it.
 #pragma once
 
 #include <algorithm>

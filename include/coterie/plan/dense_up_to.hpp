@@ -12,11 +12,12 @@
 namespace coterie {
 
 struct DenseUpToConfig {
-  Index length = 0;                         ///< at least 0
-  bool causal = false;                      ///< of the pattern
-  std::optional<Alignment> alignment = {};  ///< of the pattern; default: bottom_right if causal, else proportional
-  Self self = Self::visible;                ///< of the pattern
-  std::span<const Index> offsets = {};      ///< of the pattern: sequences + 1 bounds in the query rows; empty: one
+  Index length = 0;     ///< the dense length; at least 0
+  bool causal = false;  ///< whether the pattern is causal
+  std::optional<Alignment> alignment =
+      {};                     ///< alignment of the pattern; default: bottom_right if causal, else proportional
+  Self self = Self::visible;  ///< whether the pattern is causal
+  std::span<const Index> offsets = {};      ///< sequences + 1 bounds in the query rows; empty: one
   std::span<const Index> key_offsets = {};  ///< the same in the key rows; empty: as offsets
 };
 

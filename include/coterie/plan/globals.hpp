@@ -14,9 +14,9 @@ namespace coterie {
 
 struct GlobalsConfig {
   Index globals = 0;                    ///< tokens at the beginning of every sequence; at least 0
-  bool causal = false;                  ///< of the pattern: global tokens see keys up to themselves only
-  Self self = Self::visible;            ///< of the pattern: whether a global token sees itself
-  std::span<const Index> offsets = {};  ///< of the pattern: sequences + 1 bounds of the sequences; empty: one
+  bool causal = false;                  ///< whether global tokens see keys up to themselves only
+  Self self = Self::visible;            ///< whether a global token sees itself
+  std::span<const Index> offsets = {};  ///< sequences + 1 bounds of the sequences; empty: one
 };
 
 /// Makes the first `globals` tokens of every sequence of a completed self-attention plan see all tokens of it, and

@@ -67,8 +67,12 @@ inline void check_single(const char* function, const ClusterMembers& members, st
 /// Writes the plan in which every query sees, for each of its clusters, the cluster's keys of its sequence.
 ///
 /// With balanced_members for queries and keys: the paper's membership. It is not strictly causal: lists of causal plans
-/// change with later tokens, and with them what earlier queries see. With nearest_members of several probes for the
-/// queries and of one for the keys, and Combine::lse: multi-probe search, strictly causal. A query in several clusters
+/// change with later tokens, and with them what earlier queries see.
+///
+/// With nearest_members of several probes for the
+/// queries and of one for the keys, and Combine::lse: multi-probe search, strictly causal.
+///
+/// A query in several clusters
 /// has several entries; config.combine says what becomes of them: the mean of their outputs, or one softmax over all
 /// their keys, where a key that two clusters show counts twice. A query in none sees nothing.
 /// Formula: in each cluster as plan_clustered. Self::only_if_alone looks at each cluster for the mean, at all of a

@@ -14,7 +14,9 @@ namespace coterie {
 ///
 /// They stand before the keys of each group, so that later keys move nothing. A row with several entries sees them in
 /// each of its softmaxes, once in all for Combine::lse; a row without an entry does not. They have no position: no bias
-/// by distance is added to their logits. Memory is visible, but the self rule was settled when the plan was built:
+/// by distance is added to their logits.
+///
+/// Memory is visible, but the self rule was settled when the plan was built:
 /// under Self::only_if_alone a query that is alone in its cluster sees memory and itself.
 /// After any error, also one of memory, the plan is as it was.
 /// Requires: a completed plan without memory; memory >= 0; entries whose keys and memory make two intervals at most, so

@@ -1,4 +1,4 @@
-// The plan of a head: index arrays that say which keys each query sees, and statistics of them.
+// The plan of a head: index arrays that say which keys each query sees.
 #pragma once
 
 #include <algorithm>

@@ -105,7 +105,7 @@ class Centroids {
   }
 
   /// Puts a centroid where `row` points, no longer than `length` (renormalised: of the rows' length), with this count.
-  void place(Index c, const T* row, double length, double count) {
+  void set_centroid(Index c, const T* row, double length, double count) {
     const double old = norm(row);
     double scale = old > length ? length / old : 1.0;
     if (config_.router.renormalise && old > 0) scale = length_of_rows() / old;

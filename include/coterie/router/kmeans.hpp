@@ -175,7 +175,9 @@ class OnlineKMeans {
   ///
   /// Formula: the first update takes the centroids from the sample (k-means++, then Lloyd steps), with counts and sums
   /// scaled to the rows observed. Where the sample has fewer different rows than clusters, the others keep their random
-  /// direction. Later ones, with n_c rows of sum s_c in cluster c and l = next_decay():
+  /// direction.
+  ///
+  /// Later updates, with n_c rows of sum s_c in cluster c and l = next_decay():
   ///     N_c = l N_c + (1-l) n_c,   S_c = l S_c + (1-l) s_c,   and where n_c > 0   centroid_c = S_c / N_c;
   /// with Average::batch_mean   N_c as above,   and where n_c > 0   centroid_c = l centroid_c + (1-l) s_c / n_c;
   /// batch_direction takes s_c scaled to the length of normalised rows for s_c / n_c.
@@ -262,8 +264,8 @@ class OnlineKMeans {
     if (!counts.empty()) check_counts(function, counts);
     if (updates < 1) detail::fail<ValueError>(function, "updates", "at least 1", updates);
     for (Index c = 0; c < clusters(); ++c)
-      state_.place(c, centroids.row(c), (std::numeric_limits<double>::max)(),
-                   counts.empty() ? 0.0 : counts[static_cast<std::size_t>(c)]);
+      state_.set_centroid(c, centroids.row(c), (std::numeric_limits<double>::max)(),
+                          counts.empty() ? 0.0 : counts[static_cast<std::size_t>(c)]);
     updates_ = updates;
     revision_ = detail::next_revision();
   }

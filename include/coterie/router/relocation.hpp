@@ -69,7 +69,7 @@ Index split_cluster(Centroids<T>& state, Index candidate, Index update, ConstVie
   const Index row = draw_member(state, candidate, samples, router_stream(RouterStream::split, update));
   if (row < 0) return -1;
   state.halve(candidate);
-  state.place(least, samples.row(row), state.norm(state.rows().row(candidate)), half);
+  state.set_centroid(least, samples.row(row), state.norm(state.rows().row(candidate)), half);
   return least;
 }
 
@@ -93,7 +93,7 @@ void revive_clusters(Centroids<T>& state, std::span<const double> counts, Index 
   for (Index c = 0; c < state.clusters(); ++c)
     if (dead(c)) {
       const Index row = random_below(samples.rows(), state.config().seed, stream, static_cast<std::uint64_t>(c));
-      state.place(c, samples.row(row), length, mean);
+      state.set_centroid(c, samples.row(row), length, mean);
     }
 }
 
