@@ -147,9 +147,10 @@ TEST_CASE("key index: what is seen, ranked out and estimated, by the definition 
         for (const std::int32_t j : index.members(kv, p)) k += key(j), v += value(j);
         mean_key.push_back(k / double(index.members(kv, p).size()));
         mean_value.push_back(v / double(index.members(kv, p).size()));
-        // Scales: of the segment of 64 behind 3 sinks, or where that is not whole of the page.
+        // Scales: of the four segments of 64 behind 3 sinks that are clustered together, behind them of the page.
         const Index first = index.members(kv, p).front(), whole = 3 + (n - 11 - 3) / 64 * 64;
-        const Index begin = first < whole ? 3 + (first - 3) / 64 * 64 : first, count = first < whole ? 64 : 4;
+        REQUIRE(whole == 3 + 4 * 64);
+        const Index begin = first < whole ? 3 : first, count = first < whole ? 4 * 64 : 4;
         for (Index e = 0; e < c.d; ++e) {
           const double s = cache.k.block(begin, kv * c.d + e, count, 1).cwiseAbs().maxCoeff() / 127.0;
           for (const std::int32_t j : index.members(kv, p)) rounded(j, e) = std::nearbyint(key(j)(e) / s) * s;

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -26,8 +27,10 @@ namespace coterie {
 /// Parts of the keys of a cache, head by head, and attention over the best keys of the best parts.
 ///
 /// The keys behind the first `sinks` are cut into segments of `segment` rows. A segment all of whose keys have left the
-/// `recent` ones is clustered by k-means; before that its keys are in pages of `page` neighbours, and the last ones in
-/// none. So an index is a function of the cache alone: built at once or appended to row by row, it is bit-identical.
+/// `recent` ones is clustered by k-means, together with one or three segments before it where their number makes that
+/// two or four: whole fours of segments are clustered once more and stay. Keys of an unfinished segment are in pages of
+/// `page` neighbours, and the last ones in none. So an index is a function of the cache alone: built at once or appended
+/// to row by row, it is bit-identical.
 ///
 /// A query sees the first keys, those in no part, and within its budget the best keys of the best parts. Nothing else is
 /// dropped: a key that was ranked out counts with its own weight and the mean value of its part, one that was never
@@ -80,7 +83,7 @@ class KeyIndex {
   }
   /// Bytes held.
   std::size_t bytes() const {
-    std::size_t sum = segment_parts_.capacity() * sizeof(Index);
+    std::size_t sum = run_parts_.capacity() * sizeof(Index);
     for (const auto& parts : heads_) sum += parts.bytes();
     return sum;
   }
@@ -93,7 +96,7 @@ class KeyIndex {
   /// Requires: that, d and dv at least 1, at most 2^31 - 1 rows (ShapeError). On any error, also of a task or of memory,
   ///   the index is as it was.
   /// Allocates: its result beside the old one.
-  /// Cost: (2 + 2 steps) d segment / keys_per_cluster operations for a key and head, whatever the number of keys.
+  /// Cost: at most 14 steps d segment / keys_per_cluster operations for a key and head, whatever the number of keys.
   void build(ConstView<T> k, ConstView<T> v, Context& context) {
     KeyIndex made(config_);
     made.advance("KeyIndex::build", k.rows(), k, v, context);
@@ -108,7 +111,7 @@ class KeyIndex {
   /// Requires: that, at most 2^31 - 1 rows (ShapeError). On any error, also of a task or of memory, the index is as it
   ///   was.
   /// Allocates: where pages or clusters are made; lists grow by doubling.
-  /// Cost: that of build() for a key, on average.
+  /// Cost: that of build() for a key, on average over whole fours of segments.
   void append(ConstView<T> k, ConstView<T> v, Context& context) {
     check_rows("KeyIndex::append", k, tokens_);
     advance("KeyIndex::append", k.rows(), k, v, context);
@@ -116,9 +119,10 @@ class KeyIndex {
 
   /// Forgets the rows from `tokens` on: bit-identical to an index that has never known them.
   ///
-  /// Shapes: k and v at least `tokens` rows, of which the last segment's are read: it becomes pages again.
+  /// Shapes: k and v at least `tokens` rows, of which up to four segments' are read: clusters that hold later rows are
+  ///   made again without them.
   /// Requires: that, `tokens` in [0, tokens()] (ValueError). On any error the index is as it was.
-  /// Cost: that of build() for the keys of a segment.
+  /// Cost: that of build() for those keys.
   void rollback(Index tokens, ConstView<T> k, ConstView<T> v, Context& context) {
     if (tokens < 0 || tokens > tokens_)
       detail::fail<ValueError>("KeyIndex::rollback", "tokens", detail::join("in [0, ", tokens_, "]"), tokens);
@@ -231,6 +235,19 @@ class KeyIndex {
   }
   /// The first key of a segment.
   Index segment_row(Index segment) const { return config_.sinks + segment * config_.segment; }
+
+  /// Segments that are clustered together: fours, then a pair and a single one where there are any.
+  static constexpr Index longest_run = 4;
+  static Index runs_of(Index segments) {
+    return segments / longest_run + std::popcount(static_cast<std::uint64_t>(segments % longest_run));
+  }
+  static detail::RowRange run_of(Index segments, Index run) {
+    if (run < segments / longest_run) return {run * longest_run, (run + 1) * longest_run};
+    const Index begin = segments / longest_run * longest_run, rest = segments % longest_run;
+    return run == segments / longest_run && rest >= 2 ? detail::RowRange{begin, begin + 2}
+                                                      : detail::RowRange{segments - 1, segments};
+  }
+
   /// Keys from this row on are in no part; or from the sinks' end, where there are none.
   Index parts_end() const { return (std::min)(tokens_, segment_row(segments_) + pages_ * config_.page); }
 
@@ -248,49 +265,52 @@ class KeyIndex {
     detail::check_shape<T>(function, "v", v, k.rows(), kv_heads * dv);
 
     const auto [segments, pages] = whole(tokens);
-    const Index kept = (std::min)(segments, segments_);
+    const Index runs = runs_of(segments), runs_before = runs_of(segments_);
+    Index kept = 0;
+    while (kept < (std::min)(runs, runs_before) && run_of(segments, kept).end == run_of(segments_, kept).end) ++kept;
     const Index kept_pages = segments == segments_ ? (std::min)(pages, pages_) : 0;
-    const Index made = segments - kept, tasks = made + (pages > kept_pages ? 1 : 0);
+    const Index kept_row = segment_row(kept > 0 ? run_of(segments, kept - 1).end : 0) + kept_pages * config_.page;
+    const Index tasks = runs - kept + (pages > kept_pages ? 1 : 0);
     using Parts = detail::KeyParts<T>;
-    if (tasks > 0 || kept < segments_ || kept_pages < pages_) {
+    if (tasks > 0 || kept < runs_before || kept_pages < pages_) {
       std::vector<Parts> fresh(static_cast<std::size_t>(kv_heads * tasks), Parts(d, dv));
       auto& scratch = context.workspace().template object<detail::IndexScratch<T>>();
       scratch.prepare(context);
-      context.for_each(kv_heads * tasks, [&](Index task, Index worker) {
+      context.for_each(kv_heads * tasks, [&, segments = segments, pages = pages](Index task, Index worker) {
         Parts& parts = fresh[static_cast<std::size_t>(task)];
-        const Index h = task / tasks, segment = kept + task % tasks, row = segment_row(segment);
+        const Index h = task / tasks, run = kept + task % tasks, row = segment_row(segments);
         const ConstView<T> keys = k.columns(h * d, d), values = v.columns(h * dv, dv);
-        if (segment < segments)
-          parts.add_clusters(keys, values, {row, row + config_.segment}, config_.keys_per_cluster, config_.steps,
-                             scratch.workers[static_cast<std::size_t>(worker)].context);
+        if (run < runs)
+          parts.add_clusters(
+              keys, values, {segment_row(run_of(segments, run).begin), segment_row(run_of(segments, run).end)},
+              config_.keys_per_cluster, config_.steps, scratch.workers[static_cast<std::size_t>(worker)].context);
         else
           parts.add_pages(keys, values, {row + kept_pages * config_.page, row + pages * config_.page}, config_.page);
       });
       std::vector<Parts> first;  // of heads that have had no parts
       const bool bare = heads_.front().dim() == 0;
       if (bare) first.assign(static_cast<std::size_t>(kv_heads), Parts(d, dv));
-      std::vector<Index> segment_parts;
-      segment_parts.reserve(static_cast<std::size_t>(kv_heads * segments));
+      std::vector<Index> run_parts;
+      run_parts.reserve(static_cast<std::size_t>(kv_heads * runs));
       std::vector<Parts>& heads = bare ? first : heads_;
       for (Index h = 0; h < kv_heads; ++h) {
         const std::span<const Parts> others(fresh.data() + h * tasks, static_cast<std::size_t>(tasks));
         heads[static_cast<std::size_t>(h)].reserve(others);
         Index parts = 0;
-        for (Index s = 0; s < segments; ++s) {
-          parts = s < kept ? segment_parts_[static_cast<std::size_t>(h * segments_ + s)]
-                           : parts + others[static_cast<std::size_t>(s - kept)].count();
-          segment_parts.push_back(parts);
+        for (Index run = 0; run < runs; ++run) {
+          parts = run < kept ? run_parts_[static_cast<std::size_t>(h * runs_before + run)]
+                             : parts + others[static_cast<std::size_t>(run - kept)].count();
+          run_parts.push_back(parts);
         }
       }
       // Nothing fails from here on.
       for (Index h = 0; h < kv_heads; ++h) {
         Parts& parts = heads[static_cast<std::size_t>(h)];
-        parts.drop_to(kept > 0 ? segment_parts[static_cast<std::size_t>(h * segments + kept - 1)] : 0, kept,
-                      segment_row(kept) + kept_pages * config_.page);
+        parts.drop_to(kept > 0 ? run_parts[static_cast<std::size_t>(h * runs + kept - 1)] : 0, kept, kept_row);
         for (Index t = 0; t < tasks; ++t) parts.take(fresh[static_cast<std::size_t>(h * tasks + t)]);
       }
       if (bare) heads_.swap(first);
-      segment_parts_.swap(segment_parts);
+      run_parts_.swap(run_parts);
     }
     d_ = d;
     dv_ = dv;
@@ -363,7 +383,7 @@ class KeyIndex {
   KeyIndexConfig config_;
   Index tokens_ = 0, d_ = 0, dv_ = 0;  // d, dv: 0 before the first keys
   Index segments_ = 0, pages_ = 0;     // in parts
-  std::vector<Index> segment_parts_;   // kv_heads x segments: parts up to the end of each
+  std::vector<Index> run_parts_;       // kv_heads x runs: parts up to the end of each
   std::vector<detail::KeyParts<T>> heads_;
 };
 

@@ -56,7 +56,8 @@ class KeyParts {
            (scales_.capacity() + centroids_.capacity() + values_.capacity() + sizes_.capacity()) * sizeof(T);
   }
 
-  /// Adds clusters of the keys in `range`: k-means by distance from evenly spaced keys, `steps` Lloyd steps.
+  /// Adds clusters of the keys in `range`: k-means by distance from evenly spaced keys, `steps` Lloyd steps; a cluster of
+  /// more than twice its mean size is clustered again.
   ///
   /// Distances, unlike dot products, do not depend on what all keys have in common; nor do the probabilities of
   /// attention. Clusters without keys are left out.
@@ -64,52 +65,14 @@ class KeyParts {
   void add_clusters(ConstView<T> k, ConstView<T> v, RowRange range, Index keys_per_cluster, Index steps,
                     Context& context) {
     std::vector<std::int32_t> rows = finite_rows_of(k, v, range);
-    const Index n = static_cast<Index>(rows.size());
-    if (n == 0) {
-      scales_.resize(at(d_));  // a row for every segment
-      return;
-    }
-    const Index clusters = (std::min)(n, (std::max<Index>)(1, (n + keys_per_cluster / 2) / keys_per_cluster));
-    // x = (key - mean, 1), whose dot product with (c, -c.c/2) is (|key - mean|^2 - |key - mean - c|^2) / 2.
-    std::vector<double> mean(at(d_), 0.0);
-    for (const std::int32_t row : rows)
-      for (Index e = 0; e < d_; ++e) mean[at(e)] += static_cast<double>(k(row, e));
-    RowMatrix<T> x(n, d_ + 1), nearest(clusters, d_ + 1);
-    for (Index i = 0; i < n; ++i) {
-      for (Index e = 0; e < d_; ++e) x(i, e) = k(rows[at(i)], e) - static_cast<T>(mean[at(e)] / static_cast<double>(n));
-      x(i, d_) = 1;
-    }
-    for (Index c = 0; c < clusters; ++c)
-      set_centroid(nearest, c, x.data() + (clusters > 1 ? c * (n - 1) / (clusters - 1) : 0) * (d_ + 1));
-    std::vector<std::int32_t> labels(at(n));
-    std::vector<double> sums;
-    std::vector<Index> sizes;
-    std::vector<T> centroid(at(d_));
-    for (Index step = 0; step < steps; ++step) {
-      nearest_centroids<T>(x, nearest, labels, context);
-      sizes.assign(at(clusters), 0);
-      sums.assign(at(clusters * d_), 0.0);
-      for (Index i = 0; i < n; ++i) {
-        const Index c = labels[at(i)];
-        ++sizes[at(c)];
-        for (Index e = 0; e < d_; ++e) sums[at(c * d_ + e)] += static_cast<double>(x(i, e));
-      }
-      for (Index c = 0; c < clusters; ++c) {
-        if (sizes[at(c)] == 0) continue;
-        for (Index e = 0; e < d_; ++e)
-          centroid[at(e)] = static_cast<T>(sums[at(c * d_ + e)] / static_cast<double>(sizes[at(c)]));
-        set_centroid(nearest, c, centroid.data());
-      }
-    }
-    nearest_centroids<T>(x, nearest, labels, context);
-    sizes.assign(at(clusters) + 1, 0);
-    for (const std::int32_t label : labels) ++sizes[at(label) + 1];
-    for (Index c = 0; c < clusters; ++c) sizes[at(c) + 1] += sizes[at(c)];
-    std::vector<std::int32_t> sorted(at(n));
-    std::vector<Index> next(sizes.begin(), sizes.end() - 1);
-    for (Index i = 0; i < n; ++i) sorted[at(next[at(labels[at(i)])]++)] = rows[at(i)];
-    set_parts(k, v, std::move(sorted), sizes);
-    add_scales(k, 0, count());
+    std::vector<Index> begin{0};
+    ClusterScratch scratch;
+    cluster(k, rows, keys_per_cluster, steps, begin, scratch, context, 3);
+    set_parts(k, v, std::move(rows), begin);
+    if (count() > 0)
+      add_scales(k, 0, count());
+    else
+      scales_.resize(at(d_));  // a row for every call
   }
 
   /// Adds pages of `page` neighbouring keys: those in `range`, whose length is a multiple of `page`.
@@ -154,10 +117,10 @@ class KeyParts {
     grow(loose_, loose);
   }
 
-  /// Drops, behind the first `parts` parts of `segments` segments, all pages from row `row` on; and loose keys from
+  /// Drops, behind the first `parts` parts of `runs` calls of add_clusters, all pages from row `row` on; and loose keys from
   /// there on.
   /// Requires: reserve().
-  void drop_to(Index parts, Index segments, Index row) noexcept {
+  void drop_to(Index parts, Index runs, Index row) noexcept {
     Index kept = parts;
     while (kept < count() && rows(kept).front() < row) ++kept;
     begin_.resize(at(kept + 1));
@@ -166,7 +129,7 @@ class KeyParts {
     values_.resize(at(kept * dv_));
     rows_.resize(at(keys()));
     words_.resize(at(keys() * int8_words(d_) + int8_slack));
-    scales_.resize(at((segments + kept - parts) * d_));
+    scales_.resize(at((runs + kept - parts) * d_));
     while (!loose_.empty() && loose_.back() >= row) loose_.pop_back();
   }
 
@@ -201,6 +164,69 @@ class KeyParts {
   template <class V>
   static void append(V& list, const V& other) noexcept {
     list.insert(list.end(), other.begin(), other.end());
+  }
+
+  struct ClusterScratch {
+    RowMatrix<T> x, nearest;
+    std::vector<std::int32_t> labels;
+    std::vector<double> sums;
+    std::vector<T> centroid;
+  };
+
+  /// Sorts rows by cluster, ascending inside each, and appends where clusters end to `begin`.
+  void cluster(ConstView<T> k, std::span<std::int32_t> rows, Index keys_per_cluster, Index steps,
+               std::vector<Index>& begin, ClusterScratch& scratch, Context& context, int depth) const {
+    const Index n = static_cast<Index>(rows.size()), first = begin.back();
+    const Index clusters = (std::min)(n, (std::max<Index>)(1, (n + keys_per_cluster / 2) / keys_per_cluster));
+    if (clusters == 0) return;
+    // x = (key - mean, 1), whose dot product with (c, -c.c/2) is (|key - mean|^2 - |key - mean - c|^2) / 2.
+    RowMatrix<T>&x = scratch.x, &nearest = scratch.nearest;
+    std::vector<std::int32_t>& labels = scratch.labels;
+    std::vector<double>& sums = scratch.sums;
+    x.resize(n, d_ + 1);
+    nearest.resize(clusters, d_ + 1);
+    labels.resize(at(n));
+    scratch.centroid.resize(at(d_));
+    sums.assign(at(d_), 0.0);
+    for (const std::int32_t row : rows)
+      for (Index e = 0; e < d_; ++e) sums[at(e)] += static_cast<double>(k(row, e));
+    for (Index i = 0; i < n; ++i) {
+      for (Index e = 0; e < d_; ++e) x(i, e) = k(rows[at(i)], e) - static_cast<T>(sums[at(e)] / static_cast<double>(n));
+      x(i, d_) = 1;
+    }
+    for (Index c = 0; c < clusters; ++c)
+      set_centroid(nearest, c, x.data() + (clusters > 1 ? c * (n - 1) / (clusters - 1) : 0) * (d_ + 1));
+    std::vector<Index> sizes;
+    for (Index step = 0; step < steps; ++step) {
+      nearest_centroids<T>(x, nearest, labels, context);
+      sizes.assign(at(clusters), 0);
+      sums.assign(at(clusters * d_), 0.0);
+      for (Index i = 0; i < n; ++i) {
+        const Index c = labels[at(i)];
+        ++sizes[at(c)];
+        for (Index e = 0; e < d_; ++e) sums[at(c * d_ + e)] += static_cast<double>(x(i, e));
+      }
+      for (Index c = 0; c < clusters; ++c) {
+        if (sizes[at(c)] == 0) continue;
+        for (Index e = 0; e < d_; ++e)
+          scratch.centroid[at(e)] = static_cast<T>(sums[at(c * d_ + e)] / static_cast<double>(sizes[at(c)]));
+        set_centroid(nearest, c, scratch.centroid.data());
+      }
+    }
+    nearest_centroids<T>(x, nearest, labels, context);
+    std::vector<Index> next(at(clusters) + 1, 0);
+    for (const std::int32_t label : labels) ++next[at(label) + 1];
+    for (Index c = 0; c < clusters; ++c) next[at(c) + 1] += next[at(c)];
+    const std::vector<Index> ends(next.begin() + 1, next.end());
+    const std::vector<std::int32_t> before(rows.begin(), rows.end());
+    for (Index i = 0; i < n; ++i) rows[at(next[at(labels[at(i)])]++)] = before[at(i)];
+    for (Index c = 0, from = 0; c < clusters; from = ends[at(c++)]) {
+      const Index size = ends[at(c)] - from;
+      if (size > 2 * keys_per_cluster && size < n && depth > 1)
+        cluster(k, rows.subspan(at(from), at(size)), keys_per_cluster, steps, begin, scratch, context, depth - 1);
+      else
+        begin.push_back(first + ends[at(c)]);
+    }
   }
 
   std::vector<std::int32_t> finite_rows_of(ConstView<T> k, ConstView<T> v, RowRange range) {
