@@ -33,7 +33,8 @@ TEST_CASE(
         for (Index j = 0; j < count; ++j) {
           double rounded = 0, error = 0, size = 0;
           for (Index e = 0; e < d; ++e) {
-            const double s = scale[std::size_t(e)], level = s > 0 ? std::nearbyint(double(keys(j, e)) / s) : 0;
+            const double s = scale[std::size_t(e)],
+                         level = s > 0 ? double(std::nearbyint(keys(j, e) / scale[std::size_t(e)])) : 0.0;
             rounded += double(q(0, e)) * s * level;
             error += std::abs(double(q(0, e))) * s / 2;
             size += std::abs(double(q(0, e)) * double(keys(j, e)));

@@ -166,8 +166,13 @@ class KeyIndex {
     detail::check_no_alias<T>(function, "out", out, "v", v);
     if (report != nullptr)
       for (auto* matrix : {&report->keys_seen, &report->ranked_mass, &report->estimated_mass, &report->sampled_mass,
-                           &report->sampled_error})
-        matrix->setZero(q.rows(), sizes.heads);
+                           &report->sampled_error}) {
+        // Not resized: Eigen's matrices do not survive that without memory.
+        RowMatrix<double> sized;
+        if (matrix->rows() != q.rows() || matrix->cols() != sizes.heads)
+          matrix->swap(sized = RowMatrix<double>(q.rows(), sizes.heads));
+        matrix->setZero();
+      }
     if (k.rows() == 0) {
       out.fill(0);
       return;

@@ -167,10 +167,9 @@ class KeyParts {
   }
 
   struct ClusterScratch {
-    RowMatrix<T> x, nearest;
+    std::vector<T> x, nearest, centroid;
     std::vector<std::int32_t> labels;
     std::vector<double> sums;
-    std::vector<T> centroid;
   };
 
   /// Sorts rows by cluster, ascending inside each, and appends where clusters end to `begin`.
@@ -180,13 +179,13 @@ class KeyParts {
     const Index clusters = (std::min)(n, (std::max<Index>)(1, (n + keys_per_cluster / 2) / keys_per_cluster));
     if (clusters == 0) return;
     // x = (key - mean, 1), whose dot product with (c, -c.c/2) is (|key - mean|^2 - |key - mean - c|^2) / 2.
-    RowMatrix<T>&x = scratch.x, &nearest = scratch.nearest;
+    scratch.x.resize(at(n * (d_ + 1)));
+    scratch.nearest.resize(at(clusters * (d_ + 1)));
+    scratch.centroid.resize(at(d_));
+    const View<T> x(scratch.x.data(), n, d_ + 1), nearest(scratch.nearest.data(), clusters, d_ + 1);
     std::vector<std::int32_t>& labels = scratch.labels;
     std::vector<double>& sums = scratch.sums;
-    x.resize(n, d_ + 1);
-    nearest.resize(clusters, d_ + 1);
     labels.resize(at(n));
-    scratch.centroid.resize(at(d_));
     sums.assign(at(d_), 0.0);
     for (const std::int32_t row : rows)
       for (Index e = 0; e < d_; ++e) sums[at(e)] += static_cast<double>(k(row, e));
@@ -195,7 +194,7 @@ class KeyParts {
       x(i, d_) = 1;
     }
     for (Index c = 0; c < clusters; ++c)
-      set_centroid(nearest, c, x.data() + (clusters > 1 ? c * (n - 1) / (clusters - 1) : 0) * (d_ + 1));
+      set_centroid(nearest.row(c), x.row(clusters > 1 ? c * (n - 1) / (clusters - 1) : 0));
     std::vector<Index> sizes;
     for (Index step = 0; step < steps; ++step) {
       nearest_centroids<T>(x, nearest, labels, context);
@@ -210,7 +209,7 @@ class KeyParts {
         if (sizes[at(c)] == 0) continue;
         for (Index e = 0; e < d_; ++e)
           scratch.centroid[at(e)] = static_cast<T>(sums[at(c * d_ + e)] / static_cast<double>(sizes[at(c)]));
-        set_centroid(nearest, c, scratch.centroid.data());
+        set_centroid(nearest.row(c), scratch.centroid.data());
       }
     }
     nearest_centroids<T>(x, nearest, labels, context);
@@ -237,8 +236,7 @@ class KeyParts {
     return rows;
   }
 
-  void set_centroid(RowMatrix<T>& nearest, Index c, const T* centroid) const {
-    T* const row = nearest.data() + c * (d_ + 1);
+  void set_centroid(T* row, const T* centroid) const {
     std::copy(centroid, centroid + d_, row);
     double square = 0;
     for (Index e = 0; e < d_; ++e) square += static_cast<double>(centroid[e]) * static_cast<double>(centroid[e]);
