@@ -130,7 +130,7 @@ class IndexPass {
       if (settings_.tail && !one_row)
         for (Index g = 0; g < group_; ++g) weigh(i * group_ + g, g, k);
     }
-    if (settings_.rank == 0) add_parts(q.rows());
+    if (settings_.rank == 0) add_parts();
   }
 
   /// out = attention along the plan and over the tail.
@@ -436,7 +436,7 @@ class IndexPass {
   }
 
   /// Adds a group for every part that is seen whole, with the queries that chose it.
-  void add_parts(Index queries) {
+  void add_parts() {
     Index* const begin = arena_.template take<Index>(parts_.count() + 1);
     Index* const list = arena_.template take<Index>((std::max<Index>)(1, pair_count_));
     std::fill_n(begin, parts_.count() + 1, Index(0));
@@ -450,7 +450,6 @@ class IndexPass {
       worker_.plan.keys.insert(worker_.plan.keys.end(), parts_.rows(c).begin(), parts_.rows(c).end());
       add_group(std::span<const Index>(list + first, at(begin[c] - first)), keys_before);
     }
-    COTERIE_ASSERT(pair_count_ <= queries * parts_.count());
   }
 
   /// The sums of the weights of what is seen and of the rest, in the same unit.
