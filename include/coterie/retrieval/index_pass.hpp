@@ -223,6 +223,8 @@ class IndexPass {
       candidates_ = arena_.template matrix<T>(group_, parts_.keys() + int8_slack);
       combined_ = arena_.template take<T>(parts_.keys() + int8_slack);
       ordered_ = arena_.template take<Ordered>(parts_.keys());
+      kept_ = arena_.template take<Kept>(parts_.keys() + 1);
+      bins_ = arena_.template take<std::int32_t>(Index(1) << bin_bits);
       int8_q_ = arena_.template take<T>(4 * depth * group_);
       std::fill_n(int8_q_, 4 * depth * group_, T(0));
       marks_ = arena_.template take<std::uint64_t>(keys_.exact.begin / 64 + 1);
@@ -351,32 +353,62 @@ class IndexPass {
     return bits ^ ((bits >> (8 * sizeof(T) - 1)) & (std::numeric_limits<Ordered>::max)());
   }
 
+  /// The want-th largest of the numbers in ordered_, `want` in [1, count]: a count by leading bits, then a selection
+  /// among those that share the leading bits of the one sought.
+  Ordered select(Index count, Index want) {
+    using Unsigned = std::make_unsigned_t<Ordered>;
+    const auto [low, high] = std::minmax_element(ordered_, ordered_ + count);
+    const auto least = static_cast<Unsigned>(*low);
+    const int shift = (std::max)(0, static_cast<int>(std::bit_width(static_cast<Unsigned>(*high) - least)) - bin_bits);
+    const auto bin = [least, shift](Ordered x) { return (static_cast<Unsigned>(x) - least) >> shift; };
+    std::fill_n(bins_, Index(1) << bin_bits, 0);
+    for (Index j = 0; j < count; ++j) ++bins_[bin(ordered_[j])];
+    Unsigned sought = bin(*high);
+    for (; bins_[sought] < want; --sought) want -= bins_[sought];
+    Index same = 0;
+    for (Index j = 0; j < count; ++j) {
+      const Ordered x = ordered_[j];
+      ordered_[same] = x;  // numbers before j have been read
+      same += bin(x) == sought;
+    }
+    std::nth_element(ordered_, ordered_ + want - 1, ordered_ + same, std::greater<Ordered>());
+    return ordered_[want - 1];
+  }
+
   /// Adds the best candidates to the plan; their scores become minus infinity. Earlier candidates win ties.
   void keep_best(Index i) {
     if (chosen_count_ == 0) return;
     const T* by = candidates_.row(0);
     if (group_ > 1) by = combine_candidates(i);
     Ordered threshold = (std::numeric_limits<Ordered>::min)();
-    Index ties = candidate_count_;
     if (want_ < candidate_count_) {
       for (Index j = 0; j < candidate_count_; ++j) ordered_[j] = ordered(by[j]);
-      std::nth_element(ordered_, ordered_ + want_ - 1, ordered_ + candidate_count_, std::greater<Ordered>());
-      threshold = ordered_[want_ - 1];
-      ties = want_;
-      for (Index j = 0; j < want_ - 1; ++j) ties -= ordered_[j] > threshold;
+      threshold = select(candidate_count_, want_);
     }
-    // Marks in the order of rows, because the keys of a plan ascend.
+    // Without a branch, for nobody can predict which are kept.
+    Index kept = 0;
+    for (Index p = 0; p < chosen_count_; ++p) {
+      const std::int32_t* const rows = parts_.rows(chosen_[p]).data();
+      for (Index j = candidate_begin_[p]; j < candidate_begin_[p + 1]; ++j) {
+        kept_[kept] = {static_cast<std::int32_t>(j), rows[j - candidate_begin_[p]]};
+        kept += ordered(by[j]) >= threshold;
+      }
+    }
+    if (kept > want_) {  // more than wanted equal the threshold: the last ones of these are too many
+      Index ties = want_;
+      for (Index k = 0; k < kept; ++k) ties -= ordered(by[kept_[k].candidate]) > threshold;
+      Index left = 0;
+      for (Index k = 0; k < kept; ++k)
+        if (ordered(by[kept_[k].candidate]) > threshold || ties-- > 0) kept_[left++] = kept_[k];
+      kept = left;
+    }
+    // Marks bring them into the order of rows, for the keys of a plan ascend.
     const Index words = keys_.exact.begin / 64 + 1;
     std::fill_n(marks_, words, std::uint64_t(0));
-    for (Index p = 0; p < chosen_count_; ++p) {
-      const std::span<const std::int32_t> rows = parts_.rows(chosen_[p]);
-      for (Index j = candidate_begin_[p]; j < candidate_begin_[p + 1]; ++j) {
-        const Ordered score = ordered(by[j]);
-        if (score < threshold || (score == threshold && ties-- <= 0)) continue;
-        const auto row = static_cast<std::uint32_t>(rows[at(j - candidate_begin_[p])]);
-        marks_[row / 64] |= std::uint64_t(1) << (row % 64);
-        for (Index g = 0; g < group_; ++g) candidates_(g, j) = nothing;
-      }
+    for (Index k = 0; k < kept; ++k) {
+      const auto row = static_cast<std::uint32_t>(kept_[k].row);
+      marks_[row / 64] |= std::uint64_t(1) << (row % 64);
+      for (Index g = 0; g < group_; ++g) candidates_(g, kept_[k].candidate) = nothing;
     }
     const std::size_t keys_before = worker_.plan.keys.size();
     for (Index w = 0; w < words; ++w)
@@ -430,6 +462,10 @@ class IndexPass {
   struct Pair {
     std::int32_t part, query;
   };
+  struct Kept {
+    std::int32_t candidate, row;
+  };
+  static constexpr int bin_bits = 11;
 
   void remember_parts(Index i) {
     for (Index p = 0; p < chosen_count_; ++p) pairs_[pair_count_++] = {chosen_[p], static_cast<std::int32_t>(i)};
@@ -511,6 +547,8 @@ class IndexPass {
   View<T> candidates_;
   T *combined_ = nullptr, *int8_q_ = nullptr;
   Ordered* ordered_ = nullptr;
+  Kept* kept_ = nullptr;
+  std::int32_t* bins_ = nullptr;
   std::uint64_t* marks_ = nullptr;
   // Of all queries, where parts are seen whole.
   Pair* pairs_ = nullptr;
