@@ -5,10 +5,8 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <deque>
 #include <limits>
 #include <span>
-#include <type_traits>
 #include <vector>
 
 #include "coterie/attention/attention.hpp"
@@ -17,57 +15,11 @@
 #include "coterie/kernel/product.hpp"
 #include "coterie/plan/complete.hpp"
 #include "coterie/retrieval/config.hpp"
+#include "coterie/retrieval/index_scratch.hpp"
 #include "coterie/retrieval/key_parts.hpp"
+#include "coterie/retrieval/selection.hpp"
 
 namespace coterie::detail {
-
-/// Scratch of the passes of KeyIndex: one for each worker, kept from call to call.
-template <class T>
-struct IndexScratch {
-  struct Worker {
-    explicit Worker(InstructionSet instructions) : context(instructions) {}
-    Context context;  // serial, with a workspace of its own: heads run side by side
-    AttentionPlan plan;
-    AttentionTape<T> tape;
-    PlanScratch plan_scratch;
-  };
-  std::deque<Worker> workers;
-
-  /// Makes scratch for the workers of a context.
-  void prepare(const Context& context) {
-    if (!workers.empty() && workers.front().context.instructions() != context.instructions()) workers.clear();
-    while (static_cast<Index>(workers.size()) < context.workers()) workers.emplace_back(context.instructions());
-  }
-
-  /// Reserves memory for the largest task in every worker, because any of them can get it.
-  void reserve(Index rows, Index groups, Index entries, Index keys) {
-    const auto at = [](Index i) { return static_cast<std::size_t>(i); };
-    for (Worker& w : workers) {
-      w.tape.prepare(rows, 1, Combine::lse);
-      for (auto* list : {&w.plan.entries, &w.plan.row_entries, &w.plan_scratch.numbers}) list->reserve(at(entries));
-      w.plan.row_begin.reserve(at(rows) + 1);
-      w.plan.visible.reserve(at(entries));
-      w.plan.keys.reserve(std::bit_ceil(at(keys)));  // it grows with every key
-      w.plan.groups.reserve(at(groups));
-      w.plan.parts.reserve(at(groups + entries / AttentionPlan::part_entries));
-      w.plan.task_begin.reserve(at(groups + entries / AttentionPlan::part_entries + 1));
-    }
-  }
-
-  /// Makes the arenas of all workers as large as the largest.
-  void level() {
-    std::size_t shared = 0, own = 0;
-    for (Worker& w : workers) {
-      w.context.workspace().prepare(1);
-      shared = (std::max)(shared, w.context.workspace().shared().bytes());
-      own = (std::max)(own, w.context.workspace().worker(0).bytes());
-    }
-    for (Worker& w : workers) {
-      w.context.workspace().shared().reserve(shared);
-      w.context.workspace().worker(0).reserve(own);
-    }
-  }
-};
 
 /// Settings of a pass, resolved.
 struct IndexPassSettings {
@@ -89,13 +41,15 @@ struct VisibleKeys {
   Index seen_exact(Index i) const { return (std::max<Index>)(0, (std::min)(exact.end, visible(i)) - exact.begin); }
 };
 
-/// A pass of some queries of one key/value head. Rows of the pass: the `group` query heads that share a choice, query by
-/// query.
+/// A pass of some queries of one key/value head. Rows of the pass: the `group` query heads that share a choice, query
+/// by query.
 ///
-/// Scores are to base 2. Of every part a query knows the score of the mean key; parts are chosen in that order until
-/// the candidates reach their number. With ranking, the best single candidates by int8 scores are seen; the rest of the
-/// chosen parts counts with these scores and the part's mean value. All other parts count with size, mean key and mean
-/// value: the tail. What is seen is a plan, attended to as any plan, and merged with the rest by its log-sum-exp.
+/// Scores are to base 2. A query knows the score of every part's mean key, and chooses parts in that order until the
+/// candidates reach their number. With ranking it sees the best candidates by int8 scores; the rest of the chosen parts
+/// counts with these scores and the part's mean value.
+///
+/// All other parts count with size, mean key and mean value: the tail. What is seen is a plan, attended to as any plan,
+/// and merged with the rest by its log-sum-exp.
 template <class T>
 class IndexPass {
  public:
@@ -222,9 +176,9 @@ class IndexPass {
     if (settings_.rank > 0) {
       candidates_ = arena_.template matrix<T>(group_, parts_.keys() + int8_slack);
       combined_ = arena_.template take<T>(parts_.keys() + int8_slack);
-      ordered_ = arena_.template take<Ordered>(parts_.keys());
+      ordered_ = arena_.template take<Ordered<T>>(parts_.keys());
       kept_ = arena_.template take<Kept>(parts_.keys() + 1);
-      bins_ = arena_.template take<std::int32_t>(Index(1) << bin_bits);
+      bins_ = arena_.template take<std::int32_t>(selection_bins);
       int8_q_ = arena_.template take<T>(4 * depth * group_);
       std::fill_n(int8_q_, 4 * depth * group_, T(0));
       marks_ = arena_.template take<std::uint64_t>(keys_.exact.begin / 64 + 1);
@@ -346,44 +300,15 @@ class IndexPass {
     }
   }
 
-  // Numbers as integers of the same order, which NaN cannot confuse.
-  using Ordered = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
-  static Ordered ordered(T x) {
-    const auto bits = std::bit_cast<Ordered>(x);
-    return bits ^ ((bits >> (8 * sizeof(T) - 1)) & (std::numeric_limits<Ordered>::max)());
-  }
-
-  /// The want-th largest of the numbers in ordered_, `want` in [1, count]: a count by leading bits, then a selection
-  /// among those that share the leading bits of the one sought.
-  Ordered select(Index count, Index want) {
-    using Unsigned = std::make_unsigned_t<Ordered>;
-    const auto [low, high] = std::minmax_element(ordered_, ordered_ + count);
-    const auto least = static_cast<Unsigned>(*low);
-    const int shift = (std::max)(0, static_cast<int>(std::bit_width(static_cast<Unsigned>(*high) - least)) - bin_bits);
-    const auto bin = [least, shift](Ordered x) { return (static_cast<Unsigned>(x) - least) >> shift; };
-    std::fill_n(bins_, Index(1) << bin_bits, 0);
-    for (Index j = 0; j < count; ++j) ++bins_[bin(ordered_[j])];
-    Unsigned sought = bin(*high);
-    for (; bins_[sought] < want; --sought) want -= bins_[sought];
-    Index same = 0;
-    for (Index j = 0; j < count; ++j) {
-      const Ordered x = ordered_[j];
-      ordered_[same] = x;  // numbers before j have been read
-      same += bin(x) == sought;
-    }
-    std::nth_element(ordered_, ordered_ + want - 1, ordered_ + same, std::greater<Ordered>());
-    return ordered_[want - 1];
-  }
-
   /// Adds the best candidates to the plan; their scores become minus infinity. Earlier candidates win ties.
   void keep_best(Index i) {
     if (chosen_count_ == 0) return;
     const T* by = candidates_.row(0);
     if (group_ > 1) by = combine_candidates(i);
-    Ordered threshold = (std::numeric_limits<Ordered>::min)();
+    Ordered<T> threshold = (std::numeric_limits<Ordered<T>>::min)();
     if (want_ < candidate_count_) {
       for (Index j = 0; j < candidate_count_; ++j) ordered_[j] = ordered(by[j]);
-      threshold = select(candidate_count_, want_);
+      threshold = select_largest(ordered_, candidate_count_, want_, bins_);
     }
     // Without a branch, for nobody can predict which are kept.
     Index kept = 0;
@@ -465,7 +390,6 @@ class IndexPass {
   struct Kept {
     std::int32_t candidate, row;
   };
-  static constexpr int bin_bits = 11;
 
   void remember_parts(Index i) {
     for (Index p = 0; p < chosen_count_; ++p) pairs_[pair_count_++] = {chosen_[p], static_cast<std::int32_t>(i)};
@@ -546,7 +470,7 @@ class IndexPass {
   Index* candidate_begin_ = nullptr;
   View<T> candidates_;
   T *combined_ = nullptr, *int8_q_ = nullptr;
-  Ordered* ordered_ = nullptr;
+  Ordered<T>* ordered_ = nullptr;
   Kept* kept_ = nullptr;
   std::int32_t* bins_ = nullptr;
   std::uint64_t* marks_ = nullptr;
