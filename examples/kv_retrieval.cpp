@@ -1,5 +1,5 @@
-// Attention over a long key/value cache whose heads were never trained to be routed: how well do a few keys and the means
-// of the rest stand for all of it?
+// Attention over a long key/value cache whose heads were never trained to be routed: how well do a few keys and the
+// means of the rest stand for all of it?
 //
 // A KeyIndex clusters the keys once; a query then sees the best keys of the clusters that promise most, and takes the
 // rest from means. This program trains a small byte-level language model with dense heads, runs it over held-out text,
