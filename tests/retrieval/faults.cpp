@@ -12,17 +12,18 @@ using namespace coterie;
 
 namespace {
 
-constexpr Index cache_heads = 3, cache_clusters = 5, cache_width = 4;
+constexpr Index cache_heads = 3, cache_width = 4;
 
 KeyIndex<float> small_index() {
-  return KeyIndex<float>({.kv_heads = cache_heads, .clusters = cache_clusters, .sinks = 2, .recent = 10});
+  return KeyIndex<float>(
+      {.kv_heads = cache_heads, .keys_per_cluster = 8, .page = 4, .segment = 32, .sinks = 2, .recent = 10, .steps = 2});
 }
 
 // The keys of an index by head and cluster.
 std::vector<std::vector<std::int32_t>> members_of(const KeyIndex<float>& index) {
   std::vector<std::vector<std::int32_t>> all;
   for (Index h = 0; h < cache_heads; ++h)
-    for (Index c = 0; c < index.clusters(h); ++c) {
+    for (Index c = 0; c < index.parts(h); ++c) {
       const auto members = index.members(h, c);
       all.emplace_back(members.begin(), members.end());
     }
@@ -36,9 +37,9 @@ void require_same(const KeyIndex<float>& index, const KeyIndex<float>& expected,
   const RowMatrix<float> q = Random(9).matrix<float>(6, cache_heads * cache_width), known = k.topRows(index.tokens());
   RowMatrix<float> out(6, cache_heads * cache_width), wanted = out;
   Context context;
-  for (const Index probes : {Index(2), cache_clusters}) {
-    index.attend(q, known, known, out, {.probes = probes}, context);
-    expected.attend(q, known, known, wanted, {.probes = probes}, context);
+  for (const double budget : {0.3, 1.0}) {
+    index.attend(q, known, known, out, {.budget = budget}, context);
+    expected.attend(q, known, known, wanted, {.budget = budget}, context);
     REQUIRE(out == wanted);
   }
 }
@@ -53,15 +54,15 @@ TEST_CASE("an index whose build fails is as it was, whether it knew keys or not"
     Workspace workspace;
     Context context(host, workspace), usual;
     KeyIndex<float> old = small_index();
-    if (before > 0) old.build(k.topRows(before), usual);
+    if (before > 0) old.build(k.topRows(before), k.topRows(before), usual);
     KeyIndex<float> expected = old;
-    expected.build(k, usual);
+    expected.build(k, k, usual);
     KeyIndex<float> index = old;
     REQUIRE(cancel_each_task(
-                host, [&] { index = old; }, [&] { index.build(k, context); },
+                host, [&] { index = old; }, [&] { index.build(k, k, context); },
                 [&] {
                   require_same(index, old, k);
-                  index.build(k, context);
+                  index.build(k, k, context);
                   require_same(index, expected, k);
                 }) > 5);
     std::unique_ptr<Context> fresh;
@@ -70,17 +71,17 @@ TEST_CASE("an index whose build fails is as it was, whether it knew keys or not"
                   index = old;
                   fresh = std::make_unique<Context>();
                 },
-                [&] { index.build(k, *fresh); },
+                [&] { index.build(k, k, *fresh); },
                 [&](bool threw) {
                   require_same(index, threw ? old : expected, k);
-                  index.build(k, *fresh);
+                  index.build(k, k, *fresh);
                   require_same(index, expected, k);
                 }) > 20);
   }
 }
 
 TEST_CASE("an index to which keys are appended takes all of them, or on error none") {
-  const Index many = 9000;  // more than are taken at a time
+  const Index many = 600;
   const RowMatrix<float> k = Random(1).matrix<float>(many, cache_heads * cache_width);
   for (const Index length : {Index(200), many}) {
     INFO("keys: " << length);
@@ -88,27 +89,48 @@ TEST_CASE("an index to which keys are appended takes all of them, or on error no
     Workspace workspace;
     Context context(host, workspace), usual;
     KeyIndex<float> old = small_index();
-    old.build(k.topRows(150), usual);
+    old.build(k.topRows(150), k.topRows(150), usual);
     KeyIndex<float> expected = old;
-    expected.append(k.topRows(length), usual);
+    expected.append(k.topRows(length), k.topRows(length), usual);
     KeyIndex<float> index = old;
     REQUIRE(cancel_each_task(
-                host, [&] { index = old; }, [&] { index.append(k.topRows(length), context); },
+                host, [&] { index = old; }, [&] { index.append(k.topRows(length), k.topRows(length), context); },
                 [&] {
                   require_same(index, old, k);
-                  index.append(k.topRows(length), context);
+                  index.append(k.topRows(length), k.topRows(length), context);
                   require_same(index, expected, k);
-                }) >= 6);
+                }) >= 3);
+    // Back: the unfinished segment becomes pages again, or on error nothing changes.
+    KeyIndex<float> shorter = old;
+    shorter.rollback(139, k, k, usual);
+    REQUIRE(cancel_each_task(
+                host, [&] { index = expected; }, [&] { index.rollback(139, k, k, context); },
+                [&] {
+                  require_same(index, expected, k);
+                  index.rollback(139, k, k, context);
+                  require_same(index, shorter, k);
+                }) >= 3);
     std::unique_ptr<Context> fresh;
+    REQUIRE(fail_each_allocation(
+                [&] {
+                  index = expected;
+                  fresh = std::make_unique<Context>();
+                },
+                [&] { index.rollback(139, k, k, *fresh); },
+                [&](bool threw) {
+                  require_same(index, threw ? expected : shorter, k);
+                  index.rollback(139, k, k, *fresh);
+                  require_same(index, shorter, k);
+                }) > 3);
     REQUIRE(fail_each_allocation(
                 [&] {
                   index = old;
                   fresh = std::make_unique<Context>();
                 },
-                [&] { index.append(k.topRows(length), *fresh); },
+                [&] { index.append(k.topRows(length), k.topRows(length), *fresh); },
                 [&](bool threw) {
                   require_same(index, threw ? old : expected, k);
-                  index.append(k.topRows(length), *fresh);
+                  index.append(k.topRows(length), k.topRows(length), *fresh);
                   require_same(index, expected, k);
                 }) > 3);
   }

@@ -1,5 +1,7 @@
 #include "coterie/retrieval/key_index.hpp"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -11,6 +13,7 @@
 #include "coterie/attention/reference.hpp"
 #include "coterie/plan/dense.hpp"
 #include "errors.hpp"
+#include "key_cache.hpp"
 #include "random.hpp"
 
 using namespace coterie;
@@ -18,457 +21,566 @@ using namespace test;
 
 namespace {
 
-bool same_bits(const RowMatrix<float>& a, const RowMatrix<float>& b) {
-  return a.rows() == b.rows() && a.cols() == b.cols() &&
-         std::memcmp(a.data(), b.data(), static_cast<std::size_t>(a.size()) * sizeof(float)) == 0;
-}
-
-// A cache and queries; kv_heads heads of keys of width d and values of width dv.
-struct Cache {
-  RowMatrix<float> q, k, v;
-  Index heads, kv_heads, d, dv;
-
-  Cache(Index tokens, Index queries, Index query_heads, Index key_heads, std::uint64_t seed, Index width = 6,
-        Index value_width = 5)
-      : heads(query_heads), kv_heads(key_heads), d(width), dv(value_width) {
-    Random random(seed);
-    q = 3 * random.matrix<float>(queries, heads * d);
-    k = 3 * random.matrix<float>(tokens, kv_heads * d);
-    v = random.matrix<float>(tokens, kv_heads * dv);
+/// The rows that each query and head sees, by the index's plans.
+std::vector<std::vector<std::set<Index>>> seen_by(const KeyCache& cache, const KeyIndex<float>& index,
+                                                  const KeyIndexQuery& query, Context& context) {
+  std::vector<AttentionPlan> plans;
+  index.plan(cache.q, cache.k, query, plans, context);
+  std::vector<std::vector<std::set<Index>>> seen(plans.size());
+  for (std::size_t h = 0; h < plans.size(); ++h) {
+    validate(plans[h]);
+    for (Index i = 0; i < cache.q.rows(); ++i) {
+      std::vector<char> sees(static_cast<std::size_t>(cache.k.rows()), 0);
+      detail::mark_keys(plans[h], i, 1, sees);
+      std::set<Index> rows;
+      for (Index j = 0; j < cache.k.rows(); ++j)
+        if (sees[std::size_t(j)]) rows.insert(j);
+      REQUIRE(static_cast<Index>(rows.size()) == [&] {  // no key twice
+        Index sum = 0;
+        for (std::int32_t e = plans[h].row_begin[std::size_t(i)]; e < plans[h].row_begin[std::size_t(i) + 1]; ++e) {
+          const Interval v = plans[h].visible[std::size_t(plans[h].row_entries[std::size_t(e)])];
+          sum += v.end - v.begin;
+        }
+        return sum;
+      }());
+      seen[h].push_back(std::move(rows));
+    }
   }
-
-  AttentionConfig attention(double scale = 0) const { return {.heads = heads, .kv_heads = kv_heads, .scale = scale}; }
-  RowMatrix<float> attend(const KeyIndex<float>& index, Index probes, Context& context, double scale = 0) const {
-    RowMatrix<float> out = RowMatrix<float>::Constant(q.rows(), heads * dv, 99);
-    index.attend(q, k, v, out, {.heads = heads, .probes = probes, .scale = scale}, context);
-    return out;
-  }
-  // By plain loops in double, along plans.
-  RowMatrix<double> reference(const Plans& plans, double scale = 0) const {
-    RowMatrix<double> out(q.rows(), heads * dv), lse(q.rows(), heads);
-    reference_forward(plans, RowMatrix<double>(q.cast<double>()), RowMatrix<double>(k.cast<double>()),
-                      RowMatrix<double>(v.cast<double>()), view(out), view(lse), attention(scale));
-    return out;
-  }
-};
-
-double difference(const RowMatrix<float>& got, const RowMatrix<double>& want) {
-  return got.size() == 0 ? 0 : (got.cast<double>() - want).cwiseAbs().maxCoeff();
-}
-
-// The keys that a query sees, by the definition: no plan, no index but its clusters.
-std::vector<Index> keys_seen(const Cache& cache, const detail::KeyClusters<float, KeyIndexConfig>& clusters, Index row,
-                             Index head, Index probes) {
-  const KeyIndexConfig& config = clusters.config();
-  const Index kv = head / (cache.heads / cache.kv_heads), n = cache.k.rows();
-  const auto& of = clusters.of("test", kv);
-  std::set<Index> seen;
-  for (Index i = 0; i < std::min(n, config.sinks); ++i) seen.insert(i);
-  for (Index i = std::max<Index>(0, n - config.recent); i < n; ++i) seen.insert(i);
-  std::vector<Index> order(static_cast<std::size_t>(of.count));
-  std::iota(order.begin(), order.end(), 0);
-  const auto score = [&](Index c) {
-    double sum = 0;
-    for (Index j = 0; j < cache.d; ++j) sum += double(cache.q(row, head * cache.d + j)) * double(of.centroids(j, c));
-    return sum;
-  };
-  std::stable_sort(order.begin(), order.end(), [&](Index a, Index b) { return score(a) > score(b); });
-  for (Index p = 0; p < std::min(probes, of.count); ++p)
-    for (const std::int32_t key : of.members[static_cast<std::size_t>(order[static_cast<std::size_t>(p)])])
-      REQUIRE(seen.insert(key).second);  // no key twice
-  return {seen.begin(), seen.end()};
-}
-
-// A plan of one entry a query, by hand.
-AttentionPlan plan_of(const std::vector<std::vector<Index>>& keys, Index key_tokens) {
-  AttentionPlan plan;
-  plan.tokens = static_cast<Index>(keys.size());
-  plan.key_tokens = key_tokens;
-  for (std::size_t i = 0; i < keys.size(); ++i) {
-    const auto begin = static_cast<std::int32_t>(plan.keys.size());
-    for (const Index key : keys[i]) plan.keys.push_back(static_cast<std::int32_t>(key));
-    plan.entries.push_back(static_cast<std::int32_t>(i));
-    plan.groups.push_back({static_cast<std::int32_t>(i), static_cast<std::int32_t>(i + 1), begin,
-                           static_cast<std::int32_t>(plan.keys.size())});
-    plan.visible.push_back({0, static_cast<std::int32_t>(keys[i].size())});
-  }
-  complete(plan);
-  return plan;
+  return seen;
 }
 
 }  // namespace
 
-TEST_CASE("key index: with all clusters probed it is dense attention, at every number of keys") {
+TEST_CASE("key index: with a budget of everything it is dense attention, at every number of keys") {
   Context context;
-  for (const Index sinks : {0, 1, 3})
-    for (const Index recent : {0, 1, 5})
-      for (Index n = 0; n <= 24; ++n) {
-        const Cache cache(n, 4, 4, 2, static_cast<std::uint64_t>(n));
-        KeyIndex<float> index({.kv_heads = 2, .clusters = 4, .sinks = sinks, .recent = recent});
-        index.build(cache.k, context);
-        REQUIRE(index.tokens() == n);
-        // What is in no cluster is first or recent; the clusters share the rest.
-        const Index inside = std::max<Index>(0, n - std::min(sinks, n) - recent);
-        for (Index h = 0; h < 2; ++h) {
-          REQUIRE(index.clusters(h) == std::min<Index>(4, inside));
-          Index members = 0;
-          for (Index c = 0; c < index.clusters(h); ++c) {
-            members += static_cast<Index>(index.members(h, c).size());
-            for (const std::int32_t key : index.members(h, c)) {
-              REQUIRE(key >= sinks);
-              REQUIRE(key < n - recent);
+  for (const auto& [sinks, recent] : {std::pair<Index, Index>{0, 0}, {3, 5}, {1, 0}})
+    for (const Index rank : {0, 4})
+      for (const bool shared : {false, true})
+        for (Index n = 0; n <= 40; n += n < 12 ? 1 : 3) {
+          const KeyCache cache(n, 4, 4, 2, static_cast<std::uint64_t>(n));
+          KeyIndex<float> index({.kv_heads = 2,
+                                 .keys_per_cluster = 3,
+                                 .page = 2,
+                                 .segment = 8,
+                                 .sinks = sinks,
+                                 .recent = recent,
+                                 .tail = n % 2 == 0,
+                                 .rank = rank,
+                                 .shared_choice = shared});
+          index.build(cache.k, cache.v, context);
+          CAPTURE(n, sinks, recent, rank, shared);
+          REQUIRE(index.tokens() == n);
+          // Whole segments and whole pages of what is neither first nor recent are in parts, each key once.
+          const Index inside = std::max<Index>(0, n - sinks - recent) / 2 * 2;
+          for (Index h = 0; h < 2; ++h) {
+            std::set<Index> members;
+            for (Index c = 0; c < index.parts(h); ++c) {
+              REQUIRE(!index.members(h, c).empty());
+              REQUIRE(std::is_sorted(index.members(h, c).begin(), index.members(h, c).end()));
+              for (const std::int32_t key : index.members(h, c)) REQUIRE(members.insert(key).second);
             }
+            REQUIRE(static_cast<Index>(members.size()) == inside);
+            if (inside > 0) REQUIRE((*members.begin() == sinks && *members.rbegin() == sinks + inside - 1));
           }
-          REQUIRE(members == inside);
+          if (n == 0) {
+            REQUIRE(cache.attend(index, {.budget = 1}, context).isZero(0));
+            continue;
+          }
+          AttentionPlan dense;
+          plan_dense({.tokens = 4, .keys = n}, dense);
+          for (const double scale : {0.0, 0.7})
+            REQUIRE(difference(cache.attend(index, {.budget = 1, .scale = scale}, context),
+                               cache.reference(dense, scale)) < 2e-6);
+          if (n > 1)
+            REQUIRE(difference(cache.attend(index, {.budget = double(n)}, context), cache.reference(dense)) < 2e-6);
+          std::vector<AttentionPlan> plans;
+          index.plan(cache.q, cache.k, {.heads = 4, .budget = 1}, plans, context);
+          REQUIRE(plans.size() == 4);
+          for (const AttentionPlan& plan : plans) validate(plan);
+          REQUIRE(attention_recall(plans, dense, cache.q, cache.k, cache.attention(), {}, context).mean == Approx(1));
         }
-        CAPTURE(n, sinks, recent);
-        if (n == 0) {
-          REQUIRE(cache.attend(index, 4, context).isZero(0));
-          continue;
-        }
-        AttentionPlan dense;
-        plan_dense({.tokens = 4, .keys = n}, dense);
-        for (const double scale : {0.0, 0.7})
-          REQUIRE(difference(cache.attend(index, 4, context, scale), cache.reference(dense, scale)) < 2e-6);
-        std::vector<AttentionPlan> plans;
-        index.plan(cache.q, {.heads = 4, .probes = 4}, plans, context);
-        REQUIRE(plans.size() == 4);
-        for (const AttentionPlan& plan : plans) validate(plan);
-        REQUIRE(attention_recall(plans, dense, cache.q, cache.k, cache.attention(), {}, context).mean == Approx(1));
-      }
 }
 
-TEST_CASE("key index: a query sees first, recent and its best clusters, once, as one softmax") {
-  for (const Index groups : {1, 3}) {
-    const Index n = 230, queries = 9, kv_heads = 2, heads = kv_heads * groups;
-    const Cache cache(n, queries, heads, kv_heads, 5);
-    const KeyIndexConfig config{.kv_heads = kv_heads, .clusters = 12, .sinks = 3, .recent = 7, .seed = 2};
+TEST_CASE("key index: what is seen, ranked out and estimated, by the definition in double") {
+  // Parts are taken from the index; all else is restated here: choice, ranking by rounded keys, weights, the report.
+  struct Case {
+    Index groups, d, rank;
+    bool tail, shared;
+    double budget;
+  };
+  for (const Case& c : {Case{3, 64, 4, true, false, 0.15},
+                        {3, 64, 4, true, true, 0.15},
+                        {1, 5, 0, true, false, 0.2},
+                        {3, 80, 2, false, false, 0.3},
+                        {2, 6, 0, false, true, 60},
+                        {1, 16, 1, true, false, 31},
+                        {3, 16, 4, true, true, 8}}) {
+    const Index n = 310, queries = 7, kv_heads = 2, heads = kv_heads * c.groups;
+    KeyCache cache(n, queries, heads, kv_heads, 5, c.d, 9);
+    cache.q *= 0.4f;
+    Context context;
+    const KeyIndexConfig config{.kv_heads = kv_heads,
+                                .keys_per_cluster = 9,
+                                .page = 4,
+                                .segment = 64,
+                                .sinks = 3,
+                                .recent = 11,
+                                .tail = c.tail,
+                                .rank = c.rank,
+                                .shared_choice = c.shared};
+    KeyIndex<float> index(config);
+    index.build(cache.k, cache.v, context);
+    KeyIndexReport report;
+    const KeyIndexQuery query{.heads = heads, .budget = c.budget};
+    const RowMatrix<float> out = cache.attend(index, query, context, &report);
+    const auto seen = seen_by(cache, index, query, context);
+    const double scale = 1 / std::sqrt(double(c.d));
+    Index ranked_out = 0;
+    for (Index kv = 0; kv < kv_heads; ++kv) {
+      const Index parts = index.parts(kv), group = c.shared ? c.groups : 1;
+      const auto key = [&](Index j) { return cache.k.row(j).segment(kv * c.d, c.d).cast<double>(); };
+      const auto value = [&](Index j) { return cache.v.row(j).segment(kv * 9, 9).cast<double>(); };
+      std::vector<Eigen::RowVectorXd> mean_key, mean_value;
+      RowMatrix<double> rounded = RowMatrix<double>::Zero(n, c.d);
+      for (Index p = 0; p < parts; ++p) {
+        Eigen::RowVectorXd k = Eigen::RowVectorXd::Zero(c.d), v = Eigen::RowVectorXd::Zero(9);
+        for (const std::int32_t j : index.members(kv, p)) k += key(j), v += value(j);
+        mean_key.push_back(k / double(index.members(kv, p).size()));
+        mean_value.push_back(v / double(index.members(kv, p).size()));
+        // Scales: of the four segments of 64 behind 3 sinks that are clustered together, behind them of the page.
+        const Index first = index.members(kv, p).front(), whole = 3 + (n - 11 - 3) / 64 * 64;
+        REQUIRE(whole == 3 + 4 * 64);
+        const Index begin = first < whole ? 3 : first, count = first < whole ? 4 * 64 : 4;
+        for (Index e = 0; e < c.d; ++e) {
+          const double s = cache.k.block(begin, kv * c.d + e, count, 1).cwiseAbs().maxCoeff() / 127.0;
+          for (const std::int32_t j : index.members(kv, p)) rounded(j, e) = std::nearbyint(key(j)(e) / s) * s;
+        }
+      }
+      for (Index first = kv * c.groups; first < (kv + 1) * c.groups; first += group)
+        for (Index i = 0; i < queries; ++i) {
+          std::vector<Eigen::RowVectorXd> q;
+          for (Index g = 0; g < group; ++g)
+            q.push_back(scale * cache.q.row(i).segment((first + g) * c.d, c.d).cast<double>());
+          std::vector<double> choice(std::size_t(parts), 0.0);
+          for (Index g = 0; g < group; ++g) {
+            double all = 0;
+            for (Index p = 0; p < parts; ++p) all += std::exp(q[std::size_t(g)].dot(mean_key[std::size_t(p)]));
+            for (Index p = 0; p < parts; ++p)
+              choice[std::size_t(p)] += std::exp(q[std::size_t(g)].dot(mean_key[std::size_t(p)])) / all;
+          }
+          std::vector<Index> order(static_cast<std::size_t>(parts));
+          std::iota(order.begin(), order.end(), 0);
+          std::stable_sort(order.begin(), order.end(),
+                           [&](Index a, Index b) { return choice[std::size_t(a)] > choice[std::size_t(b)]; });
+          std::set<Index> must{0, 1, 2}, candidates, chosen;
+          const Index covered = 3 + (n - 14) / 4 * 4;
+          for (Index j = covered; j < n; ++j) must.insert(j);
+          const double most = c.budget <= 1 ? std::floor(c.budget * double(n)) : c.budget;
+          const Index want = std::max<Index>(0, Index(most) - Index(must.size()));
+          for (const Index p : order) {
+            const auto members = index.members(kv, p);
+            if (want == 0 || (double(must.size() + candidates.size()) + double(members.size()) / 2 >
+                                  most * double(std::max<Index>(1, c.rank)) &&
+                              !(c.rank > 0 && chosen.empty())))
+              break;
+            chosen.insert(p);
+            candidates.insert(members.begin(), members.end());
+          }
+          std::set<Index> expected = must;
+          if (c.rank == 0 || Index(candidates.size()) <= want) {
+            expected.insert(candidates.begin(), candidates.end());
+          } else {
+            std::vector<std::pair<double, Index>> weights;
+            for (const Index j : candidates) {
+              double weight = 0;
+              for (Index g = 0; g < group; ++g) {
+                double all = 0;
+                for (Index p = 0; p < parts; ++p)
+                  all +=
+                      double(index.members(kv, p).size()) * std::exp(q[std::size_t(g)].dot(mean_key[std::size_t(p)]));
+                weight += std::exp(q[std::size_t(g)].dot(rounded.row(j))) / all;
+              }
+              weights.emplace_back(-weight, j);
+            }
+            std::sort(weights.begin(), weights.end());
+            for (Index j = 0; j < want; ++j) expected.insert(weights[std::size_t(j)].second);
+            ranked_out += Index(candidates.size()) - want;
+          }
+          for (Index g = 0; g < group; ++g) {
+            CAPTURE(kv, first + g, i, c.d, c.rank);
+            REQUIRE(seen[std::size_t(first + g)][std::size_t(i)] == expected);
+            double z = 0, ranked = 0, estimated = 0;
+            Eigen::RowVectorXd sum = Eigen::RowVectorXd::Zero(9);
+            const auto add = [&](double weight, const Eigen::RowVectorXd& v) {
+              z += weight;
+              sum += weight * v;
+              return weight;
+            };
+            for (const Index j : expected) add(std::exp(q[std::size_t(g)].dot(key(j))), value(j));
+            for (Index p = 0; p < parts && c.tail; ++p) {
+              const auto members = index.members(kv, p);
+              if (chosen.count(p) == 0)
+                estimated += add(double(members.size()) * std::exp(q[std::size_t(g)].dot(mean_key[std::size_t(p)])),
+                                 mean_value[std::size_t(p)]);
+              else
+                for (const std::int32_t j : members)
+                  if (expected.count(j) == 0)
+                    ranked += add(std::exp(q[std::size_t(g)].dot(rounded.row(j))), mean_value[std::size_t(p)]);
+            }
+            sum /= z;
+            const auto got = out.row(i).segment((first + g) * 9, 9).cast<double>();
+            REQUIRE((got - sum).cwiseAbs().maxCoeff() < 3e-6);
+            REQUIRE(report.keys_seen(i, first + g) == double(expected.size()));
+            REQUIRE(report.ranked_mass(i, first + g) == Approx(ranked / z).margin(1e-6));
+            REQUIRE(report.estimated_mass(i, first + g) == Approx(estimated / z).margin(1e-6));
+          }
+        }
+    }
+    REQUIRE((ranked_out > 0) == (c.rank > 0 && c.budget != 8));
+  }
+}
+
+TEST_CASE("key index: appended, built at once or rolled back, it is the same index") {
+  const Index n = 150, kv_heads = 2;
+  const KeyCache cache(n, 5, 4, kv_heads, 11);
+  const KeyIndexConfig config{
+      .kv_heads = kv_heads, .keys_per_cluster = 4, .page = 3, .segment = 24, .sinks = 2, .recent = 5};
+  Context context;
+  const auto rows = [&](const RowMatrix<float>& m, Index count) { return view(m).rows(0, count); };
+  const auto require_same = [&](const KeyIndex<float>& a, const KeyIndex<float>& b) {
+    REQUIRE(a.tokens() == b.tokens());
+    for (Index h = 0; h < kv_heads; ++h) {
+      REQUIRE(a.parts(h) == b.parts(h));
+      for (Index c = 0; c < a.parts(h); ++c)
+        REQUIRE(
+            std::equal(a.members(h, c).begin(), a.members(h, c).end(), b.members(h, c).begin(), b.members(h, c).end()));
+    }
+    KeyCache known = cache;
+    known.k = cache.k.topRows(a.tokens());
+    known.v = cache.v.topRows(a.tokens());
+    for (const double budget : {0.2, 0.5})
+      REQUIRE(same_bits(known.attend(a, {.budget = budget}, context), known.attend(b, {.budget = budget}, context)));
+  };
+  KeyIndex<float> steps(config), jumps(config);
+  std::vector<KeyIndex<float>> at;
+  for (Index count = 0; count <= n; ++count) {
+    KeyIndex<float> once(config);
+    once.build(rows(cache.k, count), rows(cache.v, count), context);
+    steps.append(rows(cache.k, count), rows(cache.v, count), context);
+    require_same(steps, once);
+    if (count % 37 == 0 || count == n) {
+      jumps.append(rows(cache.k, count), rows(cache.v, count), context);
+      require_same(jumps, once);
+    }
+    at.push_back(once);
+  }
+  for (const Index from : {n, Index(60)})
+    for (Index to = 0; to <= from; to += 7) {
+      KeyIndex<float> back = at[std::size_t(from)];
+      back.rollback(to, cache.k, cache.v, context);
+      require_same(back, at[std::size_t(to)]);
+      back.append(rows(cache.k, from), rows(cache.v, from), context);
+      require_same(back, at[std::size_t(from)]);
+    }
+  // A needle among new keys, with a query for it alone, is found in its page and in its cluster.
+  for (const Index needle : {40, 130}) {
+    KeyCache sharp = cache;
+    sharp.k.row(needle).setConstant(9);
+    sharp.q.setConstant(5);
+    KeyIndex<float> index(config);
+    index.append(rows(sharp.k, 100), rows(sharp.v, 100), context);
+    index.append(sharp.k, sharp.v, context);
+    const RowMatrix<float> out = sharp.attend(index, {.budget = 0.2}, context);
+    for (Index i = 0; i < 5; ++i)
+      for (Index h = 0; h < 4; ++h)
+        REQUIRE((out.row(i).segment(h * 5, 5) - sharp.v.row(needle).segment(h / 2 * 5, 5)).cwiseAbs().maxCoeff() <
+                1e-5f);
+  }
+}
+
+TEST_CASE("key index: a prompt in blocks: causal queries see no later row, and equal single queries") {
+  const Index n = 200, block = 16;
+  for (const bool shared : {false, true}) {
+    const KeyCache cache(n, block, 4, 2, 21);
+    const KeyIndexConfig config{.kv_heads = 2,
+                                .keys_per_cluster = 4,
+                                .page = 4,
+                                .segment = 32,
+                                .sinks = 2,
+                                .recent = 8,
+                                .shared_choice = shared};
     Context context;
     KeyIndex<float> index(config);
-    index.build(cache.k, context);
-    detail::KeyClusters<float, KeyIndexConfig> clusters(config);
-    clusters.build(cache.k, context);
-    bool choices_differ = false;
-    for (const Index probes : {0, 1, 3, 12}) {
-      std::vector<AttentionPlan> expected, plans;
-      for (Index h = 0; h < heads; ++h) {
-        std::vector<std::vector<Index>> keys;
-        for (Index i = 0; i < queries; ++i) keys.push_back(keys_seen(cache, clusters, i, h, probes));
-        choices_differ |= probes == 1 && keys[0] != keys[1];
-        expected.push_back(plan_of(keys, n));
-      }
-      CAPTURE(groups, probes);
-      REQUIRE(difference(cache.attend(index, probes, context), cache.reference(expected)) < 2e-6);
-      index.plan(cache.q, {.heads = heads, .probes = probes}, plans, context);
-      REQUIRE((cache.reference(plans) - cache.reference(expected)).cwiseAbs().maxCoeff() < 1e-12);
-      for (Index h = 0; h < heads; ++h) {
-        validate(plans[static_cast<std::size_t>(h)]);
-        REQUIRE(statistics(plans[static_cast<std::size_t>(h)]).visible_pairs ==
-                statistics(expected[static_cast<std::size_t>(h)]).visible_pairs);
-        // What attend() derives is what complete() derives, but for what backward alone asks.
-        AttentionPlan quick = plans[static_cast<std::size_t>(h)];
-        for (AttentionPlan::Part& part : quick.parts) part.alone = false;
-        const AttentionPlan slow = quick;
-        std::vector<std::int32_t> scratch;
-        detail::derive(quick, scratch);
-        REQUIRE(quick.row_begin == slow.row_begin);
-        REQUIRE(quick.row_entries == slow.row_entries);
-        REQUIRE(quick.task_begin == slow.task_begin);
-        REQUIRE(std::equal(quick.parts.begin(), quick.parts.end(), slow.parts.begin(), slow.parts.end(),
-                           [](const AttentionPlan::Part& a, const AttentionPlan::Part& b) {
-                             return a.group == b.group && a.entry_begin == b.entry_begin &&
-                                    a.entry_end == b.entry_end && a.alone == b.alone;
-                           }));
+    index.build(view(cache.k).rows(0, n - block), view(cache.v).rows(0, n - block), context);
+    for (const Index rank : {0, 4}) {
+      const RowMatrix<float> out = cache.attend(index, {.budget = 0.3, .causal = true, .rank = rank}, context);
+      for (Index i = 0; i < block; ++i) {
+        // A query of its own, of a cache that ends with its row.
+        KeyCache one = cache;
+        one.q = cache.q.row(i);
+        one.k = cache.k.topRows(n - block + i + 1);
+        one.v = cache.v.topRows(n - block + i + 1);
+        REQUIRE(difference(one.attend(index, {.budget = 0.3, .rank = rank}, context),
+                           RowMatrix<double>(out.row(i).cast<double>())) < 1e-6);
+        // Later rows may be anything.
+        KeyCache later = cache;
+        later.k.bottomRows(block - i - 1).setConstant(std::numeric_limits<float>::quiet_NaN());
+        later.v.bottomRows(block - i - 1).setConstant(std::numeric_limits<float>::infinity());
+        const RowMatrix<float> got = later.attend(index, {.budget = 0.3, .causal = true, .rank = rank}, context);
+        REQUIRE(same_bits(RowMatrix<float>(got.topRows(i + 1)), RowMatrix<float>(out.topRows(i + 1))));
       }
     }
-    REQUIRE(choices_differ);
+    // Everything is causal dense attention.
+    AttentionPlan dense;
+    plan_dense({.tokens = block, .keys = n, .causal = true}, dense);
+    REQUIRE(difference(cache.attend(index, {.budget = 1, .causal = true}, context), cache.reference(dense)) < 2e-6);
+    // Parts behind the first query's row are refused.
+    index.append(cache.k, cache.v, context);
+    RowMatrix<float> out(block, 4 * 5);
+    REQUIRE(contains(message_of<ValueError>(
+                         [&] { index.attend(cache.q, cache.k, cache.v, out, {.heads = 4, .causal = true}, context); }),
+                     "causal: expected parts that hold no row behind the first query's"));
   }
 }
 
-TEST_CASE("key index: keys go to the nearest centroid, and what all keys have in common changes nothing") {
-  const Index n = 500, d = 6;
-  Random random(3);
-  RowMatrix<double> k = random.matrix<double>(n, d);
-  const KeyIndexConfig config{.clusters = 10, .sinks = 2, .recent = 20};
+TEST_CASE("key index: equal keys, and one cluster that holds most keys, keep the budget and the value") {
   Context context;
-  detail::KeyClusters<double, KeyIndexConfig> clusters(config), shifted(config);
-  clusters.build(k, context);
-  const auto& head = clusters.of("test", 0);
-  for (Index c = 0; c < head.count; ++c)
-    for (const std::int32_t key : head.members[static_cast<std::size_t>(c)]) {
-      const auto distance = [&](Index other) {
-        return (k.row(key) - head.mean.row(0) - head.centroids.col(other).transpose()).squaredNorm();
-      };
-      for (Index other = 0; other < head.count; ++other) REQUIRE(distance(c) <= distance(other) + 1e-12);
-    }
-  k.array() += 100;
-  shifted.build(k, context);
-  REQUIRE(shifted.of("test", 0).members == head.members);
-}
-
-TEST_CASE("key index: k-means finds what is there, and queries find it") {
-  // Keys around 8 corners; values say which.
-  const Index n = 900, blobs = 8;
-  Random random(8);
-  RowMatrix<float> k(n, 3), v = RowMatrix<float>::Zero(n, blobs), q(blobs, 3), out(blobs, blobs);
-  const auto corner = [](Index blob, Index axis) { return (blob >> axis) % 2 == 1 ? 4.0f : -4.0f; };
-  for (Index i = 0; i < n; ++i) {
-    const Index blob = random.below(blobs);
-    for (Index j = 0; j < 3; ++j) k(i, j) = 20 + corner(blob, j) + static_cast<float>(random.uniform(-0.5, 0.5));
-    v(i, blob) = 1;
-  }
-  for (Index b = 0; b < blobs; ++b)
-    for (Index j = 0; j < 3; ++j) q(b, j) = corner(b, j);
-  Context context;
-  KeyIndex<float> index({.clusters = blobs, .sinks = 0, .recent = 0});
-  index.build(k, context);
-  index.attend(q, k, v, out, {.probes = 1}, context);
-  REQUIRE((out - RowMatrix<float>::Identity(blobs, blobs)).cwiseAbs().maxCoeff() < 1e-5f);
-}
-
-TEST_CASE("key index: keys that are appended enter clusters as they leave the recent ones, and are found") {
-  const Index n = 120, more = 90, recent = 10;
-  const Cache cache(n + more, 5, 2, 2, 11);
-  const KeyIndexConfig config{.kv_heads = 2, .clusters = 6, .sinks = 2, .recent = recent};
-  Context context;
-  const auto rows = [&](Index count) { return view(cache.k).rows(0, count); };
-  KeyIndex<float> steps(config), once(config);
-  steps.build(rows(n), context);
-  once.build(rows(n), context);
-  for (Index count = n; count <= n + more; ++count) {
-    steps.append(rows(count), context);
-    REQUIRE(steps.tokens() == count);
-    Index members = 0;
-    for (Index c = 0; c < steps.clusters(1); ++c) members += static_cast<Index>(steps.members(1, c).size());
-    REQUIRE(members == count - recent - 2);
-  }
-  once.append(rows(n + more), context);
-  for (Index h = 0; h < 2; ++h)
-    for (Index c = 0; c < 6; ++c) {
-      const auto a = steps.members(h, c), b = once.members(h, c);
-      REQUIRE(std::equal(a.begin(), a.end(), b.begin(), b.end()));
-      REQUIRE(std::is_sorted(a.begin(), a.end()));
-    }
-  REQUIRE(same_bits(cache.attend(steps, 2, context), cache.attend(once, 2, context)));
-  AttentionPlan dense;
-  plan_dense({.tokens = 5, .keys = n + more}, dense);
-  REQUIRE(difference(cache.attend(steps, 6, context), cache.reference(dense)) < 2e-6);
-
-  // A key that the index has never seen the like of, with a query for it alone.
-  Cache needle = cache;
-  needle.k.row(n + 3).setConstant(9);
-  needle.q.setConstant(5);
-  KeyIndex<float> index(config);
-  index.build(view(needle.k).rows(0, n), context);
-  index.append(needle.k, context);
-  const RowMatrix<float> out = needle.attend(index, 1, context);
-  for (Index i = 0; i < 5; ++i) REQUIRE((out.row(i) - needle.v.row(n + 3)).cwiseAbs().maxCoeff() < 1e-5f);
-}
-
-TEST_CASE("key index: before there are clusters every query sees every key") {
-  const Cache cache(60, 3, 1, 1, 4);
-  Context context;
-  AttentionPlan dense;
-  plan_dense({.tokens = 3, .keys = 60}, dense);
-  KeyIndex<float> never({.clusters = 5, .sinks = 2, .recent = 8}), early = never;
-  never.append(cache.k, context);
-  REQUIRE(never.clusters(0) == 0);
-  REQUIRE(difference(cache.attend(never, 0, context), cache.reference(dense)) < 2e-6);
-  early.build(view(cache.k).rows(0, 10), context);  // all of them first or recent
-  early.append(cache.k, context);
-  REQUIRE(early.clusters(0) == 0);
-  REQUIRE(same_bits(cache.attend(early, 1, context), cache.attend(never, 0, context)));
-  early.build(cache.k, context);
-  REQUIRE(early.clusters(0) == 5);
-  // Building again forgets what was before.
-  KeyIndex<float> fresh(early.config());
-  fresh.build(cache.k, context);
-  early.build(view(cache.k).rows(0, 40), context);
-  early.build(cache.k, context);
-  REQUIRE(same_bits(cache.attend(early, 2, context), cache.attend(fresh, 2, context)));
-  REQUIRE(!same_bits(cache.attend(early, 2, context), cache.attend(never, 2, context)));
-}
-
-TEST_CASE("key index: equal keys are one cluster, equal scores go to the lower one") {
-  Cache cache(50, 3, 1, 1, 6);
-  const KeyIndexConfig config{.clusters = 4, .sinks = 0, .recent = 0};
-  Context context;
-  KeyIndex<float> index(config);
-  index.build(cache.k, context);
-  cache.q.setZero();
-  std::vector<AttentionPlan> plans;
-  index.plan(cache.q, {.probes = 2}, plans, context);
-  const auto size = [&](Index c) { return static_cast<Index>(index.members(0, c).size()); };
-  REQUIRE(statistics(plans[0]).keys_per_query.min == size(0) + size(1));
-  REQUIRE(statistics(plans[0]).keys_per_query.max == size(0) + size(1));
+  KeyCache cache(3300, 3, 1, 1, 6);
   cache.k.rowwise() = RowMatrix<float>(cache.k.row(0)).row(0);
-  index.build(cache.k, context);
-  REQUIRE(index.clusters(0) == 1);
-  REQUIRE(index.members(0, 0).size() == 50);
-  index.plan(cache.q, {.probes = 4}, plans, context);
-  REQUIRE(statistics(plans[0]).keys_per_query.min == 50);
+  KeyIndex<float> index({.keys_per_cluster = 16});
+  index.build(cache.k, cache.v, context);
+  AttentionPlan dense;
+  plan_dense({.tokens = 3, .keys = 3300}, dense);
+  KeyIndexReport report;
+  // All weights are equal, and means are exact; only the int8 copy is not.
+  REQUIRE(difference(cache.attend(index, {.budget = 0.05, .rank = 0}, context), cache.reference(dense)) < 2e-5);
+  const RowMatrix<float> out = cache.attend(index, {.budget = 0.05}, context, &report);
+  REQUIRE(difference(out, cache.reference(dense)) < 1e-2);
+  REQUIRE(report.keys_seen.maxCoeff() <= 0.05 * 3300);
+  // Some keys unlike all others: the large cluster is not in their way.
+  for (Index j = 0; j < 20; ++j) cache.k.row(100 + 150 * j) *= -3;
+  index.build(cache.k, cache.v, context);
+  cache.attend(index, {.budget = 0.05}, context, &report);
+  REQUIRE(report.keys_seen.maxCoeff() <= 0.05 * 3300);
 }
 
 TEST_CASE("key index: a batch has the bits of its rows one by one, for any number of workers") {
-  const Cache cache(700, 600, 4, 2, 7, 17, 9);
-  const KeyIndexConfig config{.kv_heads = 2, .clusters = 20};
-  Context serial;
-  KeyIndex<float> index(config);
-  index.build(cache.k, serial);
-  const RowMatrix<float> batch = cache.attend(index, 5, serial);
-  for (const Index row : {0, 1, 255, 256, 599}) {
-    Cache one = cache;
-    one.q = cache.q.row(row);
-    REQUIRE(same_bits(one.attend(index, 5, serial), RowMatrix<float>(batch.row(row))));
-  }
-  for (const Index workers : {2, 3, 8}) {
-    ThreadPool pool(workers);
-    Workspace workspace;
-    Context context(pool, workspace);
-    KeyIndex<float> other(config);
-    other.build(cache.k, context);
-    REQUIRE(same_bits(cache.attend(other, 5, context), batch));
-    REQUIRE(same_bits(cache.attend(index, 5, context), batch));
-  }
-  KeyIndex<float> seeded({.kv_heads = 2, .clusters = 20, .seed = 1});
-  seeded.build(cache.k, serial);
-  REQUIRE(!same_bits(cache.attend(seeded, 5, serial), batch));
-}
-
-TEST_CASE("key index: NaN and infinity reach the queries that see them and no others") {
-  const Index n = 300;
-  const Cache clean(n, 40, 1, 1, 9);
-  const KeyIndexConfig config{.clusters = 10, .sinks = 1, .recent = 5};
-  Context context;
-  KeyIndex<float> index(config);
-  index.build(clean.k, context);
-  const RowMatrix<float> expected = clean.attend(index, 2, context);
-  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
-    // In a value: of a key that some see.
-    Cache cache = clean;
-    const std::int32_t key = index.members(0, 3).front();
-    cache.v.row(key).setConstant(bad);
-    std::vector<AttentionPlan> plans;
-    index.plan(cache.q, {.probes = 2}, plans, context);
-    const RowMatrix<float> got = cache.attend(index, 2, context);
-    Index seeing = 0;
-    for (Index i = 0; i < 40; ++i) {
-      std::vector<char> sees(static_cast<std::size_t>(n), 0);
-      detail::mark_keys(plans[0], i, 1, sees);
-      if (sees[static_cast<std::size_t>(key)]) {
-        ++seeing;
-        REQUIRE(!got.row(i).allFinite());
-      } else {
-        REQUIRE(same_bits(RowMatrix<float>(got.row(i)), RowMatrix<float>(expected.row(i))));
+  for (const bool shared : {false, true})
+    for (const Index rank : {0, 4}) {
+      const KeyCache cache(700, 600, 4, 2, 7, 17, 9);
+      const KeyIndexConfig config{
+          .kv_heads = 2, .keys_per_cluster = 16, .segment = 256, .rank = rank, .shared_choice = shared};
+      const KeyIndexQuery query{.budget = 0.25, .samples = 5};
+      Context serial;
+      KeyIndex<float> index(config);
+      index.build(cache.k, cache.v, serial);
+      KeyIndexReport report, one_report;
+      const RowMatrix<float> batch = cache.attend(index, query, serial, &report);
+      for (const Index row : {0, 1, 63, 64, 511, 512, 599}) {
+        KeyCache one = cache;
+        one.q = cache.q.row(row);
+        REQUIRE(same_bits(one.attend(index, query, serial, &one_report), RowMatrix<float>(batch.row(row))));
+        REQUIRE(one_report.sampled_mass == report.sampled_mass.row(row));
+        REQUIRE(one_report.estimated_mass == report.estimated_mass.row(row));
+      }
+      for (const Index workers : {2, 3, 8}) {
+        ThreadPool pool(workers);
+        Workspace workspace;
+        Context context(pool, workspace);
+        KeyIndex<float> other(config);
+        other.build(cache.k, cache.v, context);
+        REQUIRE(same_bits(cache.attend(other, query, context), batch));
+        REQUIRE(same_bits(cache.attend(index, query, context), batch));
       }
     }
-    REQUIRE(seeing > 0);
-    REQUIRE(seeing < 40);
-    // In a query.
-    cache = clean;
+}
+
+TEST_CASE("key index: the report's masses are those of the keys") {
+  // Peaked heads: keys around 30 centres, queries near some of them.
+  const Index n = 4000, queries = 40, d = 24;
+  Random random(8);
+  KeyCache cache(n, queries, 1, 1, 8, d, 3);
+  const RowMatrix<float> centres = 2 * random.matrix<float>(30, d);
+  for (Index i = 0; i < n; ++i) cache.k.row(i) = centres.row(random.below(30)) + 0.7f * random.matrix<float>(1, d);
+  for (Index i = 0; i < queries; ++i)
+    cache.q.row(i) = 1.5f * centres.row(random.below(30)) + random.matrix<float>(1, d);
+  Context context;
+  KeyIndex<float> index({.keys_per_cluster = 32});
+  index.build(cache.k, cache.v, context);
+  KeyIndexReport report;
+  const KeyIndexQuery query{.heads = 1, .budget = 0.05, .samples = 4000};
+  cache.attend(index, query, context, &report);
+  const auto seen = seen_by(cache, index, query, context);
+  double worst = 0, mean_true = 0, mean_sampled = 0;
+  for (Index i = 0; i < queries; ++i) {
+    double all = 0, kept = 0;
+    for (Index j = 0; j < n; ++j) {
+      const double weight = std::exp(double(cache.q.row(i).dot(cache.k.row(j))) / std::sqrt(double(d)));
+      all += weight;
+      if (seen[0][std::size_t(i)].count(j) == 1) kept += weight;
+    }
+    const double out = report.sampled_mass(i, 0) + report.ranked_mass(i, 0);  // ranked: of a smaller sum
+    const double left = 1 - kept / all;
+    REQUIRE(report.estimated_mass(i, 0) + report.ranked_mass(i, 0) <= left + 0.01);
+    worst = std::max(worst, std::abs(out - left) - 4 * report.sampled_error(i, 0));
+    mean_true += left / double(queries);
+    mean_sampled += out / double(queries);
+  }
+  REQUIRE(mean_true > 0.02);
+  REQUIRE(std::abs(mean_sampled - mean_true) < 0.1 * mean_true);
+  REQUIRE(worst < 0.02);
+}
+
+TEST_CASE("key index: keys with NaN or infinity are seen by all queries, queries with them reach their row alone") {
+  const Index n = 300;
+  const KeyCache clean(n, 40, 1, 1, 9);
+  const KeyIndexConfig config{.keys_per_cluster = 8, .page = 4, .segment = 64, .sinks = 1, .recent = 5};
+  const KeyIndexQuery query{.heads = 1, .budget = 0.2};
+  Context context;
+  KeyIndex<float> index(config);
+  index.build(clean.k, clean.v, context);
+  const RowMatrix<float> expected = clean.attend(index, query, context);
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    for (const Index row : {50, 290}) {  // in a segment, in a page
+      KeyCache cache = clean;
+      cache.v(row, 2) = bad;
+      KeyIndex<float> other(config);
+      other.build(cache.k, cache.v, context);
+      const RowMatrix<float> got = cache.attend(other, query, context);
+      for (Index i = 0; i < 40; ++i) {
+        REQUIRE(!std::isfinite(got(i, 2)));
+        REQUIRE((std::isfinite(got(i, 0)) && std::isfinite(got(i, 4))));
+      }
+      cache = clean;
+      cache.k.row(row).setConstant(std::numeric_limits<float>::quiet_NaN());
+      other.build(cache.k, cache.v, context);
+      for (Index c = 0; c < other.parts(0); ++c)
+        for (const std::int32_t key : other.members(0, c)) REQUIRE(key != row);
+      REQUIRE(!cache.attend(other, query, context).row(7).allFinite());
+    }
+    KeyCache cache = clean;
     cache.q.row(7).setConstant(bad);
-    const RowMatrix<float> other = cache.attend(index, 2, context);
+    const RowMatrix<float> other = cache.attend(index, query, context);
     REQUIRE(!other.row(7).allFinite());
     for (const Index i : {0, 6, 8, 39})
       REQUIRE(same_bits(RowMatrix<float>(other.row(i)), RowMatrix<float>(expected.row(i))));
-    // In keys: no centroid becomes one, and every key is in a cluster.
     cache = clean;
-    cache.k.row(50).setConstant(bad);
-    KeyIndex<float> with_bad(config);
-    with_bad.build(cache.k, context);
-    Index members = 0;
-    for (Index c = 0; c < with_bad.clusters(0); ++c) members += static_cast<Index>(with_bad.members(0, c).size());
-    REQUIRE(members == n - 6);
-    const RowMatrix<float> out = cache.attend(with_bad, 2, context);
-    Index finite = 0;
-    for (Index i = 0; i < 40; ++i) finite += out.row(i).allFinite();
-    REQUIRE(finite > 0);
     cache.k.setConstant(bad);
-    with_bad.build(cache.k, context);
-    REQUIRE(with_bad.clusters(0) == 1);
-    REQUIRE(with_bad.members(0, 0).size() == static_cast<std::size_t>(n - 6));
+    KeyIndex<float> none(config);
+    none.build(cache.k, cache.v, context);
+    REQUIRE(none.parts(0) == 0);
+    REQUIRE(!cache.attend(none, query, context).row(0).allFinite());
+    none.rollback(20, cache.k, cache.v, context);
+    none.append(cache.k, cache.v, context);
+    REQUIRE(none.parts(0) == 0);
   }
 }
 
 TEST_CASE("key index: nothing allocates after warm-up, whatever the queries, for any number of workers") {
-  const Cache cache(2000, 300, 4, 2, 10, 16, 16);
-  for (const Index workers : {1, 3}) {
-    ThreadPool pool(workers);
-    Workspace workspace;
-    Context context(pool, workspace);
-    KeyIndex<float> index({.kv_heads = 2, .clusters = 40});
-    index.build(cache.k, context);
-    RowMatrix<float> out(300, 4 * 16);
-    const auto attend = [&](Index first, Index count) {
-      index.attend(view(cache.q).rows(first, count), cache.k, cache.v, view(out).rows(first, count),
-                   {.heads = 4, .probes = 6}, context);
-    };
-    // Warm-up: one query, and one batch; every worker gets room for any other.
-    attend(0, 1);
-    attend(0, 300);
-    const long before = allocations();
-    for (Index i = 0; i < 300; ++i) attend(i, 1);
-    for (Index i = 0; i < 5; ++i) attend(i, 290 - i);
-    REQUIRE(allocations() == before);
-  }
+  const KeyCache cache(2000, 300, 4, 2, 10, 16, 16);
+  for (const Index workers : {1, 3})
+    for (const bool shared : {false, true})
+      for (const Index rank : {0, 4}) {
+        ThreadPool pool(workers);
+        Workspace workspace;
+        Context context(pool, workspace);
+        KeyIndex<float> index({.kv_heads = 2, .keys_per_cluster = 16, .rank = rank, .shared_choice = shared});
+        index.build(cache.k, cache.v, context);
+        RowMatrix<float> out(300, 4 * 16);
+        const auto attend = [&](Index first, Index count) {
+          index.attend(view(cache.q).rows(first, count), cache.k, cache.v, view(out).rows(first, count),
+                       {.heads = 4, .budget = 0.15}, context);
+        };
+        // Warm-up: one query, and one batch; every worker gets room for any other.
+        attend(0, 1);
+        attend(0, 300);
+        const long before = allocations();
+        for (Index i = 0; i < 300; i += 3) attend(i, 1);
+        for (Index i = 0; i < 5; ++i) attend(i, 290 - i);
+        REQUIRE(allocations() == before);
+      }
 }
 
 TEST_CASE("key index: wrong arguments are named, and nothing is written") {
   const auto config_fault = [](const KeyIndexConfig& config) {
     return message_of<ValueError>([&] { KeyIndex<float> index(config); });
   };
-  const std::string all =
-      config_fault({.kv_heads = 0, .clusters = 0, .sinks = -1, .recent = -2, .sample = -3, .steps = -4});
-  for (const char* part : {"KeyIndex: kv_heads: expected at least 1, got 0", "clusters: expected at least 1, got 0",
-                           "sinks: expected at least 0, got -1", "recent: expected at least 0, got -2",
-                           "sample: expected at least 0, got -3", "steps: expected at least 0, got -4"})
+  const std::string all = config_fault({.kv_heads = 0,
+                                        .keys_per_cluster = 0,
+                                        .page = 0,
+                                        .segment = 0,
+                                        .sinks = -1,
+                                        .recent = -2,
+                                        .rank = -3,
+                                        .steps = -4});
+  for (const char* part :
+       {"KeyIndex: kv_heads: expected at least 1, got 0", "keys_per_cluster: expected at least 1, got 0",
+        "page: expected at least 1, got 0", "segment: expected a positive multiple of page = 0, got 0",
+        "sinks: expected at least 0, got -1", "recent: expected at least 0, got -2",
+        "rank: expected at least 0, got -3", "steps: expected at least 0, got -4"})
     REQUIRE(contains(all, part));
+  REQUIRE(contains(config_fault({.page = 16, .segment = 40}),
+                   "segment: expected a positive multiple of page = 16, got 40"));
+  REQUIRE(contains(config_fault({.sinks = Index(1) << 40}), "sinks: expected at most 2147483647"));
 
-  const Cache cache(100, 6, 4, 2, 12);
+  const KeyCache cache(100, 6, 4, 2, 12);
   Context context;
-  KeyIndex<float> index({.kv_heads = 2, .clusters = 8});
-  index.build(cache.k, context);
+  KeyIndex<float> index({.kv_heads = 2, .keys_per_cluster = 8, .page = 2, .segment = 16, .recent = 4});
+  index.build(cache.k, cache.v, context);
   RowMatrix<float> out = RowMatrix<float>::Constant(6, 4 * 5, 3), kept = out;
   const auto shape_fault = [&](ConstView<float> q, ConstView<float> k, ConstView<float> v, View<float> to) {
     return message_of<ShapeError>([&] { index.attend(q, k, v, to, {.heads = 4}, context); });
   };
   REQUIRE(contains(shape_fault(view(cache.q).columns(0, 23), cache.k, cache.v, out),
                    "KeyIndex::attend: q: expected 6 x 24, got 6 x 23"));
-  REQUIRE(contains(shape_fault(cache.q, view(cache.k).rows(0, 99), cache.v, out), "k: expected 100 x 12, got 99 x 12"));
+  REQUIRE(contains(shape_fault(cache.q, view(cache.k).rows(0, 99), cache.v, out),
+                   "k: expected at least 100 rows, got 99 rows"));
   REQUIRE(contains(shape_fault(cache.q, cache.k, view(cache.v).columns(0, 9), out),
                    "v: expected a positive multiple of 2 columns, got 9 columns"));
   REQUIRE(contains(shape_fault(cache.q, cache.k, view(cache.v).rows(0, 99), out), "v: expected 100 x 10, got 99 x 10"));
+  REQUIRE(
+      contains(shape_fault(cache.q, cache.k, view(cache.v).columns(0, 8), out), "v: expected 100 x 10, got 100 x 8"));
   REQUIRE(
       contains(shape_fault(cache.q, cache.k, cache.v, view(out).columns(0, 19)), "out: expected 6 x 20, got 6 x 19"));
   RowMatrix<float> shared = cache.q;
   REQUIRE(contains(shape_fault(shared, cache.k, cache.v, view(shared).columns(0, 20)),
                    "out: expected storage of its own, got an overlap with q"));
-  const auto value_fault = [&](const ProbeConfig& config) {
-    return message_of<ValueError>([&] { index.attend(cache.q, cache.k, cache.v, out, config, context); });
+  const auto value_fault = [&](const KeyIndexQuery& query) {
+    return message_of<ValueError>([&] { index.attend(cache.q, cache.k, cache.v, out, query, context); });
   };
   REQUIRE(contains(value_fault({.heads = 3}), "heads: expected 0, or a positive multiple of kv_heads = 2, got 3"));
-  REQUIRE(contains(value_fault({.heads = 4, .probes = 9}), "probes: expected 0 to clusters = 8, got 9"));
-  REQUIRE(contains(value_fault({.heads = 4, .probes = -1}), "probes: expected 0 to clusters = 8, got -1"));
+  REQUIRE(contains(value_fault({.heads = 4, .budget = 0}), "budget: expected a finite number above 0, got 0"));
+  REQUIRE(contains(value_fault({.heads = 4, .budget = -1}), "budget: expected a finite number above 0, got -1"));
+  REQUIRE(contains(value_fault({.heads = 4, .rank = -2}), "rank: expected at least -1, got -2"));
+  REQUIRE(contains(value_fault({.heads = 4, .samples = -1}), "samples: expected at least 0, got -1"));
   REQUIRE(contains(value_fault({.heads = 4, .scale = std::numeric_limits<double>::infinity()}),
                    "scale: expected a finite number, got inf"));
   REQUIRE(same_bits(out, kept));
   std::vector<AttentionPlan> plans;
-  REQUIRE(contains(message_of<ValueError>([&] { index.plan(cache.q, {.heads = 5}, plans, context); }),
+  REQUIRE(contains(message_of<ValueError>([&] { index.plan(cache.q, cache.k, {.heads = 5}, plans, context); }),
                    "KeyIndex::plan: heads"));
   REQUIRE(plans.empty());
 
-  const RowMatrix<float> before = cache.attend(index, 3, context);
-  REQUIRE(contains(message_of<ShapeError>([&] { index.append(view(cache.k).rows(0, 99), context); }),
-                   "KeyIndex::append: k: expected at least 100 rows, got 99 rows"));
-  REQUIRE(contains(message_of<ShapeError>([&] { index.append(RowMatrix<float>(101, 13), context); }),
+  const RowMatrix<float> before = cache.attend(index, {.budget = 0.3}, context);
+  const RowMatrix<float> narrow(101, 13), few(101, 1), value(101, 10);
+  REQUIRE(contains(
+      message_of<ShapeError>([&] { index.append(view(cache.k).rows(0, 99), view(cache.v).rows(0, 99), context); }),
+      "KeyIndex::append: k: expected at least 100 rows, got 99 rows"));
+  REQUIRE(contains(message_of<ShapeError>([&] { index.append(narrow, value, context); }),
                    "KeyIndex::append: k: expected 101 x 12, got 101 x 13"));
-  REQUIRE(contains(message_of<ShapeError>([&] { index.build(RowMatrix<float>(101, 13), context); }),
+  REQUIRE(contains(message_of<ShapeError>([&] { index.build(narrow, value, context); }),
                    "KeyIndex::build: k: expected 101 x 12, got 101 x 13"));
-  REQUIRE(contains(message_of<ShapeError>([&] { index.build(RowMatrix<float>(101, 1), context); }),
+  REQUIRE(contains(message_of<ShapeError>([&] { index.build(few, value, context); }),
                    "KeyIndex::build: k: expected 101 x 2, got 101 x 1"));
-  REQUIRE(contains(message_of<ValueError>([&] { index.clusters(2); }),
-                   "KeyIndex::clusters: kv_head: expected in [0, 2), got 2"));
-  REQUIRE(contains(message_of<ValueError>([&] { index.members(0, 8); }),
-                   "KeyIndex::members: cluster: expected in [0, 8), got 8"));
-  REQUIRE(same_bits(cache.attend(index, 3, context), before));
+  REQUIRE(contains(message_of<ShapeError>([&] { index.build(cache.k, value, context); }),
+                   "KeyIndex::build: v: expected 100 x 10, got 101 x 10"));
+  REQUIRE(contains(message_of<ValueError>([&] { index.rollback(101, cache.k, cache.v, context); }),
+                   "KeyIndex::rollback: tokens: expected in [0, 100], got 101"));
+  REQUIRE(contains(message_of<ShapeError>([&] { index.rollback(90, cache.k, view(cache.v).rows(0, 80), context); }),
+                   "KeyIndex::rollback: v: expected at least 90 rows, got 80 rows"));
+  REQUIRE(
+      contains(message_of<ValueError>([&] { index.parts(2); }), "KeyIndex::parts: kv_head: expected in [0, 2), got 2"));
+  REQUIRE(contains(message_of<ValueError>([&] { index.members(0, index.parts(0)); }),
+                   "KeyIndex::members: part: expected in [0, "));
+  REQUIRE(same_bits(cache.attend(index, {.budget = 0.3}, context), before));
 }

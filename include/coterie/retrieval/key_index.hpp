@@ -1,315 +1,399 @@
-// An index over the key/value cache of a head that was never trained to be routed: a query sees the few clusters of
-// keys that score highest.
+// An index over the key/value cache of heads that were never trained to be routed: a query looks at the few keys that
+// score highest, and takes the rest from means.
 //
-//     KeyIndex<float> index({.clusters = 256});
-//     index.build(k, context);                                    // once: k-means
-//     index.attend(q, k, v, out, {.probes = 8}, context);         // const; instead of dense attention over all keys
-//     index.append(k, context);                                   // k has grown: a constant cost for every new key
+//     KeyIndex<float> index({.kv_heads = 3});
+//     index.build(k, v, context);                                             // once: k-means
+//     index.attend(q, k, v, out, {.heads = 9, .budget = 0.05}, context);      // const; in place of dense attention
+//     index.append(k, v, context);                                            // k and v have grown
 //
-// The cache stays the caller's: the index holds centroids and lists of row numbers.
+// The cache stays the caller's: the index holds means, an int8 copy of the keys and row numbers.
 #pragma once
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <deque>
+#include <limits>
 #include <span>
+#include <utility>
 #include <vector>
 
-#include "coterie/attention/attention.hpp"
-#include "coterie/kernel/product.hpp"
-#include "coterie/plan/complete.hpp"
-#include "coterie/retrieval/key_clusters.hpp"
-#include "coterie/router/members.hpp"
+#include "coterie/retrieval/config.hpp"
+#include "coterie/retrieval/index_pass.hpp"
+#include "coterie/retrieval/key_parts.hpp"
 
 namespace coterie {
 
-/// Settings of KeyIndex; designated initialisers in this order.
-struct KeyIndexConfig {
-  Index kv_heads = 1;  ///< key/value heads side by side in the cache, each with clusters of its own
-  Index clusters = 0;  ///< clusters of every head, at least 1; the square root of the number of keys is a good number
-  Index sinks = 4;     ///< first keys, which every query sees; at least 0
-  Index recent = 64;   ///< last keys, which every query sees; at least 0
-  Index sample = 0;    ///< most keys of a head that k-means sees; 0: 32 * clusters
-  Index steps = 5;     ///< Lloyd steps; at least 0
-  std::uint64_t seed = 0;  ///< seed of the sample and of k-means++
-};
-
-/// Settings of one call of a KeyIndex; designated initialisers in this order.
-struct ProbeConfig {
-  Index heads = 0;   ///< query heads, a multiple of the index's kv_heads; 0: as those
-  Index probes = 8;  ///< clusters that a query sees, 0 to clusters; all of them where build() found fewer
-  double scale = 0;  ///< factor of q.k; 0: 1/sqrt(d)
-};
-
-namespace detail {
-
-/// Number of queries of a task.
-inline constexpr Index probe_chunk = 256;
-
-/// Scratch of the tasks of KeyIndex: one for each worker, kept from call to call.
-struct ProbeScratch {
-  struct Worker {
-    explicit Worker(InstructionSet instructions) : context(instructions) {}
-    Context context;  // serial, with a workspace of its own: heads run side by side
-    AttentionPlan plan;
-    PlanScratch plan_scratch;
-    ClusterMembers members;
-  };
-  std::deque<Worker> workers;
-
-  /// Makes scratch for the workers of a context.
-  void prepare(const Context& context) {
-    if (!workers.empty() && workers.front().context.instructions() != context.instructions()) workers.clear();
-    while (static_cast<Index>(workers.size()) < context.workers()) workers.emplace_back(context.instructions());
-  }
-
-  /// Reserves memory for the largest task in every worker, because any of them can get it.
-  void reserve(Index queries, Index probes, Index clusters, Index keys) {
-    const auto entries = static_cast<std::size_t>(queries * (probes + 1)),
-               probed = static_cast<std::size_t>(queries * probes);
-    const auto groups = static_cast<std::size_t>((std::min)(queries * probes, clusters) + 1);
-    for (Worker& w : workers) {
-      w.members.rows.reserve(probed);
-      w.members.begin.reserve(static_cast<std::size_t>(clusters) + 1);
-      for (auto* list : {&w.plan.entries, &w.plan.row_entries, &w.plan_scratch.numbers}) list->reserve(entries);
-      w.plan.row_begin.reserve(static_cast<std::size_t>(queries) + 1);
-      w.plan.visible.reserve(entries);
-      w.plan.keys.reserve(std::bit_ceil(static_cast<std::size_t>(keys)));  // it grows with every key
-      w.plan.groups.reserve(groups);
-      w.plan.parts.reserve(groups);
-      w.plan.task_begin.reserve(groups + 1);
-    }
-  }
-
-  /// Makes the arenas of all workers as large as the largest.
-  void level() {
-    std::size_t shared = 0, own = 0;
-    for (Worker& w : workers) {
-      w.context.workspace().prepare(1);
-      shared = (std::max)(shared, w.context.workspace().shared().bytes());
-      own = (std::max)(own, w.context.workspace().worker(0).bytes());
-    }
-    for (Worker& w : workers) {
-      w.context.workspace().shared().reserve(shared);
-      w.context.workspace().worker(0).reserve(own);
-    }
-  }
-};
-
-}  // namespace detail
-
-/// Clusters of the keys of a cache, head by head, and attention over a few of them.
+/// Parts of the keys of a cache, head by head, and attention over the best keys of the best parts.
 ///
-/// A query sees the first `sinks` keys, the last `recent` ones, and of the keys between those the `probes` clusters
-/// whose centroids have the largest dot products with it; one softmax over all of these, each key once. Keys enter
-/// clusters as they leave the recent ones. Until build() has found clusters, a query sees all keys: attend() is dense
-/// attention.
+/// The keys behind the first `sinks` are cut into segments of `segment` rows. A segment all of whose keys have left the
+/// `recent` ones is clustered by k-means, together with one or three segments before it where their number makes that
+/// two or four: whole fours of segments are clustered once more and stay. Keys of an unfinished segment are in pages of
+/// `page` neighbours, and the last ones in none. So an index is a function of the cache alone: built at once or
+/// appended to row by row, it is bit-identical.
 ///
-/// Keys and queries may be rotated or not; they are used as they are. The share of attention kept depends on the heads:
-/// peaked ones lose little, flat ones keep about the share of keys that they see. Measure it with plan() and
-/// attention_recall().
-/// Threads and determinism: the same clusters and outputs for any number of workers. const calls may run at the same
+/// A query sees the first keys, those in no part, and within its budget the best keys of the best parts. Nothing else
+/// is dropped: a key that was ranked out counts with its own weight and the mean value of its part, one that was never
+/// looked at with the weight of its part's mean key. All of it is one softmax, in which each key counts once. With
+/// `tail` false the softmax is over the seen keys alone.
+///
+/// Keys and queries may be rotated or not; they are used as they are. Where all keys are seen, attend() is dense
+/// attention. A key with NaN or infinity, in itself or in its value, is seen by every query.
+/// Threads and determinism: the same parts and outputs for any number of workers. const calls may run at the same
 ///   time, each with a Context of its own.
 /// Source: inverted-file search (Jegou et al. 2011) for the clusters of Roy et al. 2021; sinks as in Xiao et al. 2024;
-///   ours.
+///   pages as in Tang et al. 2024 (Quest); tail and ranking: ours.
 template <class T>
 class KeyIndex {
  public:
   /// Requires: the ranges that KeyIndexConfig names (ValueError, one for all faults).
-  explicit KeyIndex(const KeyIndexConfig& config) : clusters_(config) {}
-
-  const KeyIndexConfig& config() const { return clusters_.config(); }
-  /// Rows of the cache that the index knows.
-  Index tokens() const { return clusters_.tokens(); }
-  /// Clusters of a key/value head: config().clusters, or fewer where build() found fewer different keys; 0 before.
-  Index clusters(Index kv_head) const { return clusters_.of("KeyIndex::clusters", kv_head).count; }
-  /// The keys of a cluster, ascending.
-  std::span<const std::int32_t> members(Index kv_head, Index cluster) const {
-    const auto& head = clusters_.of("KeyIndex::members", kv_head);
-    if (cluster < 0 || cluster >= head.count)
-      detail::fail<ValueError>("KeyIndex::members", "cluster", detail::join("in [0, ", head.count, ")"), cluster);
-    return head.members[static_cast<std::size_t>(cluster)];
+  explicit KeyIndex(const KeyIndexConfig& config) : config_(config) {
+    detail::Faults faults("KeyIndex");
+    const auto at_least = [&faults](const char* name, Index least, Index got) {
+      faults.expect(got >= least, name, detail::join("at least ", least), got);
+    };
+    at_least("kv_heads", 1, config.kv_heads);
+    at_least("keys_per_cluster", 1, config.keys_per_cluster);
+    at_least("page", 1, config.page);
+    faults.expect(config.segment >= 1 && (config.page < 1 || config.segment % config.page == 0), "segment",
+                  detail::join("a positive multiple of page = ", config.page), config.segment);
+    at_least("sinks", 0, config.sinks);
+    at_least("recent", 0, config.recent);
+    at_least("rank", 0, config.rank);
+    at_least("steps", 0, config.steps);
+    constexpr Index most = (std::numeric_limits<std::int32_t>::max)();  // no sum of settings overflows
+    for (const auto& [name, value] : {std::pair{"segment", config.segment}, std::pair{"sinks", config.sinks},
+                                      std::pair{"recent", config.recent}, std::pair{"rank", config.rank}})
+      faults.expect(value <= most, name, detail::join("at most ", most), value);
+    faults.raise();
+    heads_.resize(static_cast<std::size_t>(config.kv_heads));
   }
 
-  /// Replaces all clusters by new ones of the keys between the first and the recent ones.
-  ///
-  /// k-means by distance (k-means++, then config().steps Lloyd steps) on a sample of config().sample keys; then every
-  /// key joins its nearest centroid, the lowest on ties. Distances, unlike dot products, do not depend on the mean of
-  /// all keys; nor do the probabilities of attention.
-  ///
-  /// A key with NaN or infinity moves no centroid; it is in some cluster, and reaches the queries that see that
-  /// cluster.
-  ///
-  /// Shapes: k tokens x kv_heads*d.
-  /// Requires: that, d at least 1, at most 2^31 - 1 rows (ShapeError). On any error, also of a task or of memory, the
-  ///   index is as it was.
-  /// Allocates: its result beside the old one, and the sample.
-  /// Cost: 2 tokens clusters d operations for the keys, and (2 + steps) of that for the sample in place of all keys,
-  ///   for each head; up to 128 clusters k-means++ takes 2 + log clusters times as long.
-  void build(ConstView<T> k, Context& context) { clusters_.build(k, context); }
+  const KeyIndexConfig& config() const { return config_; }
+  /// Rows of the cache that the index knows.
+  Index tokens() const { return tokens_; }
+  /// Parts of a key/value head: clusters of whole segments, then pages.
+  Index parts(Index kv_head) const { return head("KeyIndex::parts", kv_head).count(); }
+  /// The keys of a part, ascending.
+  std::span<const std::int32_t> members(Index kv_head, Index part) const {
+    const auto& parts = head("KeyIndex::members", kv_head);
+    if (part < 0 || part >= parts.count())
+      detail::fail<ValueError>("KeyIndex::members", "part", detail::join("in [0, ", parts.count(), ")"), part);
+    return parts.rows(part);
+  }
+  /// Bytes held.
+  std::size_t bytes() const {
+    std::size_t sum = run_parts_.capacity() * sizeof(Index);
+    for (const auto& parts : heads_) sum += parts.bytes();
+    return sum;
+  }
 
-  /// Takes in the rows that the cache has grown by since the last call of build() or append(): those that are not among
-  /// the recent ones any more join their nearest centroid. Centroids stay where they are, and keys in their clusters.
+  /// Replaces the index by one of these keys.
   ///
-  /// Clusters grow with the cache, and the cost of a query with them. Call build() again whenever the cache has
-  /// doubled: its cost per key is then constant on average.
+  /// k-means by distance: evenly spaced keys first, then config().steps Lloyd steps; every key joins its nearest
+  /// centroid, the lowest on ties.
+  /// Shapes: k tokens x kv_heads*d, v tokens x kv_heads*dv.
+  /// Requires: that, d and dv at least 1, at most 2^31 - 1 rows (ShapeError). On any error, also of a task or of
+  ///   memory, the index is as it was.
+  /// Allocates: its result beside the old one.
+  /// Cost: at most 14 steps d segment / keys_per_cluster operations for a key and head, whatever the number of keys.
+  void build(ConstView<T> k, ConstView<T> v, Context& context) {
+    KeyIndex made(config_);
+    made.advance("KeyIndex::build", k.rows(), k, v, context);
+    *this = std::move(made);
+  }
+
+  /// Takes in the rows that the cache has grown by since the last call: keys that have left the recent ones come into
+  /// pages, and full segments into clusters. Bit-identical to build() of the whole cache.
   ///
-  /// Shapes: k tokens x kv_heads*d, at least tokens() rows, of which the first are those that the index knows; only
-  ///   those that leave the recent ones are read.
+  /// Shapes: k tokens x kv_heads*d, v tokens x kv_heads*dv, at least tokens() rows, of which the first are those that
+  ///   the index knows; only those of unfinished segments are read.
   /// Requires: that, at most 2^31 - 1 rows (ShapeError). On any error, also of a task or of memory, the index is as it
   ///   was.
-  /// Allocates: where lists have to grow, by doubling.
-  /// Threads and determinism: row by row or many at once, the same clusters.
-  /// Cost: 2 clusters d operations a key and head.
-  void append(ConstView<T> k, Context& context) { clusters_.append(k, context); }
+  /// Allocates: where pages or clusters are made; lists grow by doubling.
+  /// Cost: that of build() for a key, on average over whole fours of segments.
+  void append(ConstView<T> k, ConstView<T> v, Context& context) {
+    check_rows("KeyIndex::append", k, tokens_);
+    advance("KeyIndex::append", k.rows(), k, v, context);
+  }
 
-  /// out = softmax(scale q k^T) v over the keys that each query sees.
+  /// Forgets the rows from `tokens` on: bit-identical to an index that has never known them.
   ///
-  /// Shapes: q queries x heads*d, k tokens() x kv_heads*d, v tokens() x kv_heads*dv, out queries x heads*dv. Query head
-  ///   h reads key/value head h / (heads/kv_heads), in clusters of its own choice. All queries see all of the cache:
-  ///   none lies before a key.
+  /// Shapes: k and v at least `tokens` rows, of which up to four segments' are read: clusters that hold later rows are
+  ///   made again without them.
+  /// Requires: that, `tokens` in [0, tokens()] (ValueError). On any error the index is as it was.
+  /// Cost: that of build() for those keys.
+  void rollback(Index tokens, ConstView<T> k, ConstView<T> v, Context& context) {
+    if (tokens < 0 || tokens > tokens_)
+      detail::fail<ValueError>("KeyIndex::rollback", "tokens", detail::join("in [0, ", tokens_, "]"), tokens);
+    check_rows("KeyIndex::rollback", k, tokens);
+    check_rows("KeyIndex::rollback", v, tokens, "v");
+    advance("KeyIndex::rollback", tokens, k.rows(0, tokens), v.rows(0, tokens), context);
+  }
+
+  /// out = attention of queries over the cache, as the class says.
+  ///
+  /// Shapes: q queries x heads*d, k rows x kv_heads*d, v rows x kv_heads*dv, out queries x heads*dv, with at least
+  ///   tokens() rows; every query sees those from tokens() on. Query head h reads key/value head h / (heads/kv_heads).
+  ///   causal: the queries are those of the last rows, row rows - queries + i for query i, and see no later row. Parts
+  ///   must not hold later rows than the first query's: append a block of rows after it has attended, or have at least
+  ///   as many recent keys as queries.
+  /// Formula: out = (sum over seen j of e^(s_j) v_j + sum over ranked out j of e^(s'_j) v_part(j) + sum over other
+  ///   parts of size e^(scale q.mean key) mean value) / the same sum without values. s_j = scale q.k_j; s'_j by the
+  ///   int8 copy.
   /// Requires: those, out apart from the others (ShapeError); a config as its fields say (ValueError); otherwise
   ///   nothing is written.
-  /// Overwrites out. Without keys it is zero. NaN and infinity of a key or value reach the queries that see it and no
-  ///   others.
-  /// Allocates: nothing after warm-up, until clusters grow.
+  /// Overwrites out, and the report if one is given. Without keys out is zero. A query with NaN or infinity gets NaN
+  ///   from the keys that every query sees or from the tail.
+  /// Allocates: nothing after warm-up, until parts are added; the report where it has to grow.
   /// Threads and determinism: a row's bits depend on that row, the index, its keys and values, the instruction set and
-  ///   the build: a batch equals its rows one by one. Heads, and pieces of 256 queries, run side by side.
-  /// Cost: per query and head 2 clusters d operations to choose, 4 d per key seen to attend; none of it grows with
-  ///   tokens().
-  void attend(ConstView<T> q, ConstView<T> k, ConstView<T> v, View<T> out, const ProbeConfig& config,
-              Context& context) const {
+  ///   the build: a batch equals its rows one by one. Heads, and pieces of 64 queries (512 without ranking), run side
+  ///   by side.
+  /// Cost: per query and head 2 parts (d + dv) operations for means, 2 rank budget d for ranking, 2 budget (d + dv) for
+  ///   keys seen. Blocks of a prompt cost least with rank 0, where many queries attend to a part together.
+  /// Accuracy: of s'_j, half a scale in every number of a key: 1/254 of the largest one of its segment.
+  void attend(ConstView<T> q, ConstView<T> k, ConstView<T> v, View<T> out, const KeyIndexQuery& query, Context& context,
+              KeyIndexReport* report = nullptr) const {
     const char* const function = "KeyIndex::attend";
-    const Sizes sizes = check_queries(function, q, config);
-    const Index kv_heads = this->config().kv_heads, d = sizes.d;
-    detail::check_shape<T>(function, "k", k, tokens(), kv_heads * d);
+    const Sizes sizes = check_queries(function, q, k, query);
+    const Index kv_heads = config_.kv_heads, d = sizes.d;
     if (v.cols() < kv_heads || v.cols() % kv_heads != 0)
       detail::fail<ShapeError>(function, "v", detail::join("a positive multiple of ", kv_heads, " columns"),
                                detail::join(v.cols(), " columns"));
     const Index dv = v.cols() / kv_heads;
-    detail::check_shape<T>(function, "v", v, tokens(), v.cols());
+    detail::check_shape<T>(function, "v", v, k.rows(), kv_heads * (dv_ > 0 ? dv_ : dv));
     detail::check_shape<T>(function, "out", out, q.rows(), sizes.heads * dv);
     detail::check_no_alias<T>(function, "out", out, "q", q);
     detail::check_no_alias<T>(function, "out", out, "k", k);
     detail::check_no_alias<T>(function, "out", out, "v", v);
-    if (q.rows() == 0) return;
-    if (tokens() == 0) {
+    if (report != nullptr)
+      for (auto* matrix : {&report->keys_seen, &report->ranked_mass, &report->estimated_mass, &report->sampled_mass,
+                           &report->sampled_error}) {
+        // Not resized: Eigen's matrices do not survive that without memory.
+        RowMatrix<double> sized;
+        if (matrix->rows() != q.rows() || matrix->cols() != sizes.heads)
+          matrix->swap(sized = RowMatrix<double>(q.rows(), sizes.heads));
+        matrix->setZero();
+      }
+    if (k.rows() == 0) {
       out.fill(0);
       return;
     }
-
-    auto& scratch = context.workspace().template object<detail::ProbeScratch>();
-    scratch.prepare(context);
-    const Index most = (std::min)(q.rows(), detail::probe_chunk);
-    scratch.reserve(most, config.probes, this->config().clusters, clusters_.most_listed(most * config.probes));
-    const Index chunks = (q.rows() + detail::probe_chunk - 1) / detail::probe_chunk;
-    context.for_each(sizes.heads * chunks, [&](Index task, Index worker) {
-      detail::ProbeScratch::Worker& own = scratch.workers[static_cast<std::size_t>(worker)];
-      const Index head = task / chunks, kv = head / (sizes.heads / kv_heads),
-                  first = task % chunks * detail::probe_chunk;
-      const Index count = (std::min)(q.rows() - first, detail::probe_chunk);
-      const ConstView<T> rows = q.rows(first, count).columns(head * d, d);
-      write_plan(rows, kv, config.probes, own.members, own.plan, own.context);
-      // Not complete(): its time for all key rows is more than a query of a long cache may cost.
-      detail::derive(own.plan, own.plan_scratch.numbers);
-      attention_forward(own.plan, rows, k.columns(kv * d, d), v.columns(kv * dv, dv),
-                        out.rows(first, count).columns(head * dv, dv), {.scale = config.scale}, own.context);
-    });
-    scratch.level();
+    each_pass(q, k, query, sizes, context,
+              [&](detail::IndexPass<T>& pass, Index kv, Index head, Index first, Index count) {
+                const ConstView<T> keys = k.columns(kv * d, d);
+                pass.choose(q.rows(first, count).columns(head * d, sizes.group * d), keys);
+                pass.attend(keys, v.columns(kv * dv, dv), out.rows(first, count).columns(head * dv, sizes.group * dv));
+                if (report != nullptr) pass.report(head, *report);
+              });
   }
 
-  /// Writes the plans of attend(): a complete plan for every query head, of all queries and tokens() keys,
+  /// Writes the plans of what attend() sees: a complete plan for every query head, of all queries and k's rows,
   /// Combine::lse.
   ///
-  /// Use them for attention_recall() against a dense plan, or for attention_forward() with a tape (log-sum-exp) or
-  /// terms.
-  /// Shapes: q queries x heads*d. Requires: that (ShapeError); a config as its fields say (ValueError); otherwise
-  ///   nothing is written.
-  /// Allocates: where the plans have to grow. Cost: the choice of clusters, and linear in queries and tokens().
-  void plan(ConstView<T> q, const ProbeConfig& config, std::vector<AttentionPlan>& plans, Context& context) const {
-    const Sizes sizes = check_queries("KeyIndex::plan", q, config);
-    auto& scratch = context.workspace().template object<detail::ProbeScratch>();
-    scratch.prepare(context);
+  /// Use them for attention_recall() against a dense plan, or for attention_forward() with a tape or terms.
+  /// Shapes: q queries x heads*d, k rows x kv_heads*d. Requires: as attend(); otherwise nothing is written. After
+  ///   another error the plans have no meaning.
+  /// Allocates: where the plans have to grow. Cost: the choice of keys, and linear in queries and rows.
+  void plan(ConstView<T> q, ConstView<T> k, const KeyIndexQuery& query, std::vector<AttentionPlan>& plans,
+            Context& context) const {
+    const Sizes sizes = check_queries("KeyIndex::plan", q, k, query);
     plans.resize(static_cast<std::size_t>(sizes.heads));
-    context.for_each(sizes.heads, [&](Index head, Index worker) {
-      detail::ProbeScratch::Worker& own = scratch.workers[static_cast<std::size_t>(worker)];
-      AttentionPlan& plan = plans[static_cast<std::size_t>(head)];
-      plan.memory_tokens = 0;
-      for (auto* list : {&plan.query_positions, &plan.key_positions}) list->clear();
-      plan.visible_too.clear();
-      write_plan(q.columns(head * sizes.d, sizes.d), head / (sizes.heads / this->config().kv_heads), config.probes,
-                 own.members, plan, own.context);
-      complete(plan, &own.plan_scratch);
+    // One pass for all queries: groups of several passes would have to be joined.
+    auto& scratch = context.workspace().template object<detail::IndexScratch<T>>();
+    scratch.prepare(context);
+    context.for_each(sizes.heads / sizes.group, [&](Index task, Index worker) {
+      auto& own = scratch.workers[static_cast<std::size_t>(worker)];
+      const Index head = task * sizes.group, kv = head / (sizes.heads / config_.kv_heads);
+      const detail::VisibleKeys keys = visible(k, q.rows(), 0, query);
+      detail::IndexPass<T> pass(heads_[static_cast<std::size_t>(kv)], keys, sizes.settings, sizes.group, own);
+      pass.choose(q.columns(head * sizes.d, sizes.group * sizes.d), k.columns(kv * sizes.d, sizes.d), true);
+      complete(own.plan, &own.plan_scratch);
+      for (Index g = 0; g < sizes.group; ++g) plans[static_cast<std::size_t>(head + g)] = own.plan;
     });
     scratch.level();
   }
 
  private:
+  /// Queries of a pass: many where parts are seen whole, because the queries that chose a part attend to it together.
+  static Index pass_queries(const detail::IndexPassSettings& settings) { return settings.rank > 0 ? 64 : 512; }
+
   struct Sizes {
     Index heads, d;
+    Index group;  // query heads of a pass
+    detail::IndexPassSettings settings;
   };
 
-  Sizes check_queries(const char* function, ConstView<T> q, const ProbeConfig& config) const {
-    const Index kv_heads = this->config().kv_heads, heads = config.heads == 0 ? kv_heads : config.heads;
+  const detail::KeyParts<T>& head(const char* function, Index kv_head) const {
+    if (kv_head < 0 || kv_head >= config_.kv_heads)
+      detail::fail<ValueError>(function, "kv_head", detail::join("in [0, ", config_.kv_heads, ")"), kv_head);
+    return heads_[static_cast<std::size_t>(kv_head)];
+  }
+
+  static void check_rows(const char* function, ConstView<T> m, Index rows, const char* name = "k") {
+    if (m.rows() < rows)
+      detail::fail<ShapeError>(function, name, detail::join("at least ", rows, " rows"),
+                               detail::join(m.rows(), " rows"));
+  }
+
+  /// Whole segments, and whole pages after them, of the keys that have left the recent ones.
+  std::pair<Index, Index> whole(Index tokens) const {
+    const Index ready = (std::max<Index>)(0, tokens - config_.recent - config_.sinks);
+    return {ready / config_.segment, ready % config_.segment / config_.page};
+  }
+  /// The first key of a segment.
+  Index segment_row(Index segment) const { return config_.sinks + segment * config_.segment; }
+
+  /// Segments that are clustered together: fours, then a pair and a single one where there are any.
+  static constexpr Index longest_run = 4;
+  static Index runs_of(Index segments) {
+    return segments / longest_run + std::popcount(static_cast<std::uint64_t>(segments % longest_run));
+  }
+  static detail::RowRange run_of(Index segments, Index run) {
+    if (run < segments / longest_run) return {run * longest_run, (run + 1) * longest_run};
+    const Index begin = segments / longest_run * longest_run, rest = segments % longest_run;
+    return run == segments / longest_run && rest >= 2 ? detail::RowRange{begin, begin + 2}
+                                                      : detail::RowRange{segments - 1, segments};
+  }
+
+  /// Keys from this row on are in no part; or from the sinks' end, where there are none.
+  Index parts_end() const { return (std::min)(tokens_, segment_row(segments_) + pages_ * config_.page); }
+
+  /// Makes the index that of the first `tokens` rows, or on error leaves it as it is.
+  void advance(const char* function, Index tokens, ConstView<T> k, ConstView<T> v, Context& context) {
+    constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
+    if (k.rows() > most)
+      detail::fail<ShapeError>(function, "k", detail::join("at most ", most, " rows"), detail::join(k.rows(), " rows"));
+    const Index kv_heads = config_.kv_heads;
+    const auto width = [kv_heads](Index known, Index columns) {
+      return known > 0 ? known : (std::max<Index>)(1, columns / kv_heads);
+    };
+    const Index d = width(d_, k.cols()), dv = width(dv_, v.cols());
+    detail::check_shape<T>(function, "k", k, k.rows(), kv_heads * d);
+    detail::check_shape<T>(function, "v", v, k.rows(), kv_heads * dv);
+
+    const auto [segments, pages] = whole(tokens);
+    const Index runs = runs_of(segments), runs_before = runs_of(segments_);
+    Index kept = 0;
+    while (kept < (std::min)(runs, runs_before) && run_of(segments, kept).end == run_of(segments_, kept).end) ++kept;
+    const Index kept_pages = segments == segments_ ? (std::min)(pages, pages_) : 0;
+    const Index kept_row = segment_row(kept > 0 ? run_of(segments, kept - 1).end : 0) + kept_pages * config_.page;
+    const Index tasks = runs - kept + (pages > kept_pages ? 1 : 0);
+    using Parts = detail::KeyParts<T>;
+    if (tasks > 0 || kept < runs_before || kept_pages < pages_) {
+      std::vector<Parts> fresh(static_cast<std::size_t>(kv_heads * tasks), Parts(d, dv));
+      auto& scratch = context.workspace().template object<detail::IndexScratch<T>>();
+      scratch.prepare(context);
+      context.for_each(kv_heads * tasks, [&, segments = segments, pages = pages](Index task, Index worker) {
+        Parts& parts = fresh[static_cast<std::size_t>(task)];
+        const Index h = task / tasks, run = kept + task % tasks, row = segment_row(segments);
+        const ConstView<T> keys = k.columns(h * d, d), values = v.columns(h * dv, dv);
+        if (run < runs)
+          parts.add_clusters(
+              keys, values, {segment_row(run_of(segments, run).begin), segment_row(run_of(segments, run).end)},
+              config_.keys_per_cluster, config_.steps, scratch.workers[static_cast<std::size_t>(worker)].context);
+        else
+          parts.add_pages(keys, values, {row + kept_pages * config_.page, row + pages * config_.page}, config_.page);
+      });
+      std::vector<Parts> first;  // of heads that have had no parts
+      const bool bare = heads_.front().dim() == 0;
+      if (bare) first.assign(static_cast<std::size_t>(kv_heads), Parts(d, dv));
+      std::vector<Index> run_parts;
+      run_parts.reserve(static_cast<std::size_t>(kv_heads * runs));
+      std::vector<Parts>& heads = bare ? first : heads_;
+      for (Index h = 0; h < kv_heads; ++h) {
+        const std::span<const Parts> others(fresh.data() + h * tasks, static_cast<std::size_t>(tasks));
+        heads[static_cast<std::size_t>(h)].reserve(others);
+        Index parts = 0;
+        for (Index run = 0; run < runs; ++run) {
+          parts = run < kept ? run_parts_[static_cast<std::size_t>(h * runs_before + run)]
+                             : parts + others[static_cast<std::size_t>(run - kept)].count();
+          run_parts.push_back(parts);
+        }
+      }
+      // Nothing fails from here on.
+      for (Index h = 0; h < kv_heads; ++h) {
+        Parts& parts = heads[static_cast<std::size_t>(h)];
+        parts.drop_to(kept > 0 ? run_parts[static_cast<std::size_t>(h * runs + kept - 1)] : 0, kept, kept_row);
+        for (Index t = 0; t < tasks; ++t) parts.take(fresh[static_cast<std::size_t>(h * tasks + t)]);
+      }
+      if (bare) heads_.swap(first);
+      run_parts_.swap(run_parts);
+    }
+    d_ = d;
+    dv_ = dv;
+    segments_ = segments;
+    pages_ = pages;
+    tokens_ = tokens;
+  }
+
+  Sizes check_queries(const char* function, ConstView<T> q, ConstView<T> k, const KeyIndexQuery& query) const {
+    const Index kv_heads = config_.kv_heads, heads = query.heads == 0 ? kv_heads : query.heads;
     detail::Faults faults(function);
     if (heads < 1 || heads % kv_heads != 0)
       faults.expect(false, "heads", detail::join("0, or a positive multiple of kv_heads = ", kv_heads), heads);
-    if (config.probes < 0 || config.probes > this->config().clusters)
-      faults.expect(false, "probes", detail::join("0 to clusters = ", this->config().clusters), config.probes);
-    faults.expect(std::isfinite(static_cast<T>(config.scale)), "scale", "a finite number", config.scale);
-    faults.raise();
-    // Any width will do before the first keys are known.
-    const Index d = clusters_.dim() > 0 ? clusters_.dim() : q.cols() / heads;
-    detail::check_shape<T>(function, "q", q, q.rows(), heads * (std::max<Index>)(d, 1));
-    return {heads, d};
-  }
-
-  /// Writes all but what complete() derives.
-  void write_plan(ConstView<T> q, Index kv_head, Index probes, ClusterMembers& members, AttentionPlan& plan,
-                  Context& context) const {
-    const auto& head = clusters_.of("KeyIndex", kv_head);
-    const auto count = static_cast<std::int32_t>(q.rows());
-    plan.tokens = count;
-    plan.key_tokens = tokens();
-    plan.combine = Combine::lse;
-    plan.entries.clear();
-    plan.keys.clear();
-    plan.groups.clear();
-    plan.visible.clear();
-    const auto add_group = [&plan](std::size_t entries_before, std::size_t keys_before) {
-      plan.groups.push_back({static_cast<std::int32_t>(entries_before), static_cast<std::int32_t>(plan.entries.size()),
-                             static_cast<std::int32_t>(keys_before), static_cast<std::int32_t>(plan.keys.size())});
-      plan.visible.resize(plan.entries.size(), {0, static_cast<std::int32_t>(plan.keys.size() - keys_before)});
-    };
-
-    // All queries see the keys that are in no cluster.
-    for (std::int32_t i = 0; i < count; ++i) plan.entries.push_back(i);
-    for (Index i = 0; i < clusters_.clustered().begin; ++i) plan.keys.push_back(static_cast<std::int32_t>(i));
-    for (Index i = clusters_.clustered().end; i < tokens(); ++i) plan.keys.push_back(static_cast<std::int32_t>(i));
-    add_group(0, 0);
-    probes = (std::min)(probes, head.count);
-    if (probes == 0) return;
-
-    // scores = q centroids^T
-    Arena& arena = context.workspace().shared();
-    Arena::Scope scope(arena);
-    const View<T> scores = arena.template matrix<T>(q.rows(), head.count);
-    product<T>(q, view(head.centroids), scores, context);
-    nearest_members(ConstView<T>(scores), {.probes = probes}, members, context);
-    for (Index c = 0; c < head.count; ++c) {
-      const std::span<const std::int32_t> rows = members.of(c);
-      if (rows.empty()) continue;
-      const std::vector<std::int32_t>& keys = head.members[static_cast<std::size_t>(c)];
-      const std::size_t entries_before = plan.entries.size(), keys_before = plan.keys.size();
-      plan.entries.insert(plan.entries.end(), rows.begin(), rows.end());
-      plan.keys.insert(plan.keys.end(), keys.begin(), keys.end());
-      add_group(entries_before, keys_before);
+    faults.expect(std::isfinite(query.budget) && query.budget > 0, "budget", "a finite number above 0", query.budget);
+    faults.expect(std::isfinite(static_cast<T>(query.scale)), "scale", "a finite number", query.scale);
+    faults.expect(query.rank >= -1, "rank", "at least -1", query.rank);
+    faults.expect(query.samples >= 0, "samples", "at least 0", query.samples);
+    if (query.causal) {
+      faults.expect(q.rows() <= k.rows(), "q", detail::join("at most ", k.rows(), " rows"), q.rows());
+      faults.expect(parts_end() <= k.rows() - q.rows() + (q.rows() > 0 ? 1 : 0), "causal",
+                    "parts that hold no row behind the first query's",
+                    detail::join("parts up to row ", parts_end() - 1, ", the query's is ", k.rows() - q.rows()));
     }
+    faults.raise();
+    check_rows(function, k, tokens_);
+    const Index d = d_ > 0 ? d_ : (std::max<Index>)(1, q.cols() / heads);  // any width will do before keys are known
+    detail::check_shape<T>(function, "q", q, q.rows(), heads * d);
+    detail::check_shape<T>(function, "k", k, k.rows(), kv_heads * d);
+    const double scale = query.scale != 0 ? query.scale : 1 / std::sqrt(static_cast<double>(d));
+    return {heads,
+            d,
+            config_.shared_choice ? heads / kv_heads : 1,
+            {query.budget, scale, query.rank >= 0 ? query.rank : config_.rank, query.samples, config_.tail}};
   }
 
-  detail::KeyClusters<T, KeyIndexConfig> clusters_;
+  detail::VisibleKeys visible(ConstView<T> k, Index queries, Index first, const KeyIndexQuery& query) const {
+    return {(std::min)(config_.sinks, k.rows()), {parts_end(), k.rows()}, k.rows(), queries, first, query.causal};
+  }
+
+  /// Calls f(pass, key/value head, first query head, first query, queries) for all pieces of the queries.
+  template <class F>
+  void each_pass(ConstView<T> q, ConstView<T> k, const KeyIndexQuery& query, const Sizes& sizes, Context& context,
+                 F&& f) const {
+    auto& scratch = context.workspace().template object<detail::IndexScratch<T>>();
+    scratch.prepare(context);
+    const Index size = pass_queries(sizes.settings), most = (std::min)(q.rows(), size);
+    const Index chunks = (q.rows() + size - 1) / size;
+    Index parts = 0, keys = 0, loose = 0;
+    for (const auto& head : heads_) {
+      parts = (std::max)(parts, head.count());
+      keys = (std::max)(keys, head.keys());
+      loose = (std::max)(loose, static_cast<Index>(head.loose().size()));
+    }
+    const Index rows = most * sizes.group, always = config_.sinks + loose + k.rows() - parts_end();
+    const double budget = query.budget <= 1 ? query.budget * static_cast<double>(k.rows()) : query.budget;
+    if (sizes.settings.rank > 0)
+      scratch.reserve(rows, most + 1, 2 * rows, always + most * (std::min)(keys, static_cast<Index>(budget) + 1));
+    else
+      scratch.reserve(rows, parts + 1, rows * (parts + 1), always + keys);
+    context.for_each(sizes.heads / sizes.group * chunks, [&](Index task, Index worker) {
+      const Index head = task / chunks * sizes.group, kv = head / (sizes.heads / config_.kv_heads);
+      const Index first = task % chunks * size, count = (std::min)(q.rows() - first, size);
+      const detail::VisibleKeys keys_of = visible(k, q.rows(), first, query);
+      detail::IndexPass<T> pass(heads_[static_cast<std::size_t>(kv)], keys_of, sizes.settings, sizes.group,
+                                scratch.workers[static_cast<std::size_t>(worker)]);
+      f(pass, kv, head, first, count);
+    });
+    scratch.level();
+  }
+
+  KeyIndexConfig config_;
+  Index tokens_ = 0, d_ = 0, dv_ = 0;  // d, dv: 0 before the first keys
+  Index segments_ = 0, pages_ = 0;     // in parts
+  std::vector<Index> run_parts_;       // kv_heads x runs: parts up to the end of each
+  std::vector<detail::KeyParts<T>> heads_;
 };
 
 }  // namespace coterie
