@@ -143,7 +143,8 @@ class Tokenizer {
     return std::move(encoder.tokens);
   }
 
-  /// The bytes of tokens, end to end: of what encode() made, the text, as long as has_byte() holds for all of its bytes.
+  /// The bytes of tokens, end to end: of what encode() made, the text, as long as has_byte() holds for all of its
+  /// bytes.
   /// Requires tokens (ValueError).
   std::string decode(std::span<const std::int32_t> ids) const {
     std::string text;
