@@ -120,7 +120,7 @@ void add_index(SafetensorsWriter& writer, std::string_view prefix, const KeyInde
                std::type_identity_t<ConstView<T>> k, std::type_identity_t<ConstView<T>> v) {
   const char* const function = "add_index";
   const Index kv_heads = index.config().kv_heads;
-  const auto check = [&](const char* name, ConstView<T> m, Index width) {
+  const auto require_fit = [&](const char* name, ConstView<T> m, Index width) {
     const bool fits = width > 0 ? m.cols() == kv_heads * width : m.cols() > 0 && m.cols() % kv_heads == 0;
     if (m.rows() < index.tokens() || m.rows() != k.rows() || !fits)
       detail::fail<ShapeError>(function, name,
@@ -128,8 +128,8 @@ void add_index(SafetensorsWriter& writer, std::string_view prefix, const KeyInde
                                             width > 0 ? detail::join(" of ", width, " columns") : ""),
                                detail::join(m.rows(), " x ", m.cols()));
   };
-  check("k", k, index.dim());
-  check("v", v, index.value_dim());
+  require_fit("k", k, index.dim());
+  require_fit("v", v, index.value_dim());
   writer.set_metadata(detail::index_format_key, std::to_string(detail::index_format));
   writer.set_metadata("coterie.version", version);
   visit(index.config(), [&](std::string_view name, const auto& field) {
