@@ -1,11 +1,10 @@
 // Attention over a long key/value cache whose heads were never trained to be routed: how close to it come a few percent
 // of the keys?
 //
-// A KeyIndex clusters the keys once; a query then sees the best keys of the best clusters, the first tokens and the most
-// recent ones, and takes the rest from the clusters' means. This program trains a small byte-level language model with
-// dense heads, runs it over held-out text,
-// takes what its heads have as queries, keys and values, and compares with dense attention over all keys: keys seen,
-// attention kept, error of the output, share that was estimated, time.
+// A KeyIndex clusters the keys once; a query then sees the best keys of the best clusters, the first tokens and the
+// most recent ones, and takes the rest from the clusters' means. This program trains a small byte-level language model
+// with dense heads, runs it over held-out text, takes what its heads have as queries, keys and values, and compares
+// with dense attention over all keys: keys seen, attention kept, error of the output, share that was estimated, time.
 //
 //     kv_retrieval                    induction heads, 16384 keys
 //     kv_retrieval --model plain      queries and keys apart: flatter, so few keys keep less of their attention

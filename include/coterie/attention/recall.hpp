@@ -1,4 +1,5 @@
-// Recall: how much of the attention along a wider plan a narrower one keeps, in mass and in outputs. For choosing clusters and windows.
+// Recall: how much of the attention along a wider plan a narrower one keeps, in mass and in outputs. For
+// choosing clusters and windows.
 #pragma once
 
 #include <algorithm>
@@ -208,8 +209,8 @@ inline AttentionRecall attention_recall(const Plans& plan, const Plans& full, Co
 /// The same, and how far the outputs are from those of `full`, if only the keys that `plan` shows are attended to.
 ///
 /// Shapes: v key tokens x kv_heads*dv.
-/// Formula: error_i = |out'_i - out_i| / |out_i|, out_i = sum of p_ij v_j over the keys of full, out'_i the same sum over
-///   those of them that plan shows, divided by recall_i; zero where there are none.
+/// Formula: error_i = |out'_i - out_i| / |out_i|, out_i = sum of p_ij v_j over the keys of full, out'_i the same sum
+///   over those of them that plan shows, divided by recall_i; zero where there are none.
 /// Requires: as attention_forward (ShapeError, ValueError).
 /// Cost: 2 (d + dv) operations per sampled query, head and key.
 inline AttentionRecall attention_recall(const Plans& plan, const Plans& full, ConstView<float> q, ConstView<float> k,
