@@ -61,8 +61,8 @@ void read_as_index(const SafetensorsView& file, std::string_view prefix) {
   });
 }
 
-/// Reads bytes as a file, and a file as a layer and as an index. Throws std::logic_error where what was accepted makes no
-/// sense. Returns whether they are a file.
+/// Reads bytes as a file, and a file as a layer and as an index. Throws std::logic_error where what was accepted makes
+/// no sense. Returns whether they are a file.
 inline bool read_bytes(std::span<const std::byte> bytes) {
   SafetensorsView file;
   if (!accepts([&] { file = parse_safetensors(bytes); })) return false;
