@@ -29,5 +29,6 @@
 #include "coterie/router/kmeans.hpp"
 #include "coterie/router/members.hpp"
 #include "coterie/saved/import_pytorch.hpp"
+#include "coterie/saved/saved_index.hpp"
 #include "coterie/saved/saved_layer.hpp"
 #include "coterie/version.hpp"

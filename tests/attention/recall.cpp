@@ -25,14 +25,21 @@ TEST_CASE("recall is the mass of the wider plan's softmax on keys of the plan, f
     for (std::int32_t j = 0; j < keys; ++j) full.keys.push_back(j);
     complete(full);
     const AttentionRecall got =
+        attention_recall(in.plan, full, in.q, in.k, in.v, in.config, {.queries = 1000}, context, in.terms());
+    const AttentionRecall mass =
         attention_recall(in.plan, full, in.q, in.k, in.config, {.queries = 1000}, context, in.terms());
+    REQUIRE(mass.rows == got.rows);
+    REQUIRE(mass.heads == got.heads);
+    REQUIRE((mass.error == 0 && mass.row_errors.empty() && mass.head_errors.empty()));
     REQUIRE(static_cast<Index>(got.queries.size()) == full.tokens);
     AttentionConfig config = in.config;
     config.dropout = 0;
     const AttentionTerms<double> terms = in.terms();
     const coterie::detail::Reference<double> reference("recall", full, in.q, in.k, in.v, config, terms);
-    double mean = 0;
-    for (Index h = 0; h < config.heads; ++h)
+    double mean = 0, mean_error = 0, worst = 0;
+    const Index dv = reference.call().dv();
+    for (Index h = 0; h < config.heads; ++h) {
+      double squares = 0;
       for (Index i = 0; i < full.tokens; ++i) {
         std::vector<double> p;
         const auto softmax = reference.softmaxes(h, i)[0];
@@ -52,8 +59,30 @@ TEST_CASE("recall is the mass of the wider plan's softmax on keys of the plan, f
         for (std::size_t j = 0; j < p.size(); ++j) kept += sees[static_cast<std::size_t>(softmax.keys[j])] ? p[j] : 0;
         CHECK(std::abs(got.rows[static_cast<std::size_t>(i * config.heads + h)] - kept) < 1e-12);
         mean += kept / static_cast<double>(full.tokens * config.heads);
+        double difference = 0, square = 0;
+        for (Index l = 0; l < dv; ++l) {
+          double all = 0, some = 0;
+          for (std::size_t j = 0; j < p.size(); ++j) {
+            const double term = p[j] * reference.value(h, i, softmax.keys[j])[l];
+            all += term;
+            if (sees[static_cast<std::size_t>(softmax.keys[j])]) some += term;
+          }
+          if (kept > 0) some /= kept;
+          difference += (some - all) * (some - all);
+          square += all * all;
+        }
+        const double error = std::sqrt(difference / square);
+        CHECK(std::abs(got.row_errors[static_cast<std::size_t>(i * config.heads + h)] - error) < 1e-9 * (1 + error));
+        squares += error * error;
       }
+      const double error = std::sqrt(squares / static_cast<double>(full.tokens));
+      CHECK(std::abs(got.head_errors[static_cast<std::size_t>(h)] - error) < 1e-9 * (1 + error));
+      mean_error += error / static_cast<double>(config.heads);
+      worst = std::max(worst, error);
+    }
     CHECK(std::abs(got.mean - mean) < 1e-12);
+    CHECK(std::abs(got.error - mean_error) < 1e-9 * (1 + mean_error));
+    CHECK(std::abs(got.worst_error - worst) < 1e-9 * (1 + worst));
   }
 }
 
@@ -81,6 +110,9 @@ TEST_CASE("recall: distances are those of the wider plan, and a logit that is no
   const AttentionRecall bad = attention_recall(dense, dense, q, k, {}, {}, context);
   REQUIRE(bad.queries.size() == 4);
   REQUIRE(std::isnan(bad.mean));
+  const AttentionRecall worse = attention_recall(dense, dense, q, k, k, {}, {}, context);
+  REQUIRE(std::isnan(worse.error));
+  REQUIRE(std::isnan(worse.worst_error));
 }
 
 TEST_CASE("recall: a plan keeps all of itself; samples are drawn, ascending, and the same for any workers") {
@@ -92,6 +124,7 @@ TEST_CASE("recall: a plan keeps all of itself; samples are drawn, ascending, and
   const RowMatrix<float> q = random.matrix<float>(n, 8), k = random.matrix<float>(n, 8);
   Context context;
   REQUIRE(attention_recall(dense, dense, q, k, {.heads = 2}, {}, context).mean == 1);
+  REQUIRE(attention_recall(dense, dense, q, k, k, {.heads = 2}, {}, context).error == 0);
   const AttentionRecall one = attention_recall(local, dense, q, k, {.heads = 2}, {.queries = 50, .seed = 3}, context);
   REQUIRE(one.queries == coterie::detail::draw_rows(n, 50, 3));
   REQUIRE(one.rows.size() == 100);

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "coterie/saved/saved_index.hpp"
 #include "coterie/saved/saved_layer.hpp"
 
 namespace fuzz {
@@ -42,8 +43,26 @@ void read_as_layer(const SafetensorsView& file, std::string_view prefix) {
   });
 }
 
-/// Reads bytes as a file, and a file as a layer. Throws std::logic_error where what was accepted makes no sense.
-/// Returns whether they are a file.
+/// An index that was read is written and read again, the same bytes; and answers a query.
+template <class T>
+void read_as_index(const SafetensorsView& file, std::string_view prefix) {
+  accepts([&] {
+    const SavedIndex<T> read = read_index<T>(file, prefix);
+    SafetensorsWriter writer, again;
+    add_index(writer, prefix, read.index, read.k, read.v);
+    const std::vector<std::byte> bytes = writer.bytes();
+    const SavedIndex<T> same = read_index<T>(parse_safetensors(bytes), prefix);
+    add_index(again, prefix, same.index, same.k, same.v);
+    require(again.bytes() == bytes, "an index that was read is not the one that was written");
+    if (read.k.cols() + read.v.cols() > 1000 || read.k.rows() > 1000) return;
+    RowMatrix<T> q = RowMatrix<T>::Ones(1, read.k.cols()), out(1, read.v.cols());
+    Context context;
+    read.index.attend(q, read.k, read.v, out, {.budget = 0.5}, context);
+  });
+}
+
+/// Reads bytes as a file, and a file as a layer and as an index. Throws std::logic_error where what was accepted makes
+/// no sense. Returns whether they are a file.
 inline bool read_bytes(std::span<const std::byte> bytes) {
   SafetensorsView file;
   if (!accepts([&] { file = parse_safetensors(bytes); })) return false;
@@ -84,6 +103,8 @@ inline bool read_bytes(std::span<const std::byte> bytes) {
   for (const std::string_view prefix : {"", "a."}) {
     read_as_layer<float>(file, prefix);
     read_as_layer<double>(file, prefix);
+    read_as_index<float>(file, prefix);
+    read_as_index<double>(file, prefix);
   }
   return true;
 }

@@ -41,6 +41,16 @@ std::vector<std::byte> layer_file(std::string_view prefix, const RoutingAttentio
   return writer.bytes();
 }
 
+std::vector<std::byte> index_file() {
+  const RowMatrix<float> k = Random(2).matrix<float>(12, 2);
+  KeyIndex<float> index({.keys_per_cluster = 2, .page = 1, .segment = 4, .sinks = 1, .recent = 1});
+  Context context;
+  index.build(k, k, context);
+  SafetensorsWriter writer;
+  add_index(writer, {}, index, k, k);
+  return writer.bytes();
+}
+
 const RoutingAttentionConfig routed{
     .model_dim = 1, .head_dim = 3, .causal = true, .routed = {.heads = 1, .clusters = 1, .window = 2}};
 const RoutingAttentionConfig local{.model_dim = 1, .bias = true, .local = {.heads = 1, .window = 2}};
@@ -88,6 +98,19 @@ TEST_CASE("a layer's file with one byte changed is a layer or FileError") {
   REQUIRE(layers > 100);
 }
 
+TEST_CASE("an index's file with one byte changed is an index or FileError") {
+  const std::vector<std::byte> file = index_file();
+  int indexes = 0;
+  for (std::size_t i = 0; i < file.size(); ++i)
+    for (const int flip : {1, 2, 16, 128}) {
+      std::vector<std::byte> changed = file;
+      changed[i] ^= static_cast<std::byte>(flip);
+      fuzz::read_bytes(changed);
+      indexes += fuzz::accepts([&] { static_cast<void>(read_index<float>(parse_safetensors(changed))); });
+    }
+  REQUIRE(indexes > 100);
+}
+
 // Hidden: makes the corpus anew, where the format of layers has changed.  test_saved "[write-corpus]"
 TEST_CASE("write the fuzzer's corpus", "[.][write-corpus]") {
   const auto write = [&](const std::string& name, const std::vector<std::byte>& bytes) {
@@ -99,6 +122,7 @@ TEST_CASE("write the fuzzer's corpus", "[.][write-corpus]") {
   write("good_empty", file_bytes("{}"));
   write("good_layer_float", layer_file<float>({}, routed));
   write("good_layer_double", layer_file<double>("a.", local));
+  write("good_index", index_file());
   write(
       "good_dtypes",
       file_bytes(

@@ -205,12 +205,12 @@ class SafetensorsView {
   }
 
   /// Requires that a file has no tensors under a prefix but the known ones (FileError).
-  void require_no_others(const char* function, std::string_view prefix, const std::set<std::string>& known) const {
+  void require_no_others(const char* function, std::string_view prefix, const std::set<std::string>& known,
+                         std::string_view of = "layer") const {
     for (const SafetensorsTensor& tensor : tensors_)
       if (tensor.name.starts_with(prefix) && !known.contains(tensor.name))
-        fail(function,
-             detail::join("under the prefix ", detail::in_quotes(prefix), ": expected the tensors of the layer, got ",
-                          detail::in_quotes(tensor.name), " beside them"));
+        fail(function, detail::join("under the prefix ", detail::in_quotes(prefix), ": expected the tensors of the ",
+                                    of, ", got ", detail::in_quotes(tensor.name), " beside them"));
   }
 
  private:

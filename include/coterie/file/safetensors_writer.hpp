@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <set>
 #include <string>
 #include <string_view>
@@ -49,6 +50,15 @@ class SafetensorsWriter {
   void add_number(std::string name, std::int64_t value) {
     add_tensor({std::move(name), Dtype::i64, 1, 1,
                 [value](const Sink& sink) { put(ConstView<std::int64_t>(&value, 1, 1), sink); }});
+  }
+
+  /// Adds whole numbers, as a 1 x n tensor of I32; they are kept.
+  /// Requires: as add().
+  void add_numbers(std::string name, std::vector<std::int32_t> values) {
+    const auto kept = std::make_shared<const std::vector<std::int32_t>>(std::move(values));
+    const Index count = static_cast<Index>(kept->size());
+    add_tensor({std::move(name), Dtype::i32, 1, count,
+                [kept, count](const Sink& sink) { put(ConstView<std::int32_t>(kept->data(), 1, count), sink); }});
   }
 
   /// Sets a string of the metadata, also one that has been set before.

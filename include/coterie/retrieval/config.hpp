@@ -1,6 +1,11 @@
 // Settings and the report of KeyIndex.
 #pragma once
 
+#include <concepts>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
 #include "coterie/core/matrix.hpp"
 
 namespace coterie {
@@ -17,6 +22,29 @@ struct KeyIndexConfig {
   Index rank = 4;               ///< candidates, in budgets, ranked by an int8 copy; 0: parts are seen whole; at least 0
   bool shared_choice = false;   ///< one choice for all query heads of a key/value head
   Index steps = 10;             ///< Lloyd steps of k-means; at least 0
+};
+
+/// Calls f(name, field) for all settings of a KeyIndexConfig, in their order.
+template <class C, class F>
+requires std::same_as<std::remove_const_t<C>, KeyIndexConfig>
+void visit(C& config, F&& f) {
+  auto& [kv_heads, keys_per_cluster, page, segment, sinks, recent, tail, rank, shared_choice, steps] = config;
+  f("kv_heads", kv_heads);
+  f("keys_per_cluster", keys_per_cluster);
+  f("page", page);
+  f("segment", segment);
+  f("sinks", sinks);
+  f("recent", recent);
+  f("tail", tail);
+  f("rank", rank);
+  f("shared_choice", shared_choice);
+  f("steps", steps);
+}
+
+/// The clusters of a key/value head, as KeyIndex::clusters gives them and KeyIndex::restore takes them.
+struct KeyClusters {
+  std::vector<std::int32_t> sizes;  ///< of each cluster, at least 1
+  std::vector<std::int32_t> rows;   ///< their keys, cluster by cluster, ascending inside each
 };
 
 /// Settings of one call of a KeyIndex; designated initialisers in this order.

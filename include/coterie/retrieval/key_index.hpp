@@ -21,6 +21,7 @@
 #include "coterie/retrieval/config.hpp"
 #include "coterie/retrieval/index_pass.hpp"
 #include "coterie/retrieval/key_parts.hpp"
+#include "coterie/retrieval/known_clusters.hpp"
 
 namespace coterie {
 
@@ -62,8 +63,9 @@ class KeyIndex {
     at_least("rank", 0, config.rank);
     at_least("steps", 0, config.steps);
     constexpr Index most = (std::numeric_limits<std::int32_t>::max)();  // no sum of settings overflows
-    for (const auto& [name, value] : {std::pair{"segment", config.segment}, std::pair{"sinks", config.sinks},
-                                      std::pair{"recent", config.recent}, std::pair{"rank", config.rank}})
+    for (const auto& [name, value] :
+         {std::pair{"keys_per_cluster", config.keys_per_cluster}, std::pair{"segment", config.segment},
+          std::pair{"sinks", config.sinks}, std::pair{"recent", config.recent}, std::pair{"rank", config.rank}})
       faults.expect(value <= most, name, detail::join("at most ", most), value);
     faults.raise();
     heads_.resize(static_cast<std::size_t>(config.kv_heads));
@@ -72,6 +74,9 @@ class KeyIndex {
   const KeyIndexConfig& config() const { return config_; }
   /// Rows of the cache that the index knows.
   Index tokens() const { return tokens_; }
+  /// Width of a head's keys and values; 0 before the first keys.
+  Index dim() const { return d_; }
+  Index value_dim() const { return dv_; }
   /// Parts of a key/value head: clusters of whole segments, then pages.
   Index parts(Index kv_head) const { return head("KeyIndex::parts", kv_head).count(); }
   /// The keys of a part, ascending.
@@ -80,6 +85,20 @@ class KeyIndex {
     if (part < 0 || part >= parts.count())
       detail::fail<ValueError>("KeyIndex::members", "part", detail::join("in [0, ", parts.count(), ")"), part);
     return parts.rows(part);
+  }
+  /// The parts of a key/value head that are clusters. With the cache and the config they are all of an index: pages
+  /// follow from the cache. For restore().
+  KeyClusters clusters(Index kv_head) const {
+    const auto& parts = head("KeyIndex::clusters", kv_head);
+    const Index runs = runs_of(segments_);
+    const Index count = runs > 0 ? run_parts_[static_cast<std::size_t>((kv_head + 1) * runs - 1)] : 0;
+    KeyClusters result;
+    for (Index part = 0; part < count; ++part) {
+      const std::span<const std::int32_t> rows = parts.rows(part);
+      result.sizes.push_back(static_cast<std::int32_t>(rows.size()));
+      result.rows.insert(result.rows.end(), rows.begin(), rows.end());
+    }
+    return result;
   }
   /// Bytes held.
   std::size_t bytes() const {
@@ -100,6 +119,24 @@ class KeyIndex {
   void build(ConstView<T> k, ConstView<T> v, Context& context) {
     KeyIndex made(config_);
     made.advance("KeyIndex::build", k.rows(), k, v, context);
+    *this = std::move(made);
+  }
+
+  /// Replaces the index by the one of `tokens` rows whose clusters these are, without k-means: bit-identical to it.
+  ///
+  /// Shapes: k and v at least `tokens` rows, as in build(), of which all later ones are left out; clusters kv_heads.
+  /// Requires: those (ShapeError); tokens at least 0; clusters that hold every finite key of each run of segments
+  ///   once, run by run (ValueError). On any error the index is as it was.
+  /// Allocates: its result beside the old one. Cost: linear in tokens.
+  void restore(Index tokens, ConstView<T> k, ConstView<T> v, std::span<const KeyClusters> clusters, Context& context) {
+    const char* const function = "KeyIndex::restore";
+    if (tokens < 0) detail::fail<ValueError>(function, "tokens", "at least 0", tokens);
+    check_rows(function, k, tokens);
+    check_rows(function, v, tokens, "v");
+    if (static_cast<Index>(clusters.size()) != config_.kv_heads)
+      detail::fail<ShapeError>(function, "clusters", detail::join(config_.kv_heads, ", as kv_heads"), clusters.size());
+    KeyIndex made(config_);
+    made.advance(function, tokens, k.rows(0, tokens), v.rows(0, tokens), context, clusters);
     *this = std::move(made);
   }
 
@@ -256,11 +293,18 @@ class KeyIndex {
                                                       : detail::RowRange{segments - 1, segments};
   }
 
+  detail::RowRange rows_of_run(Index segments, Index run) const {
+    const detail::RowRange of = run_of(segments, run);
+    return {segment_row(of.begin), segment_row(of.end)};
+  }
+
   /// Keys from this row on are in no part; or from the sinks' end, where there are none.
   Index parts_end() const { return (std::min)(tokens_, segment_row(segments_) + pages_ * config_.page); }
 
   /// Makes the index that of the first `tokens` rows, or on error leaves it as it is.
-  void advance(const char* function, Index tokens, ConstView<T> k, ConstView<T> v, Context& context) {
+  /// Takes clusters from `clusters`, where there are some, in place of k-means; for an index without keys.
+  void advance(const char* function, Index tokens, ConstView<T> k, ConstView<T> v, Context& context,
+               std::span<const KeyClusters> clusters = {}) {
     constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
     if (k.rows() > most)
       detail::fail<ShapeError>(function, "k", detail::join("at most ", most, " rows"), detail::join(k.rows(), " rows"));
@@ -279,6 +323,14 @@ class KeyIndex {
     const Index kept_pages = segments == segments_ ? (std::min)(pages, pages_) : 0;
     const Index kept_row = segment_row(kept > 0 ? run_of(segments, kept - 1).end : 0) + kept_pages * config_.page;
     const Index tasks = runs - kept + (pages > kept_pages ? 1 : 0);
+    std::vector<detail::KnownRun> known;
+    if (!clusters.empty()) {
+      std::vector<detail::RowRange> ranges;
+      for (Index run = 0; run < runs; ++run) ranges.push_back(rows_of_run(segments, run));
+      for (Index h = 0; h < kv_heads; ++h)
+        detail::add_known_runs<T>(function, clusters[static_cast<std::size_t>(h)], h, ranges, k.columns(h * d, d),
+                                  v.columns(h * dv, dv), known);
+    }
     using Parts = detail::KeyParts<T>;
     if (tasks > 0 || kept < runs_before || kept_pages < pages_) {
       std::vector<Parts> fresh(static_cast<std::size_t>(kv_heads * tasks), Parts(d, dv));
@@ -288,12 +340,15 @@ class KeyIndex {
         Parts& parts = fresh[static_cast<std::size_t>(task)];
         const Index h = task / tasks, run = kept + task % tasks, row = segment_row(segments);
         const ConstView<T> keys = k.columns(h * d, d), values = v.columns(h * dv, dv);
-        if (run < runs)
-          parts.add_clusters(
-              keys, values, {segment_row(run_of(segments, run).begin), segment_row(run_of(segments, run).end)},
-              config_.keys_per_cluster, config_.steps, scratch.workers[static_cast<std::size_t>(worker)].context);
-        else
+        if (run < runs && !known.empty()) {
+          const detail::KnownRun& from = known[static_cast<std::size_t>(h * runs + run)];
+          parts.add_known_clusters(keys, values, rows_of_run(segments, run), from.sizes, from.rows);
+        } else if (run < runs) {
+          parts.add_clusters(keys, values, rows_of_run(segments, run), config_.keys_per_cluster, config_.steps,
+                             scratch.workers[static_cast<std::size_t>(worker)].context);
+        } else {
           parts.add_pages(keys, values, {row + kept_pages * config_.page, row + pages * config_.page}, config_.page);
+        }
       });
       std::vector<Parts> first;  // of heads that have had no parts
       const bool bare = heads_.front().dim() == 0;

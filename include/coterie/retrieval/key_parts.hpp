@@ -69,11 +69,17 @@ class KeyParts {
     std::vector<Index> begin{0};
     ClusterScratch scratch;
     cluster(k, rows, keys_per_cluster, steps, begin, scratch, context, 3);
-    set_parts(k, v, std::move(rows), begin);
-    if (count() > 0)
-      add_scales(k, 0, count());
-    else
-      scales_.resize(at(d_));  // a row for every call
+    set_clusters(k, v, std::move(rows), begin);
+  }
+
+  /// Adds clusters of the keys in `range` that are known: their sizes, and their rows one behind the other.
+  /// Requires: an object without keys; all finite keys in range, each once.
+  void add_known_clusters(ConstView<T> k, ConstView<T> v, RowRange range, std::span<const std::int32_t> sizes,
+                          std::span<const std::int32_t> rows) {
+    finite_rows_of(k, v, range);  // for those that are not
+    std::vector<Index> begin{0};
+    for (const std::int32_t size : sizes) begin.push_back(begin.back() + size);
+    set_clusters(k, v, {rows.begin(), rows.end()}, begin);
   }
 
   /// Adds pages of `page` neighbouring keys: those in `range`, whose length is a multiple of `page`.
@@ -242,6 +248,15 @@ class KeyParts {
     double square = 0;
     for (Index e = 0; e < d_; ++e) square += static_cast<double>(centroid[e]) * static_cast<double>(centroid[e]);
     row[d_] = static_cast<T>(square / -2);
+  }
+
+  /// Takes clusters, as set_parts(), with one row of scales for all of them.
+  void set_clusters(ConstView<T> k, ConstView<T> v, std::vector<std::int32_t> rows, const std::vector<Index>& begin) {
+    set_parts(k, v, std::move(rows), begin);
+    if (count() > 0)
+      add_scales(k, 0, count());
+    else
+      scales_.resize(at(d_));  // a row for every call
   }
 
   /// Takes rows in the order of parts, which begin at begin[0], begin[1], ..; empty parts are left out.
