@@ -1,5 +1,5 @@
-// One query of 8 heads through a KeyIndex against dense attention over the same cache, over the number of keys; what the
-// index holds, and what adding a key costs.
+// One query of 8 heads through a KeyIndex against dense attention over the same cache, over the number of keys; what
+// the index holds, and what adding a key costs.
 #include <deque>
 #include <memory>
 

@@ -367,7 +367,7 @@ TEST_CASE("key index: equal keys, and one cluster that holds most keys, keep the
 TEST_CASE("key index: a batch has the bits of its rows one by one, for any number of workers") {
   for (const bool shared : {false, true})
     for (const Index rank : {0, 4}) {
-      const KeyCache cache(700, 150, 4, 2, 7, 17, 9);
+      const KeyCache cache(700, 600, 4, 2, 7, 17, 9);
       const KeyIndexConfig config{
           .kv_heads = 2, .keys_per_cluster = 16, .segment = 256, .rank = rank, .shared_choice = shared};
       const KeyIndexQuery query{.budget = 0.25, .samples = 5};
@@ -376,7 +376,7 @@ TEST_CASE("key index: a batch has the bits of its rows one by one, for any numbe
       index.build(cache.k, cache.v, serial);
       KeyIndexReport report, one_report;
       const RowMatrix<float> batch = cache.attend(index, query, serial, &report);
-      for (const Index row : {0, 1, 63, 64, 149}) {
+      for (const Index row : {0, 1, 63, 64, 511, 512, 599}) {
         KeyCache one = cache;
         one.q = cache.q.row(row);
         REQUIRE(same_bits(one.attend(index, query, serial, &one_report), RowMatrix<float>(batch.row(row))));

@@ -1,8 +1,8 @@
 // Keys as 8-bit integers, a quarter of their size: an approximate score for every key of a block.
 //
-// A block holds `count` keys of width d. Four neighbouring dimensions of a key share a 32-bit word, and the words of all
-// keys with the same dimensions lie side by side: word g * count + j has dimensions 4 g to 4 g + 3 of key j, the first
-// one in the lowest byte. So lanes are keys, nothing is transposed, and a block has no padding but that of d to a
+// A block holds `count` keys of width d. Four neighbouring dimensions of a key share a 32-bit word, and the words of
+// all keys with the same dimensions lie side by side: word g * count + j has dimensions 4 g to 4 g + 3 of key j, the
+// first one in the lowest byte. So lanes are keys, nothing is transposed, and a block has no padding but that of d to a
 // multiple of 4.
 //
 // A number x of dimension e is stored as round(x / scale[e]), in [-127, 127]. The scales of the keys go into the query:

@@ -5,10 +5,8 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <deque>
 #include <limits>
 #include <span>
-#include <type_traits>
 #include <vector>
 
 #include "coterie/attention/attention.hpp"
@@ -17,57 +15,11 @@
 #include "coterie/kernel/product.hpp"
 #include "coterie/plan/complete.hpp"
 #include "coterie/retrieval/config.hpp"
+#include "coterie/retrieval/index_scratch.hpp"
 #include "coterie/retrieval/key_parts.hpp"
+#include "coterie/retrieval/selection.hpp"
 
 namespace coterie::detail {
-
-/// Scratch of the passes of KeyIndex: one for each worker, kept from call to call.
-template <class T>
-struct IndexScratch {
-  struct Worker {
-    explicit Worker(InstructionSet instructions) : context(instructions) {}
-    Context context;  // serial, with a workspace of its own: heads run side by side
-    AttentionPlan plan;
-    AttentionTape<T> tape;
-    PlanScratch plan_scratch;
-  };
-  std::deque<Worker> workers;
-
-  /// Makes scratch for the workers of a context.
-  void prepare(const Context& context) {
-    if (!workers.empty() && workers.front().context.instructions() != context.instructions()) workers.clear();
-    while (static_cast<Index>(workers.size()) < context.workers()) workers.emplace_back(context.instructions());
-  }
-
-  /// Reserves memory for the largest task in every worker, because any of them can get it.
-  void reserve(Index rows, Index groups, Index entries, Index keys) {
-    const auto at = [](Index i) { return static_cast<std::size_t>(i); };
-    for (Worker& w : workers) {
-      w.tape.prepare(rows, 1, Combine::lse);
-      for (auto* list : {&w.plan.entries, &w.plan.row_entries, &w.plan_scratch.numbers}) list->reserve(at(entries));
-      w.plan.row_begin.reserve(at(rows) + 1);
-      w.plan.visible.reserve(at(entries));
-      w.plan.keys.reserve(std::bit_ceil(at(keys)));  // it grows with every key
-      w.plan.groups.reserve(at(groups));
-      w.plan.parts.reserve(at(groups + entries / AttentionPlan::part_entries));
-      w.plan.task_begin.reserve(at(groups + entries / AttentionPlan::part_entries + 1));
-    }
-  }
-
-  /// Makes the arenas of all workers as large as the largest.
-  void level() {
-    std::size_t shared = 0, own = 0;
-    for (Worker& w : workers) {
-      w.context.workspace().prepare(1);
-      shared = (std::max)(shared, w.context.workspace().shared().bytes());
-      own = (std::max)(own, w.context.workspace().worker(0).bytes());
-    }
-    for (Worker& w : workers) {
-      w.context.workspace().shared().reserve(shared);
-      w.context.workspace().worker(0).reserve(own);
-    }
-  }
-};
 
 /// Settings of a pass, resolved.
 struct IndexPassSettings {
@@ -89,13 +41,15 @@ struct VisibleKeys {
   Index seen_exact(Index i) const { return (std::max<Index>)(0, (std::min)(exact.end, visible(i)) - exact.begin); }
 };
 
-/// A pass of some queries of one key/value head. Rows of the pass: the `group` query heads that share a choice, query by
-/// query.
+/// A pass of some queries of one key/value head. Rows of the pass: the `group` query heads that share a choice, query
+/// by query.
 ///
-/// Scores are to base 2. Of every part a query knows the score of the mean key; parts are chosen in that order until
-/// the candidates reach their number. With ranking, the best single candidates by int8 scores are seen; the rest of the
-/// chosen parts counts with these scores and the part's mean value. All other parts count with size, mean key and mean
-/// value: the tail. What is seen is a plan, attended to as any plan, and merged with the rest by its log-sum-exp.
+/// Scores are to base 2. A query knows the score of every part's mean key, and chooses parts in that order until the
+/// candidates reach their number. With ranking it sees the best candidates by int8 scores; the rest of the chosen parts
+/// counts with these scores and the part's mean value.
+///
+/// All other parts count with size, mean key and mean value: the tail. What is seen is a plan, attended to as any plan,
+/// and merged with the rest by its log-sum-exp.
 template <class T>
 class IndexPass {
  public:
@@ -222,7 +176,9 @@ class IndexPass {
     if (settings_.rank > 0) {
       candidates_ = arena_.template matrix<T>(group_, parts_.keys() + int8_slack);
       combined_ = arena_.template take<T>(parts_.keys() + int8_slack);
-      ordered_ = arena_.template take<Ordered>(parts_.keys());
+      ordered_ = arena_.template take<Ordered<T>>(parts_.keys());
+      kept_ = arena_.template take<Kept>(parts_.keys() + 1);
+      bins_ = arena_.template take<std::int32_t>(selection_bins);
       int8_q_ = arena_.template take<T>(4 * depth * group_);
       std::fill_n(int8_q_, 4 * depth * group_, T(0));
       marks_ = arena_.template take<std::uint64_t>(keys_.exact.begin / 64 + 1);
@@ -344,39 +300,40 @@ class IndexPass {
     }
   }
 
-  // Numbers as integers of the same order, which NaN cannot confuse.
-  using Ordered = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
-  static Ordered ordered(T x) {
-    const auto bits = std::bit_cast<Ordered>(x);
-    return bits ^ ((bits >> (8 * sizeof(T) - 1)) & (std::numeric_limits<Ordered>::max)());
-  }
-
   /// Adds the best candidates to the plan; their scores become minus infinity. Earlier candidates win ties.
   void keep_best(Index i) {
     if (chosen_count_ == 0) return;
     const T* by = candidates_.row(0);
     if (group_ > 1) by = combine_candidates(i);
-    Ordered threshold = (std::numeric_limits<Ordered>::min)();
-    Index ties = candidate_count_;
+    Ordered<T> threshold = (std::numeric_limits<Ordered<T>>::min)();
     if (want_ < candidate_count_) {
       for (Index j = 0; j < candidate_count_; ++j) ordered_[j] = ordered(by[j]);
-      std::nth_element(ordered_, ordered_ + want_ - 1, ordered_ + candidate_count_, std::greater<Ordered>());
-      threshold = ordered_[want_ - 1];
-      ties = want_;
-      for (Index j = 0; j < want_ - 1; ++j) ties -= ordered_[j] > threshold;
+      threshold = select_largest(ordered_, candidate_count_, want_, bins_);
     }
-    // Marks in the order of rows, because the keys of a plan ascend.
+    // Without a branch, for nobody can predict which are kept.
+    Index kept = 0;
+    for (Index p = 0; p < chosen_count_; ++p) {
+      const std::int32_t* const rows = parts_.rows(chosen_[p]).data();
+      for (Index j = candidate_begin_[p]; j < candidate_begin_[p + 1]; ++j) {
+        kept_[kept] = {static_cast<std::int32_t>(j), rows[j - candidate_begin_[p]]};
+        kept += ordered(by[j]) >= threshold;
+      }
+    }
+    if (kept > want_) {  // more than wanted equal the threshold: the last ones of these are too many
+      Index ties = want_;
+      for (Index k = 0; k < kept; ++k) ties -= ordered(by[kept_[k].candidate]) > threshold;
+      Index left = 0;
+      for (Index k = 0; k < kept; ++k)
+        if (ordered(by[kept_[k].candidate]) > threshold || ties-- > 0) kept_[left++] = kept_[k];
+      kept = left;
+    }
+    // Marks bring them into the order of rows, for the keys of a plan ascend.
     const Index words = keys_.exact.begin / 64 + 1;
     std::fill_n(marks_, words, std::uint64_t(0));
-    for (Index p = 0; p < chosen_count_; ++p) {
-      const std::span<const std::int32_t> rows = parts_.rows(chosen_[p]);
-      for (Index j = candidate_begin_[p]; j < candidate_begin_[p + 1]; ++j) {
-        const Ordered score = ordered(by[j]);
-        if (score < threshold || (score == threshold && ties-- <= 0)) continue;
-        const auto row = static_cast<std::uint32_t>(rows[at(j - candidate_begin_[p])]);
-        marks_[row / 64] |= std::uint64_t(1) << (row % 64);
-        for (Index g = 0; g < group_; ++g) candidates_(g, j) = nothing;
-      }
+    for (Index k = 0; k < kept; ++k) {
+      const auto row = static_cast<std::uint32_t>(kept_[k].row);
+      marks_[row / 64] |= std::uint64_t(1) << (row % 64);
+      for (Index g = 0; g < group_; ++g) candidates_(g, kept_[k].candidate) = nothing;
     }
     const std::size_t keys_before = worker_.plan.keys.size();
     for (Index w = 0; w < words; ++w)
@@ -429,6 +386,9 @@ class IndexPass {
 
   struct Pair {
     std::int32_t part, query;
+  };
+  struct Kept {
+    std::int32_t candidate, row;
   };
 
   void remember_parts(Index i) {
@@ -510,7 +470,9 @@ class IndexPass {
   Index* candidate_begin_ = nullptr;
   View<T> candidates_;
   T *combined_ = nullptr, *int8_q_ = nullptr;
-  Ordered* ordered_ = nullptr;
+  Ordered<T>* ordered_ = nullptr;
+  Kept* kept_ = nullptr;
+  std::int32_t* bins_ = nullptr;
   std::uint64_t* marks_ = nullptr;
   // Of all queries, where parts are seen whole.
   Pair* pairs_ = nullptr;

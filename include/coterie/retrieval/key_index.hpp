@@ -29,11 +29,11 @@ namespace coterie {
 /// The keys behind the first `sinks` are cut into segments of `segment` rows. A segment all of whose keys have left the
 /// `recent` ones is clustered by k-means, together with one or three segments before it where their number makes that
 /// two or four: whole fours of segments are clustered once more and stay. Keys of an unfinished segment are in pages of
-/// `page` neighbours, and the last ones in none. So an index is a function of the cache alone: built at once or appended
-/// to row by row, it is bit-identical.
+/// `page` neighbours, and the last ones in none. So an index is a function of the cache alone: built at once or
+/// appended to row by row, it is bit-identical.
 ///
-/// A query sees the first keys, those in no part, and within its budget the best keys of the best parts. Nothing else is
-/// dropped: a key that was ranked out counts with its own weight and the mean value of its part, one that was never
+/// A query sees the first keys, those in no part, and within its budget the best keys of the best parts. Nothing else
+/// is dropped: a key that was ranked out counts with its own weight and the mean value of its part, one that was never
 /// looked at with the weight of its part's mean key. All of it is one softmax, in which each key counts once. With
 /// `tail` false the softmax is over the seen keys alone.
 ///
@@ -93,8 +93,8 @@ class KeyIndex {
   /// k-means by distance: evenly spaced keys first, then config().steps Lloyd steps; every key joins its nearest
   /// centroid, the lowest on ties.
   /// Shapes: k tokens x kv_heads*d, v tokens x kv_heads*dv.
-  /// Requires: that, d and dv at least 1, at most 2^31 - 1 rows (ShapeError). On any error, also of a task or of memory,
-  ///   the index is as it was.
+  /// Requires: that, d and dv at least 1, at most 2^31 - 1 rows (ShapeError). On any error, also of a task or of
+  ///   memory, the index is as it was.
   /// Allocates: its result beside the old one.
   /// Cost: at most 14 steps d segment / keys_per_cluster operations for a key and head, whatever the number of keys.
   void build(ConstView<T> k, ConstView<T> v, Context& context) {
@@ -138,17 +138,19 @@ class KeyIndex {
   ///   causal: the queries are those of the last rows, row rows - queries + i for query i, and see no later row. Parts
   ///   must not hold later rows than the first query's: append a block of rows after it has attended, or have at least
   ///   as many recent keys as queries.
-  /// Formula: out = (sum over seen j of e^(s_j) v_j + sum over ranked out j of e^(s'_j) v_part(j) + sum over other parts
-  ///   of size e^(scale q.mean key) mean value) / the same sum without values. s_j = scale q.k_j; s'_j by the int8 copy.
+  /// Formula: out = (sum over seen j of e^(s_j) v_j + sum over ranked out j of e^(s'_j) v_part(j) + sum over other
+  ///   parts of size e^(scale q.mean key) mean value) / the same sum without values. s_j = scale q.k_j; s'_j by the
+  ///   int8 copy.
   /// Requires: those, out apart from the others (ShapeError); a config as its fields say (ValueError); otherwise
   ///   nothing is written.
   /// Overwrites out, and the report if one is given. Without keys out is zero. A query with NaN or infinity gets NaN
   ///   from the keys that every query sees or from the tail.
   /// Allocates: nothing after warm-up, until parts are added; the report where it has to grow.
   /// Threads and determinism: a row's bits depend on that row, the index, its keys and values, the instruction set and
-  ///   the build: a batch equals its rows one by one. Heads, and pieces of 64 queries, run side by side.
+  ///   the build: a batch equals its rows one by one. Heads, and pieces of 64 queries (512 without ranking), run side
+  ///   by side.
   /// Cost: per query and head 2 parts (d + dv) operations for means, 2 rank budget d for ranking, 2 budget (d + dv) for
-  ///   keys seen.
+  ///   keys seen. Blocks of a prompt cost least with rank 0, where many queries attend to a part together.
   /// Accuracy: of s'_j, half a scale in every number of a key: 1/254 of the largest one of its segment.
   void attend(ConstView<T> q, ConstView<T> k, ConstView<T> v, View<T> out, const KeyIndexQuery& query, Context& context,
               KeyIndexReport* report = nullptr) const {
@@ -213,7 +215,8 @@ class KeyIndex {
   }
 
  private:
-  static constexpr Index pass_queries = 64;
+  /// Queries of a pass: many where parts are seen whole, because the queries that chose a part attend to it together.
+  static Index pass_queries(const detail::IndexPassSettings& settings) { return settings.rank > 0 ? 64 : 512; }
 
   struct Sizes {
     Index heads, d;
@@ -361,7 +364,8 @@ class KeyIndex {
                  F&& f) const {
     auto& scratch = context.workspace().template object<detail::IndexScratch<T>>();
     scratch.prepare(context);
-    const Index most = (std::min)(q.rows(), pass_queries), chunks = (q.rows() + pass_queries - 1) / pass_queries;
+    const Index size = pass_queries(sizes.settings), most = (std::min)(q.rows(), size);
+    const Index chunks = (q.rows() + size - 1) / size;
     Index parts = 0, keys = 0, loose = 0;
     for (const auto& head : heads_) {
       parts = (std::max)(parts, head.count());
@@ -376,7 +380,7 @@ class KeyIndex {
       scratch.reserve(rows, parts + 1, rows * (parts + 1), always + keys);
     context.for_each(sizes.heads / sizes.group * chunks, [&](Index task, Index worker) {
       const Index head = task / chunks * sizes.group, kv = head / (sizes.heads / config_.kv_heads);
-      const Index first = task % chunks * pass_queries, count = (std::min)(q.rows() - first, pass_queries);
+      const Index first = task % chunks * size, count = (std::min)(q.rows() - first, size);
       const detail::VisibleKeys keys_of = visible(k, q.rows(), first, query);
       detail::IndexPass<T> pass(heads_[static_cast<std::size_t>(kv)], keys_of, sizes.settings, sizes.group,
                                 scratch.workers[static_cast<std::size_t>(worker)]);

@@ -56,7 +56,8 @@ class KeyParts {
            (scales_.capacity() + centroids_.capacity() + values_.capacity() + sizes_.capacity()) * sizeof(T);
   }
 
-  /// Adds clusters of the keys in `range`: k-means by distance from evenly spaced keys, `steps` Lloyd steps; a cluster of
+  /// Adds clusters of the keys in `range`: k-means by distance from evenly spaced keys, `steps` Lloyd steps; a cluster
+  ///   of
   /// more than twice its mean size is clustered again.
   ///
   /// Distances, unlike dot products, do not depend on what all keys have in common; nor do the probabilities of
@@ -117,8 +118,8 @@ class KeyParts {
     grow(loose_, loose);
   }
 
-  /// Drops, behind the first `parts` parts of `runs` calls of add_clusters, all pages from row `row` on; and loose keys from
-  /// there on.
+  /// Drops, behind the first `parts` parts of `runs` calls of add_clusters, all pages from row `row` on; and loose keys
+  /// from there on.
   /// Requires: reserve().
   void drop_to(Index parts, Index runs, Index row) noexcept {
     Index kept = parts;
