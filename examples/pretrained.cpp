@@ -239,10 +239,13 @@ std::string json(const Settings& settings, const Results& results) {
     std::string text = "{";
     for (const auto& [key, item] : map) {
       if (text.size() > 1) text += ", ";
+      text += '"';
       if constexpr (std::is_integral_v<std::decay_t<decltype(key)>>)
-        text += "\"" + std::to_string(key) + "\": " + value(item);
+        text += std::to_string(key);
       else
-        text += "\"" + key + "\": " + value(item);
+        text += key;
+      text += "\": ";
+      text += value(item);
     }
     return text + "}";
   };
