@@ -76,16 +76,52 @@ double write(const Run& run, Session& session, const std::vector<std::int32_t>& 
   return written > 0 && seconds > 0 ? double(written) / seconds : 0;
 }
 
+/// Reads tokens with progress.
+void read(Session& session, std::span<const std::int32_t> ids, const char* title, Context& context) {
+  examples::Progress progress(title, 4, stderr);
+  constexpr std::size_t block = 256;
+  for (std::size_t at = 0; at < ids.size(); at += block) {
+    const std::size_t count = std::min(block, ids.size() - at);
+    session.read(ids.subspan(at, count), context);
+    progress.show(double(at + count) / double(ids.size()));
+  }
+}
+
+/// Shares of short texts are too few keys for a good text.
+AttentionChoice for_text(AttentionChoice choice) {
+  choice.least_keys = 256;
+  return choice;
+}
+
+/// Writes after --prompt, or after a long text with a fact in it and a question; the text is read once, densely.
 void write_texts(const Run& run) {
-  const std::string prompt =
-      run.settings.prompt.empty() ? "The lighthouse keeper opened the old logbook and read:" : run.settings.prompt;
-  std::printf("\n%s\n", prompt.c_str());
-  const std::vector<std::int32_t> ids = run.encode(prompt);
+  std::string text = run.settings.prompt, end;
+  if (text.empty()) {
+    const Haystack haystack = plant_facts(filler_text(8000, 7), 7500, 1, 7);
+    const std::string& name = haystack.facts[0].name;
+    text = haystack.text;
+    end = "\nQuestion: What is the secret number of " + name + "?\nAnswer: The secret number of " + name + " is";
+  }
+  std::vector<std::int32_t> ids = run.encode(text);
+  if (end.empty())
+    std::printf("\n%s\n", text.c_str());
+  else
+    std::printf("\n(%zu tokens of filler with 'The secret number of NAME is NNNNN.' somewhere)\n%s\n", ids.size(),
+                end.c_str());
+  const std::vector<std::int32_t> asked = run.tokenizer.encode(end, false);
+  ids.insert(ids.end(), asked.begin(), asked.end());
+  const std::size_t last = asked.empty() ? 1 : asked.size();  // read by every way of attending by itself
+  if (ids.empty()) throw examples::UsageError("--prompt: expected a text of at least one token, got none");
+  const std::vector<std::int32_t> prompt(ids.end() - static_cast<Index>(last), ids.end());
+  Session session(run.file.model);
+  read(session, std::span(ids).first(ids.size() - last), "reading", run.context);
+  const Index before = session.tokens();
   for (const Settings::Named& named : run.settings.choices({0.05, 0.10})) {
-    Session session(run.file.model);
-    session.choose(named.choice, run.context);
+    session.choose(AttentionChoice::dense(), run.context);
+    session.rollback(before, run.context);
+    session.choose(for_text(named.choice), run.context);
     std::printf("\n  %s:\n    ", label(named).c_str());
-    write(run, session, ids, run.tokenizer.eos(), "    ");
+    write(run, session, prompt, run.tokenizer.eos(), "    ");
   }
 }
 
@@ -93,7 +129,7 @@ void write_texts(const Run& run) {
 void chat(const Run& run, const GgufFile& file) {
   const ChatTemplate form(file, run.tokenizer);
   Session session(run.file.model);
-  session.choose(run.settings.choices({}).front().choice, run.context);
+  session.choose(for_text(run.settings.choices({}).front().choice), run.context);
   const bool asks = run.settings.prompt.empty(), watched = examples::terminal_width(stdout) > 0;
   std::string message = run.settings.prompt;
   for (bool first = true;; first = false) {
@@ -113,17 +149,6 @@ std::string read_file(const std::string& name) {
   std::ifstream stream(name, std::ios::binary);
   if (!stream) throw examples::UsageError("--evaluate: cannot read the file '" + name + "'");
   return {std::istreambuf_iterator<char>(stream), {}};
-}
-
-/// Reads tokens with progress.
-void read(Session& session, std::span<const std::int32_t> ids, const char* title, Context& context) {
-  examples::Progress progress(title, 4, stderr);
-  constexpr std::size_t block = 256;
-  for (std::size_t at = 0; at < ids.size(); at += block) {
-    const std::size_t count = std::min(block, ids.size() - at);
-    session.read(ids.subspan(at, count), context);
-    progress.show(double(at + count) / double(ids.size()));
-  }
 }
 
 void evaluate(const Run& run, Session& session, const std::string& text, Results& results) {
@@ -290,8 +315,10 @@ void run(int argument_count, char** arguments) {
       "%s: %.1f million parameters (%s, as float), %lld blocks, %lld heads on %lld of width %lld, context %lld\n",
       file.name.c_str(), double(file.model.parameter_count(file.tied)) / 1e6, file.weight_types.c_str(),
       (long long)c.layers, (long long)c.heads, (long long)c.kv_heads, (long long)c.head_dim, (long long)c.context);
-  std::printf("index: clusters of %lld keys; a query sees its share of the keys, the rest by means\n",
-              (long long)settings.cluster_size);
+  std::printf(
+      "index: clusters of %lld keys; a query sees its share of the keys, the rest by means (when writing, at "
+      "least 256 keys)\n",
+      (long long)settings.cluster_size);
   Results results;
   if (settings.generate > 0) write_texts(run);
   if (settings.time > 0) time(run, results);

@@ -44,6 +44,9 @@ inline LlamaConfig read_config(const GgufFile& file) {
   c.heads = size("llama.attention.head_count");
   c.kv_heads = size("llama.attention.head_count_kv", c.heads);
   c.vocabulary = file.tensor("token_embd.weight").rows();
+  if (const Index named = size("llama.vocab_size", c.vocabulary); named != c.vocabulary)
+    file.fail_key("llama.vocab_size", "expected the rows of token_embd.weight, " + std::to_string(c.vocabulary) +
+                                          ", got " + std::to_string(named));
   const auto divides = [&](const char* key, Index divisor, Index number) {
     if (number % divisor != 0)
       file.fail_key(key, "expected a divisor of " + std::to_string(number) + ", got " + std::to_string(divisor));

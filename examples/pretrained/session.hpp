@@ -20,6 +20,7 @@ struct AttentionChoice {
   bool index = false;                 ///< through a KeyIndex per block; false: densely
   double budget = 0.1;                ///< share, up to 1, or number of the keys that a query sees
   coterie::KeyIndexConfig keys = {};  ///< kv_heads is the model's
+  double least_keys = 0;              ///< of a share: a query sees so many keys at least, if there are
 
   static AttentionChoice dense() { return {}; }
   static AttentionChoice with_index(double budget, Index keys_per_cluster) {
@@ -187,20 +188,26 @@ class Session {
 
   // Queries attend in pieces during which no key joins a page or cluster: each sees the index as when read alone.
   void attend_by_index(const HeadCache& cache, coterie::KeyIndex<float>& index, Index rows, Context& context) {
-    const Index page = choice_.keys.page, begin = choice_.keys.sinks + choice_.keys.recent;
     for (Index first = 0; first < rows;) {
-      const Index at = tokens_ + first;
-      // A page is complete where (tokens - sinks - recent) is a multiple of the page.
-      const Index to_page = at < begin ? begin + page - at : page - (at - begin) % page;
-      const Index count = std::min(rows - first, to_page), end = at + count;
+      const Index at = tokens_ + first, piece = piece_end(at);
+      const Index count = std::min(rows - first, piece - at), end = at + count;
+      const bool few = choice_.budget <= 1 && choice_.budget * static_cast<double>(piece) < choice_.least_keys;
       const ConstView<float> k = cache.k(end), v = cache.v(end);
       index.attend(view(q_).rows(first, count), k, v, view(attended_).rows(first, count),
-                   {.heads = model_.config.heads, .budget = choice_.budget, .causal = true}, context,
-                   counts_ ? &report_ : nullptr);
+                   {.heads = model_.config.heads,
+                    .budget = few ? std::max(choice_.least_keys, 2.0) : choice_.budget,
+                    .causal = true},
+                   context, counts_ ? &report_ : nullptr);
       if (counts_) add_use(at);
       index.append(k, v, context);
       first += count;
     }
+  }
+
+  // The first token after `at` that completes a page: there (tokens - sinks - recent) is a multiple of the page.
+  Index piece_end(Index at) const {
+    const Index page = choice_.keys.page, begin = choice_.keys.sinks + choice_.keys.recent;
+    return at < begin ? begin + page : at + page - (at - begin) % page;
   }
 
   void add_use(Index first) {
