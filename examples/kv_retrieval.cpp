@@ -1,23 +1,24 @@
-// Attention over a long key/value cache whose heads were never trained to be routed: how much of it do a few clusters
-// keep?
+// Attention over a long key/value cache whose heads were never trained to be routed: how well do a few keys and the
+// means of the rest stand for all of it?
 //
-// A KeyIndex clusters the keys once; a query then looks at the clusters that promise most, the first tokens and the
-// most recent ones. This program trains a small byte-level language model with dense heads, runs it over held-out text,
+// A KeyIndex clusters the keys once; a query then sees the best keys of the clusters that promise most, and takes the
+// rest from means. This program trains a small byte-level language model with dense heads, runs it over held-out text,
 // takes what its heads have as queries, keys and values, and compares with dense attention over all keys: share of the
-// attention kept, error of the output, keys visited, time.
+// attention seen, error of the output with and without the rest, time.
 //
 //     kv_retrieval                    induction heads, 16384 keys
-//     kv_retrieval --model plain      queries and keys apart: flatter, so clusters keep less of their attention
-//     kv_retrieval --full             more clusters and probes, and times up to 262144 keys
+//     kv_retrieval --model plain      queries and keys apart: flatter, so more of the attention is in the rest
+//     kv_retrieval --full             more sizes of clusters and budgets, and times up to 262144 keys
 //     kv_retrieval --queries q.f32 --keys k.f32 --values v.f32 --dim 64 --kv-heads 8 --heads 32     your own cache
 //
-// Expect of the first (half a minute of processor time; error: of the outputs, relative to dense):
+// Expect of the first (half a minute of processor time), and with --model plain (error: of the outputs, relative to
+// dense, with the rest by means and with the rest dropped):
 //
-//     clusters   probes   keys per query   of all   attention kept   error
-//     64              4             1204    7.3 %            0.782   0.205
-//     64             16             4421   27.0 %            0.951   0.041
-//     256             8              678    4.1 %            0.766   0.218
-//     256            32             2342   14.3 %            0.922   0.063
+//     heads       cluster   budget   attention seen   estimated   error   rest dropped
+//     induction        64      5 %            0.745       0.010   0.228          0.231
+//     induction        64     20 %            0.987       0.000   0.008          0.013
+//     plain            64      5 %            0.161       0.623   0.031          0.453
+//     plain            64     20 %            0.431       0.099   0.023          0.184
 //
 // Files are rows of little-endian 32-bit floats, heads side by side: tokens x heads*dim, as NumPy's tofile writes them.
 #include <array>
@@ -50,7 +51,7 @@ constexpr Index query_rows = 128;
 constexpr double bits_per_nat = 1.4426950408889634;
 
 struct Settings {
-  std::int64_t tokens = 16384, steps = 100, clusters = 0, sinks = 4, recent = 64, seed = 0, threads = 1;
+  std::int64_t tokens = 16384, steps = 100, cluster_size = 0, sinks = 4, recent = 64, seed = 0, threads = 1;
   std::int64_t dim = 0, kv_heads = 1, heads = 0, timed = 65536;
   double minutes = 0;
   bool full = false;
@@ -73,12 +74,12 @@ Settings read_settings(int argument_count, char** arguments) {
   options.add("--dim", s.dim, 1, 1 << 16, "columns of a head in the files");
   options.add("--kv-heads", s.kv_heads, 1, 1 << 16, "heads of keys and values in the files");
   options.add("--heads", s.heads, 1, 1 << 16, "heads of queries in the files (default: as --kv-heads)");
-  options.add("--clusters", s.clusters, 1, 1 << 20, "clusters, instead of several numbers of them");
+  options.add("--cluster-size", s.cluster_size, 1, 1 << 20, "mean keys of a cluster, instead of several sizes");
   options.add("--sinks", s.sinks, 0, 1 << 20, "first tokens that every query sees");
   options.add("--recent", s.recent, 0, 1 << 20, "last tokens that every query sees");
   options.add("--timed", s.timed, 0, 1 << 22, "most keys of the table of times (--full: 262144); 0: no such table");
-  options.add("--full", s.full, "more numbers of clusters and probes, and longer caches");
-  options.add("--seed", s.seed, 0, std::int64_t(1) << 53, "of weights, batches and clusters");
+  options.add("--full", s.full, "more sizes of clusters and budgets, and longer caches");
+  options.add("--seed", s.seed, 0, std::int64_t(1) << 53, "of weights and batches");
   options.add("--threads", s.threads, 1, 1024, "worker threads; results do not depend on them");
   options.add("--json", s.json, "write the results to this file");
   options.parse(argument_count, arguments);
@@ -276,8 +277,8 @@ Cache read_cache(const Settings& s) {
 // --------------------------------------------------------------------------------------------------------- the tables
 
 struct Point {
-  Index clusters = 0, probes = 0;
-  double mass = 0, worst = 0, error = 0, keys = 0;
+  Index cluster_size = 0;
+  double budget = 0, keys = 0, mass = 0, worst = 0, estimated = 0, error = 0, dropped = 0;
   Index worst_head = 0;
 };
 
@@ -286,12 +287,8 @@ double relative_error(const Matrix& out, const Matrix& want) {
   return static_cast<double>((out - want).norm() / want.norm());
 }
 
-coterie::KeyIndexConfig index_config(const Settings& s, Index kv_heads, Index clusters) {
-  return {.kv_heads = kv_heads,
-          .clusters = clusters,
-          .sinks = s.sinks,
-          .recent = s.recent,
-          .seed = static_cast<std::uint64_t>(s.seed)};
+coterie::KeyIndexConfig index_config(const Settings& s, Index kv_heads, Index cluster_size, bool tail = true) {
+  return {.kv_heads = kv_heads, .keys_per_cluster = cluster_size, .sinks = s.sinks, .recent = s.recent, .tail = tail};
 }
 
 std::vector<Point> sweep(const Cache& cache, const Settings& s, Context& context) {
@@ -304,10 +301,10 @@ std::vector<Point> sweep(const Cache& cache, const Settings& s, Context& context
   coterie::attention_forward(dense, cache.q, cache.k, cache.v, want, all, attention, context);
 
   std::vector<AttentionPlan> plans;
-  const auto measure = [&](const KeyIndex<float>& index, Index probes) {
-    Point point{.clusters = index.config().clusters, .probes = probes};
-    const coterie::ProbeConfig probe{.heads = cache.heads, .probes = probes};
-    index.plan(cache.q, probe, plans, context);
+  const auto measure = [&](const KeyIndex<float>& index, const KeyIndex<float>& without_tail, double budget) {
+    Point point{.cluster_size = index.config().keys_per_cluster, .budget = budget};
+    const coterie::KeyIndexQuery query{.heads = cache.heads, .budget = budget};
+    index.plan(cache.q, cache.k, query, plans, context);
     // Some of the keys have e^(lse - lse of all) of the probability.
     coterie::attention_forward(plans, cache.q, cache.k, cache.v, out, some, attention, context);
     point.worst = 1;
@@ -317,33 +314,39 @@ std::vector<Point> sweep(const Cache& cache, const Settings& s, Context& context
       point.mass += mass / static_cast<double>(cache.heads);
       if (mass < point.worst) point.worst = mass, point.worst_head = h;
     }
-    for (const AttentionPlan& plan : plans)
-      point.keys += coterie::statistics(plan).keys_per_query.mean / static_cast<double>(plans.size());
-    index.attend(cache.q, cache.k, cache.v, out, probe, context);
+    coterie::KeyIndexReport report;
+    index.attend(cache.q, cache.k, cache.v, out, query, context, &report);
+    point.keys = report.keys_seen.mean();
+    point.estimated = report.estimated_mass.mean();
     point.error = relative_error(out, want);
+    without_tail.attend(cache.q, cache.k, cache.v, out, query, context);
+    point.dropped = relative_error(out, want);
     return point;
   };
 
-  std::vector<Index> all_clusters{64, 256}, all_probes{0, 1, 2, 4, 8, 16, 32};
-  if (s.full) all_clusters = {32, 64, 128, 256, 512, 1024}, all_probes.push_back(64);
-  if (s.clusters > 0) all_clusters = {s.clusters};
+  std::vector<Index> sizes{64, 16};
+  std::vector<double> budgets{0.02, 0.05, 0.1, 0.2};
+  if (s.full) sizes = {256, 64, 32, 16, 8}, budgets = {0.01, 0.02, 0.05, 0.1, 0.2, 0.4};
+  if (s.cluster_size > 0) sizes = {s.cluster_size};
   std::vector<Point> points;
   examples::Progress progress("measuring", 4);
-  for (std::size_t i = 0; i < all_clusters.size(); ++i) {
-    KeyIndex<float> index(index_config(s, cache.kv_heads, all_clusters[i]));
-    index.build(cache.k, context);
-    for (std::size_t j = 0; j < all_probes.size(); ++j) {
-      if (all_probes[j] <= all_clusters[i]) points.push_back(measure(index, all_probes[j]));
-      progress.show((static_cast<double>(i) + static_cast<double>(j + 1) / static_cast<double>(all_probes.size())) /
-                    static_cast<double>(all_clusters.size()));
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    KeyIndex<float> index(index_config(s, cache.kv_heads, sizes[i]));
+    KeyIndex<float> without_tail(index_config(s, cache.kv_heads, sizes[i], false));
+    index.build(cache.k, cache.v, context);
+    without_tail.build(cache.k, cache.v, context);
+    for (std::size_t j = 0; j < budgets.size(); ++j) {
+      points.push_back(measure(index, without_tail, budgets[j]));
+      progress.show((static_cast<double>(i) + static_cast<double>(j + 1) / static_cast<double>(budgets.size())) /
+                    static_cast<double>(sizes.size()));
     }
   }
   return points;
 }
 
 struct Timing {
-  Index keys = 0, clusters = 0, probes = 0;
-  double build = 0, append = 0, dense = 0, attend = 0, seen = 0;  // seconds; per key, per query
+  Index keys = 0, cluster_size = 0;
+  double budget = 0, build = 0, append = 0, dense = 0, attend = 0, seen = 0;  // seconds; per key; per query
 };
 
 /// Times of one query after the other. Longer caches than the one that there is repeat its rows with a little noise.
@@ -365,20 +368,23 @@ std::vector<Timing> time_queries(const Cache& cache, const Settings& s, Context&
       for (Index c = 0; noise > 0 && c < k.cols(); ++c) k(row, c) += noise * static_cast<float>(random.normal());
     }
     const auto first = [](const Matrix& m, Index rows) { return view(m).rows(0, rows); };
-    Timing timing{.keys = n, .clusters = std::llround(std::sqrt(static_cast<double>(n))), .probes = 8};
-    KeyIndex<float> index(index_config(s, cache.kv_heads, timing.clusters));
+    // A budget that halves as the cache grows fourfold.
+    Timing timing{.keys = n,
+                  .cluster_size = s.cluster_size > 0 ? s.cluster_size : 64,
+                  .budget = 0.1 / static_cast<double>(Index(1) << i)};
+    KeyIndex<float> index(index_config(s, cache.kv_heads, timing.cluster_size));
     examples::Stopwatch watch;
-    index.build(first(k, n), context);
+    index.build(first(k, n), first(v, n), context);
     timing.build = watch.seconds();
     watch.reset();
-    for (Index row = n; row < grown; ++row) index.append(first(k, row + 1), context);
+    for (Index row = n; row < grown; ++row) index.append(first(k, row + 1), first(v, row + 1), context);
     timing.append = watch.seconds() / 256;
 
     // In turns, the first round for warming up; medians.
     AttentionPlan dense;
     coterie::plan_dense({.tokens = 1, .keys = grown}, dense);
     Matrix out(1, cache.heads * (v.cols() / cache.kv_heads));
-    const coterie::ProbeConfig probe{.heads = cache.heads, .probes = timing.probes};
+    const coterie::KeyIndexQuery query{.heads = cache.heads, .budget = timing.budget};
     std::vector<double> dense_times, times;
     const Index rounds = std::min<Index>(cache.q.rows(), 33);
     for (Index r = 0; r < rounds; ++r) {
@@ -387,7 +393,7 @@ std::vector<Timing> time_queries(const Cache& cache, const Settings& s, Context&
       coterie::attention_forward(dense, q, k, v, out, attention, context);
       dense_times.push_back(watch.seconds());
       watch.reset();
-      index.attend(q, k, v, out, probe, context);
+      index.attend(q, k, v, out, query, context);
       times.push_back(watch.seconds());
       progress.show((static_cast<double>(i) + static_cast<double>(r + 1) / static_cast<double>(rounds)) /
                     static_cast<double>(sizes.size()));
@@ -399,10 +405,9 @@ std::vector<Timing> time_queries(const Cache& cache, const Settings& s, Context&
     };
     timing.dense = median(dense_times);
     timing.attend = median(times);
-    std::vector<AttentionPlan> plans;
-    index.plan(view(cache.q).rows(0, rounds), probe, plans, context);
-    for (const AttentionPlan& plan : plans)
-      timing.seen += coterie::statistics(plan).keys_per_query.mean / static_cast<double>(plans.size());
+    coterie::KeyIndexReport report;
+    index.attend(view(cache.q).rows(0, 1), k, v, out, query, context, &report);
+    timing.seen = report.keys_seen.mean();
     timings.push_back(timing);
   }
   return timings;
@@ -411,19 +416,18 @@ std::vector<Timing> time_queries(const Cache& cache, const Settings& s, Context&
 std::string json(const std::vector<Point>& points, const std::vector<Timing>& timings) {
   std::string text = "{\"points\": [";
   for (const Point& p : points)
-    text += (&p == points.data() ? "" : ", ") + format(
-                                                    "{\"clusters\": %lld, \"probes\": %lld, \"mass\": %.6f, "
-                                                    "\"worst_head\": %.6f, \"error\": %.6f, \"keys\": %.2f}",
-                                                    (long long)p.clusters, (long long)p.probes, p.mass, p.worst,
-                                                    p.error, p.keys);
+    text += (&p == points.data() ? "" : ", ") +
+            format(
+                "{\"cluster_size\": %lld, \"budget\": %g, \"keys\": %.2f, \"mass\": %.6f, \"worst_head\": %.6f, "
+                "\"estimated\": %.6f, \"error\": %.6f, \"error_dropped\": %.6f}",
+                (long long)p.cluster_size, p.budget, p.keys, p.mass, p.worst, p.estimated, p.error, p.dropped);
   text += "], \"times\": [";
   for (const Timing& t : timings)
-    text += (&t == timings.data() ? "" : ", ") + format(
-                                                     "{\"keys\": %lld, \"clusters\": %lld, \"probes\": %lld, "
-                                                     "\"build\": %.6f, \"append\": %.9f, \"dense\": %.9f, "
-                                                     "\"attend\": %.9f, \"seen\": %.2f}",
-                                                     (long long)t.keys, (long long)t.clusters, (long long)t.probes,
-                                                     t.build, t.append, t.dense, t.attend, t.seen);
+    text += (&t == timings.data() ? "" : ", ") +
+            format(
+                "{\"keys\": %lld, \"cluster_size\": %lld, \"budget\": %g, \"build\": %.6f, \"append\": %.9f, "
+                "\"dense\": %.9f, \"attend\": %.9f, \"seen\": %.2f}",
+                (long long)t.keys, (long long)t.cluster_size, t.budget, t.build, t.append, t.dense, t.attend, t.seen);
   return text + "]}\n";
 }
 
@@ -441,25 +445,26 @@ void run(int argument_count, char** arguments) {
       (long long)cache.heads, (long long)s.sinks, (long long)s.recent);
   const std::vector<Point> points = sweep(cache, s, context);
   std::vector<std::vector<std::string>> table{
-      {"clusters", "probes", "keys per query", "of all", "attention kept", "error", "worst head"}};
+      {"cluster", "budget", "keys per query", "attention seen", "estimated", "error", "rest dropped", "least seen"}};
   for (const Point& p : points)
-    table.push_back({format("%lld", (long long)p.clusters), format("%lld", (long long)p.probes), format("%.0f", p.keys),
-                     format("%.1f %%", 100 * p.keys / static_cast<double>(cache.k.rows())), format("%.3f", p.mass),
-                     format("%.3f", p.error),
+    table.push_back({format("%lld", (long long)p.cluster_size), format("%g %%", 100 * p.budget), format("%.0f", p.keys),
+                     format("%.3f", p.mass), format("%.3f", p.estimated), format("%.3f", p.error),
+                     format("%.3f", p.dropped),
                      cache.names[static_cast<std::size_t>(p.worst_head)] + format(": %.3f", p.worst)});
   std::printf("\n");
   examples::print_table(table);
   std::printf(
-      "\n  Attention kept: dense attention's probability on the keys visited; error: of all outputs, relative to "
-      "dense.\n"
-      "  Without probes a query sees the first and the recent keys alone.\n\n");
+      "\n  Cluster: mean keys of one. Attention seen: dense attention's probability on the keys seen. Estimated: what\n"
+      "  the index knows by means alone. Error: of all outputs, relative to dense; with what is not seen by means, "
+      "and\n"
+      "  dropped.\n\n");
 
   const std::vector<Timing> timings = time_queries(cache, s, context);
   if (!timings.empty()) {
-    table = {{"keys", "clusters", "probes", "keys per query", "dense", "clusters' time", "ratio", "build", "append"}};
+    table = {{"keys", "cluster", "budget", "keys per query", "dense", "index", "ratio", "build", "append"}};
     for (const Timing& t : timings)
-      table.push_back({format("%lld", (long long)t.keys), format("%lld", (long long)t.clusters),
-                       format("%lld", (long long)t.probes), format("%.0f", t.seen), format("%.0f us", 1e6 * t.dense),
+      table.push_back({format("%lld", (long long)t.keys), format("%lld", (long long)t.cluster_size),
+                       format("%g %%", 100 * t.budget), format("%.0f", t.seen), format("%.0f us", 1e6 * t.dense),
                        format("%.0f us", 1e6 * t.attend), format("%.1f", t.dense / t.attend), format("%.2f s", t.build),
                        format("%.1f us", 1e6 * t.append)});
     std::printf("\n");
