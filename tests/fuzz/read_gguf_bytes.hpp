@@ -60,8 +60,9 @@ inline bool read_gguf_bytes(std::span<const std::byte> bytes) {
   }
 
   // A value is of one kind at most: a number can be an integer or not, and a list has as many elements as it says.
-  for (const auto& [key, value] : file.values()) {
-    const std::string_view name = key;
+  for (const auto& entry : file.values()) {
+    const std::string_view name = entry.first;
+    const GgufValue& value = entry.second;
     int kinds = 0;
     kinds += accepts_gguf([&] { static_cast<void>(file.get<bool>(name)); });
     kinds += accepts_gguf([&] { static_cast<void>(file.get<double>(name)); });
@@ -72,9 +73,10 @@ inline bool read_gguf_bytes(std::span<const std::byte> bytes) {
     const auto list = [&]<class T>(T) {
       return accepts_gguf([&] { require_gguf(file.list<T>(name).size() == value.count, "a list of another length"); });
     };
-    const bool listed = list(false) | list(0.0) | list(std::string()) | list(std::int64_t(0)) | list(std::uint64_t(0));
+    const int lists = list(false) + list(0.0) + list(std::string()) + list(std::int64_t(0)) + list(std::uint64_t(0));
     const bool mixed = value.element == GgufValueType::u64;  // may hold what no signed and no other type does
-    require_gguf(mixed || listed == (value.type == GgufValueType::array), "a list that is none, or none that is one");
+    require_gguf(mixed || (lists > 0) == (value.type == GgufValueType::array),
+                 "a list that is none, or none that is one");
   }
 
   std::optional<Tokenizer> tokenizer;

@@ -136,7 +136,7 @@ class GgufWriter {
 
   template <class T>
   static constexpr ValueType type_of() {
-    using enum ValueType;
+    using enum pretrained::GgufValueType;
     if constexpr (std::is_same_v<T, bool>)
       return boolean;
     else if constexpr (std::is_same_v<T, float>)
