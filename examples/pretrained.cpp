@@ -164,18 +164,27 @@ void evaluate(const Run& run, Session& session, const std::string& text, Results
   std::printf("\nPerplexity of the last %zu of %zu tokens of %s; the %zu before them are read densely:\n\n", scored,
               ids.size(), run.settings.evaluate.c_str(), prefix + 1);
   read(session, all.first(prefix), "reading", run.context);
-  session.count_use(true);
-  std::vector<double> dense;
+  std::vector<double> dense, budgets;
+  const std::vector<Settings::Named> choices = run.settings.compared({0.02, 0.05, 0.10});
+  for (const Settings::Named& named : choices)
+    if (named.choice.index) budgets.push_back(named.choice.budget);
+  std::vector<HeadErrors> errors;
   std::vector<std::vector<std::string>> table{
       {"last " + std::to_string(scored) + " tokens", "perplexity", "change", "+-", "keys seen", "estimated"}};
-  for (const Settings::Named& named : run.settings.compared({0.02, 0.05, 0.10})) {
+  for (const Settings::Named& named : choices) {
     session.choose(AttentionChoice::dense(), run.context);
     session.rollback(static_cast<Index>(prefix), run.context);
     session.choose(named.choice, run.context);
+    // The dense run compares outputs as well.
+    if (!named.choice.index && !budgets.empty()) session.compare_heads(choices.back().choice, budgets, run.context);
+    session.count_use(named.choice.index);
     examples::Progress progress(label(named), 4, stderr);
     const std::vector<double> nats =
         read_and_score(session, all[prefix], last, run.context, [&](double done) { progress.show(done); });
-    if (dense.empty()) dense = nats;
+    if (dense.empty()) {
+      dense = nats;
+      errors = session.head_errors();
+    }
     Score& result = results.evaluate[named.name] = score(nats, dense);
     if (const IndexUse& use = session.use(); use.queries > 0) {
       result.keys_seen = use.keys_seen / use.queries;
@@ -186,11 +195,26 @@ void evaluate(const Run& run, Session& session, const std::string& text, Results
                      named.choice.index ? format("%.2f %%", 100 * result.change_error) : "",
                      format("%.1f %%", 100 * result.keys_seen), format("%.1f %%", 100 * result.estimated_mass)});
   }
-  session.count_use(false);
   examples::print_table(table);
   std::printf(
       "\n  +-: standard error of the change over tokens. keys seen: by their own keys and values, the first and the\n"
       "  recent ones included. estimated: share of the weight of keys that only a mean key stands for.\n");
+  if (errors.empty()) return;
+
+  table = {{"error of the outputs, by heads", "mean", "worst head", "", "worst layer", ""}};
+  std::size_t b = 0;
+  for (const Settings::Named& named : choices) {
+    if (!named.choice.index) continue;
+    const HeadErrors::Worst head = errors[b].worst_head(), layer = errors[b].worst_layer();
+    table.push_back({label(named), format("%.4f", errors[b].mean()), format("%.3f", head.error),
+                     format("block %lld head %lld", (long long)head.layer, (long long)head.head),
+                     format("%.3f", layer.error), format("block %lld", (long long)layer.layer)});
+    ++b;
+  }
+  std::printf("\n");
+  examples::print_table(table);
+  std::printf(
+      "\n  Root mean square over the same queries of |out - dense| / |dense|, on the dense run's keys and values.\n");
 }
 
 void find_needles(const Run& run, const std::string& text, Results& results) {

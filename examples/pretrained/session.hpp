@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "head_errors.hpp"
 #include "llama.hpp"
 
 namespace pretrained {
@@ -80,6 +81,8 @@ class Session {
     choice_ = choice;
     use_ = {};
     indexes_.clear();
+    budgets_.clear();
+    errors_.clear();
     if (!choice.index) return;
     choice_.keys.kv_heads = model_.config.kv_heads;
     for (const HeadCache& cache : caches_) {
@@ -87,6 +90,17 @@ class Session {
       if (tokens_ > 0) indexes_.back().build(cache.k(tokens_), cache.v(tokens_), context);
     }
   }
+
+  /// Has dense reading attend through indexes as well, with each of these budgets, and compare the outputs. They are
+  /// those of `choice` and of the tokens so far; ends with the next choose(). Requires a dense session.
+  void compare_heads(const AttentionChoice& choice, std::vector<double> budgets, Context& context) {
+    choose(choice, context);
+    choice_.index = false;
+    budgets_ = std::move(budgets);
+    errors_.assign(budgets_.size(), HeadErrors(model_.config.layers, model_.config.heads));
+  }
+  /// What compare_heads found since, by budget.
+  const std::vector<HeadErrors>& head_errors() const { return errors_; }
 
   /// Has read() count what the index looks at; costs a little time.
   void count_use(bool count) { counts_ = count; }
@@ -172,9 +186,10 @@ class Session {
       rms_norm(x, block.attention_norm, model_.config.epsilon, normed_, context);
       block.attention.project(normed_, tokens_, q_, cache.k_rows(tokens_, rows), cache.v_rows(tokens_, rows), context);
       if (choice_.index)
-        attend_by_index(cache, indexes_[l], rows, context);
+        attend_by_index(l, rows, context);
       else
         coterie::attention_forward(plan_, view(q_), cache.k(end), cache.v(end), attended_, attention_heads(), context);
+      if (!budgets_.empty()) compare_outputs(l, rows, context);
       block.attention.output(attended_, normed_, context);
       x.eigen() += normed_;
       add_feed_forward(block, model_.config.epsilon, x, context);
@@ -186,20 +201,39 @@ class Session {
     return {.heads = model_.config.heads, .kv_heads = model_.config.kv_heads};
   }
 
-  // Queries attend in pieces during which no key joins a page or cluster: each sees the index as when read alone.
-  void attend_by_index(const HeadCache& cache, coterie::KeyIndex<float>& index, Index rows, Context& context) {
+  void attend_by_index(std::size_t l, Index rows, Context& context) {
+    each_piece(l, rows, context, [&](Index first, Index count, Index piece, ConstView<float> k, ConstView<float> v) {
+      const bool few = choice_.budget <= 1 && choice_.budget * static_cast<double>(piece) < choice_.least_keys;
+      const double budget = few ? std::max(choice_.least_keys, 2.0) : choice_.budget;
+      indexes_[l].attend(view(q_).rows(first, count), k, v, view(attended_).rows(first, count),
+                         {.heads = model_.config.heads, .budget = budget, .causal = true}, context,
+                         counts_ ? &report_ : nullptr);
+      if (counts_) add_use(tokens_ + first);
+    });
+  }
+
+  // Outputs through the index beside the dense ones.
+  void compare_outputs(std::size_t l, Index rows, Context& context) {
+    each_piece(l, rows, context, [&](Index first, Index count, Index, ConstView<float> k, ConstView<float> v) {
+      compared_.resize(count, attended_.cols());
+      for (std::size_t b = 0; b < budgets_.size(); ++b) {
+        indexes_[l].attend(view(q_).rows(first, count), k, v, compared_,
+                           {.heads = model_.config.heads, .budget = budgets_[b], .causal = true}, context);
+        errors_[b].add(static_cast<Index>(l), compared_, view(attended_).rows(first, count));
+      }
+    });
+  }
+
+  // Calls f(first row, rows, end of the piece, keys, values) for pieces of the new rows during which no key joins a
+  // page or a cluster, and then takes the rows into the index: each query sees the index as when it is read alone.
+  template <class F>
+  void each_piece(std::size_t l, Index rows, Context& context, F&& f) {
     for (Index first = 0; first < rows;) {
       const Index at = tokens_ + first, piece = piece_end(at);
       const Index count = std::min(rows - first, piece - at), end = at + count;
-      const bool few = choice_.budget <= 1 && choice_.budget * static_cast<double>(piece) < choice_.least_keys;
-      const ConstView<float> k = cache.k(end), v = cache.v(end);
-      index.attend(view(q_).rows(first, count), k, v, view(attended_).rows(first, count),
-                   {.heads = model_.config.heads,
-                    .budget = few ? std::max(choice_.least_keys, 2.0) : choice_.budget,
-                    .causal = true},
-                   context, counts_ ? &report_ : nullptr);
-      if (counts_) add_use(at);
-      index.append(k, v, context);
+      const ConstView<float> k = caches_[l].k(end), v = caches_[l].v(end);
+      f(first, count, piece, k, v);
+      indexes_[l].append(k, v, context);
       first += count;
     }
   }
@@ -225,6 +259,9 @@ class Session {
   std::vector<HeadCache> caches_;                  // by block
   std::vector<coterie::KeyIndex<float>> indexes_;  // by block, of the first tokens_ rows; empty where dense
   RowMatrix<float> x_, normed_, q_, attended_;     // of a call
+  RowMatrix<float> compared_;                      // attended_ through an index
+  std::vector<double> budgets_;                    // of compare_heads
+  std::vector<HeadErrors> errors_;                 // by budget
   coterie::AttentionPlan plan_;
   coterie::PlanScratch plan_scratch_;
   coterie::KeyIndexReport report_;

@@ -264,6 +264,44 @@ TEST_CASE("an index with the whole cache as its budget is dense attention; with 
   }
 }
 
+TEST_CASE("outputs through the index are compared with dense ones, head by head") {
+  const TinyLlama tiny;
+  const LlamaFile llama = llama_of(tiny);
+  const std::vector<std::int32_t> tokens = some_tokens(tiny, 256);
+  coterie::Context context;
+  Session plain(llama.model), session(llama.model);
+  const Logits expected = read(plain, tokens, 64, context);
+  session.read(std::span(tokens).first(200), context);
+  AttentionChoice choice = AttentionChoice::with_index(0.2, 4);
+  choice.keys.page = 4;
+  choice.keys.segment = 32;
+  choice.keys.recent = 4;
+  session.compare_heads(choice, {1.0, 0.2}, context);
+  // The dense run is what it was.
+  REQUIRE(same_bits(read(session, std::span(tokens).subspan(200), 8, context), expected.bottomRows(56)));
+  const std::vector<pretrained::HeadErrors> errors = session.head_errors();
+  REQUIRE(errors.size() == 2);
+  REQUIRE(errors[0].mean() < 1e-5);
+  REQUIRE(errors[1].mean() > 1e-3);
+  for (const pretrained::HeadErrors& e : errors) {
+    const auto head = e.worst_head(), layer = e.worst_layer();
+    REQUIRE(head.error == e.head(head.layer, head.head));
+    REQUIRE(layer.error == e.layer(layer.layer));
+    REQUIRE(head.error >= layer.error);
+    REQUIRE(layer.error >= e.mean());
+  }
+  session.choose(AttentionChoice::dense(), context);
+  REQUIRE(session.head_errors().empty());
+
+  pretrained::HeadErrors by_hand(1, 2);
+  Logits dense(2, 4), out(2, 4);
+  dense << 3, 4, 1, 0, 0, 5, 0, 0;  // the second head of the second query is zero: it does not count
+  out << 3, 9, 1, 0, 0, 5, 1, 0;
+  by_hand.add(0, out, dense);
+  REQUIRE(by_hand.head(0, 0) == std::sqrt(0.5));
+  REQUIRE(by_hand.head(0, 1) == 0);
+}
+
 TEST_CASE("a session refuses wrong tokens, logits and rollbacks, and has then read nothing") {
   const TinyLlama tiny;
   const LlamaFile llama = llama_of(tiny);
