@@ -13,10 +13,11 @@ using namespace test;
 namespace {
 
 // Tokens, in, out: few rows, ends inside vectors, panels and strips, more than a block of each, several chunks of
-// tokens.
-constexpr Index sizes[][3] = {{0, 3, 4},     {3, 0, 4},     {3, 4, 0},       {1, 1, 1},     {1, 64, 17},
-                              {6, 40, 100},  {7, 5, 3},     {97, 33, 64},    {200, 70, 49}, {300, 128, 80},
-                              {193, 270, 9}, {65, 11, 517}, {200, 300, 530}, {2100, 9, 21}, {1, 20, 600}};
+// tokens; few rows and several chunks of columns.
+constexpr Index sizes[][3] = {{0, 3, 4},      {3, 0, 4},     {3, 4, 0},       {1, 1, 1},     {1, 64, 17},
+                              {6, 40, 100},   {7, 5, 3},     {97, 33, 64},    {200, 70, 49}, {300, 128, 80},
+                              {193, 270, 9},  {65, 11, 517}, {200, 300, 530}, {2100, 9, 21}, {1, 20, 600},
+                              {1, 700, 1001}, {5, 700, 600}};
 
 template <class T>
 double allowed(Index terms) {
@@ -81,6 +82,31 @@ TEST_CASE("product: a row's bits depend on that row alone; any number of workers
       product_weight_gradient<float>(x, d_y, other_d_w, context);
       CHECK(other == y);
       CHECK(other_d_w == d_w);
+    }
+  }
+}
+
+TEST_CASE("product: few rows are cut by columns, with the same bits") {
+  Random random(7);
+  const Index in = 700, out = 1005;
+  const RowMatrix<float> x = random.matrix<float>(40, in), w = random.matrix<float>(in, out),
+                         before = random.matrix<float>(40, out);
+  for (InstructionSet set : instruction_sets()) {
+    REQUIRE(out > 2 * detail::in_place_columns(in, detail::panel_width<float>(set)));
+    for (bool add : {false, true}) {
+      Context serial(set);
+      RowMatrix<float> all = before;
+      product<float>(x, w, all, serial, add);
+      for (Index workers : {1, 2, 3}) {
+        ThreadPool pool(workers);
+        Workspace workspace;
+        Context context(pool, workspace, set);
+        for (Index rows : {1, 2, 6}) {
+          RowMatrix<float> some = before.middleRows(3, rows);
+          product<float>(x.middleRows(3, rows), w, some, context, add);
+          CHECK(some == all.middleRows(3, rows));
+        }
+      }
     }
   }
 }

@@ -1,6 +1,8 @@
 // Dense products y = x w, forward or backward.
 #pragma once
 
+#include <algorithm>
+
 #include "coterie/core/context.hpp"
 #include "coterie/kernel/panel.hpp"
 #include "coterie/kernel/weight_gradient.hpp"
@@ -18,6 +20,15 @@ inline constexpr Index packed_panels = 4;
 
 /// Up to so many rows w is read in place: one pass over it, which packing would only double.
 inline constexpr Index few_rows = 6;
+
+/// Numbers of w that a task of few rows reads: long beside what it costs to start one.
+inline constexpr Index in_place_numbers = 1 << 17;
+
+/// Columns of a task of few rows, in whole panels, 4 of which are what one pass over w reads at a time.
+inline Index in_place_columns(Index depth, Index width) {
+  const Index pass = packed_panels * width;
+  return (std::max<Index>)(1, in_place_numbers / ((std::max<Index>)(1, depth) * pass)) * pass;
+}
 
 /// y (+)= x m, with m = w or w^T packed into panels first.
 template <class T>
@@ -39,11 +50,18 @@ void packed_product(ConstView<T> x, ConstView<T> w, bool transposed, View<T> y, 
       pack(PanelSource<T>{w.data(), w.stride(), transposed, depth, columns, first, last}, packed);
     });
   }
+  if (in_place) {
+    context.for_chunks(columns, in_place_columns(depth, width), [&](Index first, Index last, Index) {
+      ProductArguments<T> arguments{x.data(), x.stride(),   packed, y.data() + first, y.stride(), x.rows(),
+                                    depth,    last - first, add};
+      arguments.w = w.data() + first, arguments.w_stride = w.stride();
+      multiply(arguments);
+    });
+    return;
+  }
   context.for_chunks(x.rows(), product_rows, [&](Index first, Index last, Index) {
-    ProductArguments<T> arguments{x.row(first), x.stride(), packed,  y.row(first), y.stride(),
-                                  last - first, depth,      columns, add};
-    if (in_place) arguments.w = w.data(), arguments.w_stride = w.stride();
-    multiply(arguments);
+    multiply(ProductArguments<T>{x.row(first), x.stride(), packed, y.row(first), y.stride(), last - first, depth,
+                                 columns, add});
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "coterie/core/finite.hpp"
 #include "coterie/kernel/dispatch.hpp"
@@ -25,6 +26,38 @@ class LayerChecks {
     check_no_alias<T>(function_, "y", y, "x", in.x);
     check_no_alias<T>(function_, "y", y, "source", in.source);
     check_apart<T>(function_, "y", y, "parameters", layer_.parameters);
+    ready(context);
+  }
+
+  /// The arguments of project.
+  void project(ConstView<T> x, Index first_position, View<T> q, View<T> k, View<T> v, const Context& context) const {
+    const RoutingAttentionConfig& config = layer_.config;
+    const Index n = x.rows();
+    check_shape<T>(function_, "x", x, n, config.model_dim);
+    check_count(function_, "tokens", n);
+    const Index heads = config.local.heads + config.routed.heads + config.dense.heads;
+    check_row_output("q", q, n, heads * config.head_dim, "x", x);
+    check_row_output("k", k, n, config.kv_heads * config.head_dim, "x", x);
+    check_row_output("v", v, n, config.kv_heads * config.head_dim, "x", x);
+    check_no_alias<T>(function_, "k", k, "q", q);
+    check_no_alias<T>(function_, "v", v, "q", q);
+    check_no_alias<T>(function_, "v", v, "k", k);
+    Faults faults(function_);
+    faults.expect(first_position >= 0 && first_position <= (std::numeric_limits<std::int32_t>::max)() - n,
+                  "first_position", "at least 0, and the last one below 2^31", first_position);
+    for (const HeadBlock& block : layer_.heads.blocks)
+      faults.expect(block.count == 0 || !block.induction, "layer",
+                    "one without induction heads, whose keys carry the value of a later row", "one with some");
+    faults.raise();
+    ready(context);
+  }
+
+  /// The arguments of output.
+  void output(ConstView<T> attended, View<T> y, const Context& context) const {
+    const RoutingAttentionConfig& config = layer_.config;
+    const Index heads = config.local.heads + config.routed.heads + config.dense.heads;
+    check_shape<T>(function_, "attended", attended, attended.rows(), heads * config.head_dim);
+    check_row_output("y", y, attended.rows(), config.model_dim, "attended", attended);
     ready(context);
   }
 
@@ -123,6 +156,14 @@ class LayerChecks {
     faults.expect(in.source_offsets.size() == in.offsets.size(), "source_offsets", "as many as offsets",
                   in.source_offsets.size());
     if (!in.source_offsets.empty()) check_offsets(faults, "source_offsets", in.source_offsets, rows);
+  }
+
+  // An output beside an input and the parameters.
+  void check_row_output(const char* name, View<T> out, Index rows, Index cols, const char* other,
+                        ConstView<T> m) const {
+    check_shape<T>(function_, name, out, rows, cols);
+    check_no_alias<T>(function_, name, out, other, m);
+    check_apart<T>(function_, name, out, "parameters", layer_.parameters);
   }
 
   // Messages are built only where something is wrong, so that a good call allocates nothing.

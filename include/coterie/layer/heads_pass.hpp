@@ -45,6 +45,8 @@ class HeadsPass {
   void forward(View<T> y, HeadsTape<T>& tape);
   /// The same for evaluation, keeping matrices and plans on the tape.
   void prefill(View<T> y, HeadsTape<T>& tape);
+  /// The steps before attention, into rows of the caller: the rows that attention reads. Not of induction heads.
+  void prepare(View<T> q, View<T> k, View<T> v);
   /// Undoes forward: adds into the gradients of the input and of the parameters.
   void backward(ConstView<T> d_y, const HeadsTape<T>& tape, const PassGradients<T>& gradients);
 
@@ -56,7 +58,8 @@ class HeadsPass {
   void route(HeadsPlans& plans);
   void rotate();
   void attend(const HeadsPlans& plans, AttentionTape<T>* tape);
-  void output(View<T> y);
+  void output(View<T> y) { output(m_.out, y); }
+  void output(ConstView<T> out, View<T> y);
 
   /// The matrices so far.
   const HeadsMatrices<T>& matrices() const { return m_; }
@@ -128,6 +131,19 @@ void HeadsPass<T>::prefill(View<T> y, HeadsTape<T>& tape) {
   Arena::Scope scope(scratch_);
   take_matrices(tape);
   run(y, tape.plans, nullptr);
+}
+
+template <class T>
+void HeadsPass<T>::prepare(View<T> q, View<T> k, View<T> v) {
+  Arena::Scope scope(scratch_);
+  take_matrices(scratch_);
+  project();
+  convolve();
+  normalise();
+  rotate();
+  copy_rows<T>(q, m_.attended_q, context_);
+  copy_rows<T>(k, m_.attended_k, context_);
+  copy_rows<T>(v, m_.projected_v, context_);
 }
 
 // Forward, line by line.
@@ -360,10 +376,9 @@ void HeadsPass<T>::attend_backward(const HeadsTape<T>& tape) {
 }
 
 template <class T>
-void HeadsPass<T>::output(View<T> y) {
+void HeadsPass<T>::output(ConstView<T> out, View<T> y) {
   // y (+)= out w_o
-  product<T>(m_.out, view(layer_.parameters.w_o).rows(block_.first_col(), block_.cols()), y, context_,
-             block_.first > 0);
+  product<T>(out, view(layer_.parameters.w_o).rows(block_.first_col(), block_.cols()), y, context_, block_.first > 0);
 }
 
 template <class T>

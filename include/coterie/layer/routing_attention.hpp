@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <span>
 #include <vector>
 
@@ -87,6 +88,47 @@ class RoutingAttention {
     tape.crosses_ = input.crosses();
     tape.key_tokens_ = input.crosses() ? input.source.rows() : input.x.rows();
     tape.tokens_ = input.x.rows();
+  }
+
+  /// q, k, v = the rows of x that attention reads, projected, normalised and rotated: the first half of forward, for
+  /// programs with an attention or a cache of their own.
+  /// Shapes: x tokens x model_dim, q tokens x heads*d, k and v tokens x kv_heads*d, heads in the order local, routed,
+  ///   dense. Rows of x are one sequence; x.row(0) is at `first_position`.
+  /// Formula: forward(x) = output(attention(q, k, v)), where attention sees what the blocks' heads see. Logit scales,
+  ///   terms of positions other than rotary, memory and soft cap belong to attention.
+  /// Requires: matching shapes, outputs apart from x, from each other and from the parameters (ShapeError); first_position
+  ///   at least 0, the last position below 2^31, and no induction heads, whose keys carry the value of a later row
+  ///   (ValueError).
+  /// Overwrites q, k and v.
+  /// Threads and determinism: a row's bits depend on that row of x and its position alone, but with key_taps.
+  void project(ConstView<T> x, Index first_position, View<T> q, View<T> k, View<T> v, Context& context) const {
+    detail::LayerChecks<T>("RoutingAttention::project", state_).project(x, first_position, q, k, v, context);
+    std::vector<std::int32_t>& positions = context.workspace().template object<Scratch>().positions.queries;
+    positions.resize(static_cast<std::size_t>(x.rows()));
+    std::iota(positions.begin(), positions.end(), static_cast<std::int32_t>(first_position));
+    const Input<T> input(x);
+    each_block(detail::CheckedInput<T>(input, positions), context, [&](detail::HeadsPass<T> pass, std::size_t i) {
+      const detail::HeadBlock& block = state_.heads.blocks[i];
+      pass.prepare(q.columns(block.first_col(), block.cols()), k.columns(block.kv_first_col(), block.kv_cols()),
+                   v.columns(block.kv_first_col(), block.kv_cols()));
+    });
+  }
+
+  /// y = attended w_o + b_o: the second half of forward, after an attention of the program's own.
+  /// Shapes: attended tokens x heads*d, the output of attention in the columns of project's q; y tokens x model_dim.
+  /// Requires: matching shapes, y apart from `attended` and the parameters (ShapeError).
+  /// Overwrites y.
+  /// Threads and determinism: a row's bits depend on that row of `attended` alone.
+  void output(ConstView<T> attended, View<T> y, Context& context) const {
+    detail::LayerChecks<T>("RoutingAttention::output", state_).output(attended, y, context);
+    const Input<T> input(attended);
+    each_block(detail::CheckedInput<T>(input, std::span<const std::int32_t>()), context,
+               [&](detail::HeadsPass<T> pass, std::size_t i) {
+                 const detail::HeadBlock& block = state_.heads.blocks[i];
+                 pass.output(attended.columns(block.first_col(), block.cols()), y);
+               });
+    // y += b_o
+    if (config().bias) detail::add_bias(y, state_.parameters.b_o.data(), context);
   }
 
   /// Adds the gradients of forward's input and parameters for the gradient d_y of its output.
