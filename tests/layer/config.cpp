@@ -59,7 +59,7 @@ TEST_CASE("every setting has a path of its own, in the order of declaration") {
     paths.emplace(path);
     addresses.insert(&field);
   });
-  REQUIRE(paths.size() == 73);
+  REQUIRE(paths.size() == 75);
   REQUIRE(addresses.size() == paths.size());
   REQUIRE(bytes <= sizeof config);
   for (const char* path : {"model_dim", "seed", "local.lookahead", "local.matching.key_taps", "local.positions.kind",

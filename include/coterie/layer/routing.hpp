@@ -316,7 +316,8 @@ void HeadsRouting<T>::build_member_plans(HeadsPlans& plans) const {
   });
 }
 
-// Adds sinks and recent keys, a dense beginning, global tokens and memory. Dense heads see all tokens anyway and get memory alone.
+// Adds sinks and recent keys, a dense beginning, global tokens and memory. Dense heads see all tokens anyway and get
+// memory alone.
 template <class T>
 void HeadsRouting<T>::add_to_plans(HeadsPlans& plans) const {
   const RoutingAttentionConfig& c = layer_.config;

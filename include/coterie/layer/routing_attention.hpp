@@ -141,8 +141,8 @@ class RoutingAttention {
     detail::update_routers<T>(state_.routers, statistics_, context);
   }
 
-  /// Starts the routers anew by k-means on the layer's own keys over an input: so a layer that takes over the weights of
-  /// a dense one gets its clusters. Without learned routing it does nothing.
+  /// Starts the routers anew by k-means on the layer's own keys over an input: a layer that takes over the weights of a
+  /// dense one gets its clusters so. Without learned routing it does nothing.
   ///
   /// The rows are those that routers see of keys: projected, normalised, not rotated; of shared heads the queries. Each
   /// router takes k-means++ and Lloyd steps on a sample of them (all, up to the larger of 8192 and 64 clusters), and
