@@ -49,8 +49,10 @@ inline KeysByPosition keys_by_position(Index sinks, Index recent, Self self, boo
 /// last `recent` keys up to its position, all in one softmax.
 ///
 /// The plan becomes one of Combine::lse. A key that the pattern shows as well counts once: every row gets an entry of
-/// sinks and recent keys, before its others, and theirs are cut to the keys between. A window counts as before, with
-/// the keys that are cut. A row without an entry (label -1) sees sinks and recent keys.
+/// sinks and recent keys, before its others, which are cut to the keys between. A window counts as before, with the
+/// keys that are cut.
+///
+/// A row without an entry (label -1) sees sinks and recent keys.
 /// After any error, also one of memory, the plan is as it was.
 /// Requires: a completed plan without memory (add it afterwards), of Combine::single or lse; groups that stay inside a
 ///   sequence; entries that see no key after their query; settings as SinksRecentConfig says; otherwise ValueError.
