@@ -212,7 +212,7 @@ inline std::vector<AttentionCase> attention_cases(const CaseSizes& sizes = {}) {
         plan_add_sinks_recent({.sinks = 2, .recent = 4, .offsets = offsets}, p);
         plan_add_memory(1, p);
       },
-      {.heads = 2, .kv_heads = 1, .causal = true, .bias_distances = 9});
+      {.heads = 2, .kv_heads = 1, .causal = true, .bias_distances = n});
   add("dense, relative keys and values", dense,
       {.heads = 2, .dv = d + 2, .relative_distances = n, .relative_first = -n / 2});
   add("local causal, relative keys and values", local_causal,
