@@ -12,6 +12,7 @@
 #include "coterie/plan/globals.hpp"
 #include "coterie/plan/local.hpp"
 #include "coterie/plan/memory.hpp"
+#include "coterie/plan/sinks_recent.hpp"
 #include "coterie/plan/strided.hpp"
 #include "random.hpp"
 
@@ -205,6 +206,13 @@ inline std::vector<AttentionCase> attention_cases(const CaseSizes& sizes = {}) {
         plan_add_globals({.globals = 3, .causal = true}, p);
       },
       {.causal = true});
+  add("clusters, sinks and recent keys, memory, ragged",
+      [=, l = labels(-1)](AttentionPlan& p) {
+        plan_clustered(l, l, {.clusters = k, .window = w, .causal = true, .offsets = offsets}, p);
+        plan_add_sinks_recent({.sinks = 2, .recent = 4, .offsets = offsets}, p);
+        plan_add_memory(1, p);
+      },
+      {.heads = 2, .kv_heads = 1, .causal = true, .bias_distances = n});
   add("dense, relative keys and values", dense,
       {.heads = 2, .dv = d + 2, .relative_distances = n, .relative_first = -n / 2});
   add("local causal, relative keys and values", local_causal,

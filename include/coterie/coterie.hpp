@@ -23,6 +23,7 @@
 #include "coterie/plan/memory.hpp"
 #include "coterie/plan/pattern.hpp"
 #include "coterie/plan/plan.hpp"
+#include "coterie/plan/sinks_recent.hpp"
 #include "coterie/plan/strided.hpp"
 #include "coterie/retrieval/key_index.hpp"
 #include "coterie/router/commitment.hpp"

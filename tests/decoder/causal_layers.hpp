@@ -23,6 +23,8 @@ inline std::vector<Kind> causal_kinds() {
       wide.config.routed.clusters = wide.config.routed.membership.probes;
     }
     if (wide.config.local.heads > 0) wide.config.local.window = wide.config.local.window == 4 ? 70 : 90;
+    if (wide.config.routed.sinks > 0) wide.config.routed.sinks = 67;
+    if (wide.config.routed.recent > 0) wide.config.routed.recent = 71;
     if (wide.config.dense_up_to > 0) wide.config.dense_up_to = 75;
     all.push_back(wide);
   };
@@ -51,6 +53,17 @@ inline std::vector<Kind> causal_kinds() {
   set_heads(kind.config, 2, 2);
   kind.config.kv_heads = 2;
   kind.config.routed.matching.self = Self::never;
+  take(kind);
+  kind.name = "causal: three probes, sinks and many recent keys, memory";
+  kind.config.routed = {.heads = 2,
+                        .clusters = 4,
+                        .window = 3,
+                        .sinks = 2,
+                        .recent = 40,
+                        .membership = {.probes = 3},
+                        .matching = {.shared_qk = false},
+                        .positions = {.kind = PositionKind::rotary}};
+  kind.config.memory = 2;
   take(kind);
   Kind blocks{"causal: local, routed and dense heads at once, memory, global tokens", kinds()[0].config};
   blocks.config.dense = {.heads = 1};

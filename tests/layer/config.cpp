@@ -59,7 +59,7 @@ TEST_CASE("every setting has a path of its own, in the order of declaration") {
     paths.emplace(path);
     addresses.insert(&field);
   });
-  REQUIRE(paths.size() == 73);
+  REQUIRE(paths.size() == 75);
   REQUIRE(addresses.size() == paths.size());
   REQUIRE(bytes <= sizeof config);
   for (const char* path : {"model_dim", "seed", "local.lookahead", "local.matching.key_taps", "local.positions.kind",
@@ -277,6 +277,15 @@ TEST_CASE("what makes no sense is refused, naming the setting by its path") {
       {"routed.clusters", [](C& c) { c.routed.clusters = most; }},
       {"routed.window", [](C& c) { c.routed.window = 0; }},
       {"routed.window", [](C& c) { c.routed.window = -5; }},
+      {"routed.sinks", [](C& c) { c.routed.sinks = -1; }},
+      {"routed.recent", [](C& c) { c.routed.recent = most; }},
+      {"routed.sinks", [](C& c) { c.causal = false, c.routed.sinks = 1; }},
+      {"routed.recent", [](C& c) { c.causal = false, c.routed.recent = 1; }},
+      {"globals", [](C& c) { c.globals = c.routed.recent = 1; }},
+      {"globals", [](C& c) { c.globals = c.routed.sinks = 1; }},
+      {"routed.membership.combine",
+       [](C& c) { c.routed.recent = 1, c.routed.membership.kind = MembershipKind::balanced; }},
+      {"routed", [](C& c) { c.routed = {.sinks = 1}; }},
       {"routed.matching.logits", [](C& c) { c.routed.matching.logits = static_cast<Logits>(3); }},
       {"routed.matching.logits",
        [](C& c) { c.routed.matching.induction = true, c.routed.matching.logits = Logits::raw; }},

@@ -371,6 +371,51 @@ inline std::vector<Kind> kinds() {
     c.local.lookahead = 3;
     c.local.matching = {.shared_qk = true, .logits = Logits::raw, .learned_gain = false};
   });
+  add("causal: sinks and recent keys, shared", [](auto& c) {
+    c.causal = true;
+    c.routed.sinks = 2;
+    c.routed.recent = 3;
+  });
+  add("causal: sinks alone, shared, memory", [](auto& c) {
+    c.causal = true;
+    c.memory = 2;
+    c.routed.sinks = 3;
+  });
+  add("causal: recent keys alone, dense up to a position, ALiBi", [](auto& c) {
+    c.causal = true;
+    c.dense_up_to = 6;
+    c.routed.recent = 5;
+    c.routed.positions.kind = PositionKind::alibi;
+  });
+  add("causal: one recent key, memory, many clusters, shared", [](auto& c) {
+    c.causal = true;
+    c.memory = 1;
+    c.routed.clusters = 40;
+    c.routed.recent = 1;
+  });
+  add("causal: sinks and recent keys, grouped queries, rotary, separate", [](auto& c) {
+    set_heads(c, 2, 4);
+    c.causal = c.bias = true;
+    c.kv_heads = 3;
+    c.routed.sinks = 1;
+    c.routed.recent = 4;
+    c.routed.positions.kind = PositionKind::rotary;
+  });
+  add("causal: sinks and recent keys, induction with taps, bias per distance", [](auto& c) {
+    c.causal = c.routed.matching.induction = true;
+    c.routed.matching.key_taps = 2;
+    c.routed.sinks = 2;
+    c.routed.recent = 4;
+    c.routed.positions = {.kind = PositionKind::bias, .distances = 6};
+  });
+  add("causal: sinks and recent keys, random, never themselves, Shaw's vectors", [](auto& c) {
+    c.causal = true;
+    c.routed.sinks = 4;
+    c.routed.recent = 2;
+    c.routed.routing = Routing::random;
+    c.routed.matching.self = Self::never;
+    c.routed.positions = {.kind = PositionKind::shaw, .distances = 6};
+  });
   return all;
 }
 

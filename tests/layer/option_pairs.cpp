@@ -93,6 +93,8 @@ std::vector<Option> options() {
     c.routed.matching.shared_qk = false;
   });
   add("membership", "two probes", [](auto& c) { c.routed.membership.probes = 2; });
+  add("sinks", "sinks", [](auto& c) { c.routed.sinks = 2; });
+  add("recent", "recent keys", [](auto& c) { c.routed.recent = 3; });
   add_block_options(all, "local", &RoutingAttentionConfig::local, true);
   add_block_options(all, "routed", &RoutingAttentionConfig::routed, true);
   add_block_options(all, "dense", &RoutingAttentionConfig::dense, false);
@@ -128,6 +130,11 @@ std::vector<std::string> refusals(const RoutingAttentionConfig& c) {
     refuse_if(m.normalisation == Normalisation::unit_length && !shares && logits == Logits::raw && !(routed && learned),
               name + ".matching.normalisation");
     if (!routed) return;
+    const bool by_position = c.routed.sinks + c.routed.recent > 0;
+    refuse_if(c.routed.sinks > 0 && !c.causal, "routed.sinks");
+    refuse_if(c.routed.recent > 0 && !c.causal, "routed.recent");
+    refuse_if(by_position && balanced && c.routed.membership.combine != Combine::lse, "routed.membership.combine");
+    refuse_if(by_position && c.globals > 0, "globals");
     refuse_if(balanced && !learned, "routed.membership.kind");
     refuse_if(c.routed.membership.probes > 1 && !learned, "routed.membership.probes");
     refuse_if(c.routed.membership.query_share > 0 && shares, "routed.membership.query_share");

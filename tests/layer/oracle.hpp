@@ -306,6 +306,17 @@ struct Oracle {
         }
       }
     }
+    if (routed(head) && c.routed.sinks + c.routed.recent > 0) {
+      // One entry: the keys by position, and those of clusters that are not among them.
+      std::vector<Index> seen;
+      for (Index j = first; j < end && key_place(j) <= place; ++j) {
+        Index times = key_place(j) < c.routed.sinks || key_place(j) > place - c.routed.recent;
+        if (times == 0)  // balanced: in one cluster or in several
+          for (const auto& keys : entries) times += std::find(keys.begin(), keys.end(), j) != keys.end();
+        for (Index t = 0; t < times; ++t) seen.push_back(j);
+      }
+      return without_self({seen}, place, self);
+    }
     entries = without_self(entries, place, self);
     if (c.globals > 0 && !entries.empty())
       for (Index j = first; j < std::min(end, first + c.globals); ++j)

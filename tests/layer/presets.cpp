@@ -6,6 +6,7 @@
 
 #include "catch.hpp"
 #include "coterie/layer/routing_attention.hpp"
+#include "errors.hpp"
 #include "random.hpp"
 
 // Restatements of the three public codes, in plain double loops, each from its own description.
@@ -241,6 +242,15 @@ TEST_CASE("presets change the routed block and leave the rest alone") {
     changed.routed = config.routed;
     REQUIRE(changed == config);
   }
+}
+
+TEST_CASE("presets have no sinks and recent keys: several softmaxes have no place for them") {
+  RoutingAttentionConfig config = sizes(true, 10);
+  config.routed.recent = 4;
+  for (RoutingAttentionConfig (*preset_of)(RoutingAttentionConfig) :
+       {presets::google, presets::lingvo, presets::pytorch})
+    REQUIRE(test::contains(test::message_of<ValueError>([&] { RoutingAttention<float> layer(preset_of(config)); }),
+                           "routed.membership.combine: expected lse with sinks or recent keys"));
 }
 
 TEST_CASE("the pytorch preset with memory: beside it a token never sees itself") {

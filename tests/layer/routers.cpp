@@ -1,5 +1,6 @@
 #include "coterie/layer/routing_attention.hpp"
 
+#include <algorithm>
 #include <limits>
 
 #include "catch.hpp"
@@ -238,4 +239,71 @@ TEST_CASE("random routes are a function of seed, step, head and position") {
   const auto ragged = labels(1, 0, 0, {0, 1000, n});
   REQUIRE(std::equal(first.begin(), first.begin() + 1000, ragged.begin()));
   REQUIRE(std::equal(first.begin(), first.begin() + 3000, ragged.begin() + 1000));
+}
+
+TEMPLATE_TEST_CASE("routers start by k-means on the layer's own keys, unrotated", "", float, double) {
+  // Keys of their own at four far directions, which queries do not have.
+  RoutingAttentionConfig config{.model_dim = 8,
+                                .head_dim = 4,
+                                .kv_heads = 2,
+                                .causal = true,
+                                .seed = 5,
+                                .routed = {.heads = 4,
+                                           .clusters = 4,
+                                           .window = 8,
+                                           .sinks = 1,
+                                           .recent = 3,
+                                           .matching = {.normalisation = Normalisation::unit_length},
+                                           .positions = {.kind = PositionKind::rotary}}};
+  RoutingAttention<TestType> layer(config);
+  layer.parameters().w_k.setZero();
+  for (Index j = 0; j < 8; ++j) layer.parameters().w_k(j, j) = 1;
+  RowMatrix<TestType> x = Random(3).matrix<TestType>(60, 8) * static_cast<TestType>(0.01);
+  for (Index i = 0; i < 60; ++i) x(i, i % 4) += 1, x(i, 4 + (i / 4) % 4) += 2;
+  x(7, 2) = std::numeric_limits<TestType>::quiet_NaN();
+  Workspace workspace;
+  ThreadPool pool(3);
+  Context context(pool, workspace), serial;
+  RoutingAttention<TestType> same = layer;
+  layer.start_router(x, context);
+  same.start_router(x, serial);
+  REQUIRE(same_routers(layer, same));
+  for (Index h = 0; h < 2; ++h) {
+    const OnlineKMeans<TestType>& router = layer.routers()[static_cast<std::size_t>(h)];
+    REQUIRE(router.updates() == 1);
+    std::vector<bool> found(4, false);
+    for (Index c = 0; c < 4; ++c)
+      for (Index j = 0; j < 4; ++j)
+        found[static_cast<std::size_t>(j)] = found[static_cast<std::size_t>(j)] || router.centroids()(c, j) > 0.98;
+    REQUIRE(std::count(found.begin(), found.end(), true) == 4);
+  }
+  // Again from another text: nothing of the past is left, of frozen routers neither.
+  const RowMatrix<TestType> text = Random(4).matrix<TestType>(50, 8);
+  layer.freeze_router(true);
+  layer.start_router(text, context);
+  RoutingAttention<TestType> fresh = same;
+  fresh.start_router(text, serial);
+  REQUIRE(same_routers(layer, fresh));
+  REQUIRE(layer.routers()[0].frozen());
+  REQUIRE(!same_routers(layer, same));
+}
+
+TEST_CASE("routers start on the queries of shared heads, as their first update does; errors change nothing") {
+  RoutingAttention<float> layer(shared_config), updated(shared_config);
+  const RowMatrix<float> x = Random(8).matrix<float>(70, 10);
+  RowMatrix<float> y(70, 10);
+  Context context;
+  RoutingAttention<float>::Tape tape;
+  updated.forward(x, y, tape, context);
+  updated.update_router(tape, context);
+  layer.start_router(x, context);
+  REQUIRE(same_routers(layer, updated));
+  const RowMatrix<float> bad = RowMatrix<float>::Constant(5, 10, std::numeric_limits<float>::infinity());
+  REQUIRE_THROWS_AS(layer.start_router(bad, context), ValueError);
+  REQUIRE_THROWS_AS(layer.start_router(x.topRows(0), context), ValueError);
+  REQUIRE_THROWS_AS(layer.start_router(x.leftCols(9), context), ShapeError);
+  REQUIRE(same_routers(layer, updated));
+  RoutingAttentionConfig local = shared_config;
+  local.routed = {};
+  RoutingAttention<float>(local).start_router(x, context);
 }

@@ -295,3 +295,42 @@ TEST_CASE("no token, and one token, are inputs like others") {
     }
   }
 }
+
+TEST_CASE("routed heads take over the weights of dense ones: what they leave out is all that differs") {
+  const Index n = 70;
+  const std::vector<Index> offsets = {0, 20, n};
+  const Positions rotary{.kind = PositionKind::rotary, .base = 100, .layout = RotaryLayout::interleaved};
+  const RoutingAttentionConfig dense_config{
+      .model_dim = 10,
+      .head_dim = 4,
+      .kv_heads = 2,
+      .causal = true,
+      .seed = 3,
+      .dense = {.heads = 6, .matching = {.shared_qk = false}, .positions = rotary}};
+  const RoutingAttention<double> dense = make_layer<double>(dense_config);
+  const RowMatrix<double> x = 2 * Random(5).matrix<double>(n, 10);
+  RowMatrix<double> expected(n, 10), y(n, 10);
+  Context context;
+  dense.forward({x, offsets}, expected, context);
+  const auto difference = [&](Index sinks, Index recent, Index clusters, Index window) {
+    RoutingAttentionConfig config = dense_config;
+    config.dense = {};
+    config.routed = {.heads = 6,
+                     .clusters = clusters,
+                     .window = window,
+                     .sinks = sinks,
+                     .recent = recent,
+                     .matching = {.shared_qk = false},
+                     .positions = rotary};
+    RoutingAttention<double> routed(config);
+    routed.parameters() = dense.parameters();
+    routed.start_router({x, offsets}, context);
+    routed.forward({x, offsets}, y, context);
+    return largest_difference(y, expected);
+  };
+  REQUIRE(difference(0, n, 5, 4) < 1e-13);
+  REQUIRE(difference(n, 0, 5, 4) < 1e-13);
+  REQUIRE(difference(25, 25, 5, 1) < 1e-13);
+  REQUIRE(difference(3, 7, 1, n) < 1e-13);
+  REQUIRE(difference(3, 7, 5, n) > 1e-3);
+}

@@ -6,6 +6,7 @@
 #include "coterie/plan/globals.hpp"
 #include "coterie/plan/local.hpp"
 #include "coterie/plan/memory.hpp"
+#include "coterie/plan/sinks_recent.hpp"
 #include "errors.hpp"
 #include "plan/masks.hpp"
 
@@ -50,6 +51,8 @@ TEST_CASE("plans on top of plans: where memory ends the plan is as it was") {
     require_all_or_nothing(*plan, [&](AttentionPlan& p) { plan_add_memory(3, p); });
   }
   require_all_or_nothing(crossed, [&](AttentionPlan& p) { plan_add_memory(3, p); });
+  const SinksRecentConfig by_position{.sinks = 1, .recent = 5, .offsets = offsets};
+  require_all_or_nothing(local, [&](AttentionPlan& p) { plan_add_sinks_recent(by_position, p); });
 }
 
 TEST_CASE("plans on top of plans: a plan that is wrong stays as it was") {

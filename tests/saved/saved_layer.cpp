@@ -237,6 +237,22 @@ TEST_CASE("a layer of another config is not read into, and the settings that dif
                    "tensor 'a.w_q': dtype: expected F64, got F32"));
 }
 
+TEST_CASE("files of format 2 are read: settings that came later take their defaults") {
+  const RoutingAttention<float> layer = make_layer<float>(saved_config);
+  const std::vector<std::byte> now = saved_bytes(layer, "a.");
+  Contents contents(parse_safetensors(now));
+  contents.metadata["coterie.format"] = "2";
+  REQUIRE(contents.metadata.erase("a.config.routed.sinks") == 1);
+  REQUIRE(contents.metadata.erase("a.config.routed.recent") == 1);
+  const std::vector<std::byte> old = contents.bytes();
+  REQUIRE(saved_bytes(read_layer<float>(parse_safetensors(old, "x"), "a."), "a.") == now);
+  // A file of today has them; one of format 2 has not.
+  REQUIRE(saved_fault([](Contents& c) { c.metadata.erase("a.config.routed.recent"); }) ==
+          "read_layer: 'x': a.config.routed.recent: damaged: expected a value, got none");
+  REQUIRE(contains(saved_fault([](Contents& c) { c.metadata["coterie.format"] = "2"; }),
+                   "'a.config.routed.recent': newer than this library"));
+}
+
 TEST_CASE("files that are not what they say are refused, and nothing is changed") {
   REQUIRE(saved_fault([](Contents&) {}).empty());
   // Other things may stand beside the layer.
@@ -247,9 +263,9 @@ TEST_CASE("files that are not what they say are refused, and nothing is changed"
   };
   const Lie lies[] = {
       {"no saved layer: expected 'coterie.format' in the metadata, got none", [](Contents& c) { c.metadata.clear(); }},
-      {"coterie.format: newer than this library: expected at most 2, got 3",
-       [](Contents& c) { c.metadata["coterie.format"] = "3"; }},
-      {"coterie.format: older than this library: expected 2 to 2, got 1, which coterie 0.1 reads",
+      {"coterie.format: newer than this library: expected at most 3, got 4",
+       [](Contents& c) { c.metadata["coterie.format"] = "4"; }},
+      {"coterie.format: older than this library: expected 2 to 3, got 1, which coterie 0.1 reads",
        [](Contents& c) { c.metadata["coterie.format"] = "1"; }},
       {"coterie.format: damaged", [](Contents& c) { c.metadata["coterie.format"] = "one"; }},
       {"coterie.format: damaged", [](Contents& c) { c.metadata["coterie.format"] = "0"; }},

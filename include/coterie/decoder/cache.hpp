@@ -22,6 +22,7 @@ struct CacheShape {
   Index capacity = 0;   ///< keys that a list keeps, the last ones; 0: all
   Index beginning = 0;  ///< first keys of a sequence that are kept for good, in a list of their own
   Index globals = 0;    ///< first keys of a sequence that lists count separately
+  Index recent = 0;     ///< last keys of a sequence that are kept in a list of their own, whatever their cluster
 };
 
 /// The keys of one cluster of one sequence, by ordinal: the first one is 0, whether it is still kept or not.
@@ -65,13 +66,15 @@ class HeadCache {
     for (Unit& unit : units_) {
       unit.lists.resize(static_cast<std::size_t>(shape.sequences * shape.lists));
       if (shape.beginning > 0) unit.beginning.resize(static_cast<std::size_t>(shape.sequences));
+      if (shape.recent > 0) unit.recent.resize(static_cast<std::size_t>(shape.sequences));
     }
     if (shape.capacity == 0) return;
     for (RowMatrix<T>* rows : {&lost_keys_, &lost_values_}) rows->resize(shape.sequences, cols);
     for (Unit& unit : units_) unit.lost_positions.resize(static_cast<std::size_t>(shape.sequences));
     const double lists = static_cast<double>(shape.lists) * static_cast<double>(pages_for(shape.capacity));
     const double pages =
-        static_cast<double>(shape.sequences) * (lists + static_cast<double>(pages_for(shape.beginning)));
+        static_cast<double>(shape.sequences) *
+        (lists + static_cast<double>(pages_for(shape.beginning)) + static_cast<double>(pages_for(shape.recent)));
     if (pages * page_rows < static_cast<double>(most_rows_)) most_rows_ = static_cast<Index>(pages) * page_rows;
   }
 
@@ -93,12 +96,17 @@ class HeadCache {
   Index beginning_row(Index unit, Index sequence, Index position) const {
     return row_in(unit_at(unit).beginning[static_cast<std::size_t>(sequence)], position, 0);
   }
+  /// The row of one of the last keys of a sequence, by position.
+  Index recent_row(Index unit, Index sequence, Index position) const {
+    return row_in(unit_at(unit).recent[static_cast<std::size_t>(sequence)], position, shape_.recent);
+  }
 
   /// Makes room for one more key.
   void make_room(const CacheEntry& at) {
     Unit& unit = unit_at(at.unit);
     CacheList& list = list_at(at);
     need_pages(unit, list, slot(list.end, shape_.capacity) / page_rows + 1);
+    if (shape_.recent > 0) need_pages(unit, recent_at(at), slot(at.position, shape_.recent) / page_rows + 1);
     if (at.position >= shape_.beginning) return;
     CacheList& beginning = unit.beginning[static_cast<std::size_t>(at.sequence)];
     need_pages(unit, beginning, beginning.end / page_rows + 1);
@@ -117,6 +125,8 @@ class HeadCache {
     }
     write(at, to, key, value);
     ++list.end;
+    // The key that is displaced here is older than those that a rollback brings back.
+    if (shape_.recent > 0) write(at, row_in(recent_at(at), recent_at(at).end++, shape_.recent), key, value);
     if (at.position >= shape_.beginning) return;
     CacheList& beginning = unit.beginning[static_cast<std::size_t>(at.sequence)];
     write(at, row_in(beginning, beginning.end++, 0), key, value);
@@ -127,6 +137,7 @@ class HeadCache {
     CacheList& list = list_at(at);
     --list.end;
     if (at.position < shape_.globals) --list.globals;
+    if (shape_.recent > 0) --recent_at(at).end;
     if (at.position < shape_.beginning) --unit_at(at.unit).beginning[static_cast<std::size_t>(at.sequence)].end;
   }
 
@@ -179,10 +190,12 @@ class HeadCache {
     const Index taken_back = shape_.lists * pages_for((std::min)(tokens, rollback));
     const Index lists = (std::min)(shape_.lists * list_pages, shape_.lists + pages_for(tokens) + taken_back);
     const Index beginning = pages_for((std::min)(tokens, shape_.beginning));
-    const Index all = shape_.sequences * (lists + beginning);
+    const Index recent = pages_for((std::min)(tokens, shape_.recent));
+    const Index all = shape_.sequences * (lists + beginning + recent);
     for (Unit& unit : units_) {
       for (CacheList& list : unit.lists) list.pages.reserve(static_cast<std::size_t>(list_pages));
       for (CacheList& list : unit.beginning) list.pages.reserve(static_cast<std::size_t>(beginning));
+      for (CacheList& list : unit.recent) list.pages.reserve(static_cast<std::size_t>(recent));
       unit.free.resize(static_cast<std::size_t>(all));
     }
     need_rows(all * page_rows);
@@ -193,7 +206,7 @@ class HeadCache {
     std::size_t sum = static_cast<std::size_t>(numbers) * sizeof(T);
     for (const Unit& unit : units_) {
       sum += (unit.free.capacity() + unit.positions.capacity() + unit.lost_positions.capacity()) * sizeof(std::int32_t);
-      for (const std::vector<CacheList>* lists : {&unit.lists, &unit.beginning})
+      for (const std::vector<CacheList>* lists : {&unit.lists, &unit.beginning, &unit.recent})
         for (const CacheList& list : *lists) sum += sizeof(CacheList) + list.pages.capacity() * sizeof(std::int32_t);
     }
     return sum;
@@ -202,7 +215,7 @@ class HeadCache {
  private:
   struct Unit {
     std::vector<CacheList> lists;              // per sequence: one for each cluster
-    std::vector<CacheList> beginning;          // per sequence
+    std::vector<CacheList> beginning, recent;  // per sequence
     std::vector<std::int32_t> positions;       // per row
     std::vector<std::int32_t> lost_positions;  // per sequence: of the key that the last append has displaced
     std::vector<std::int32_t> free;            // the first free_count are free pages; room for all pages
@@ -215,6 +228,7 @@ class HeadCache {
   CacheList& list_at(const CacheEntry& at) {
     return unit_at(at.unit).lists[static_cast<std::size_t>(at.sequence * shape_.lists + at.list)];
   }
+  CacheList& recent_at(const CacheEntry& at) { return unit_at(at.unit).recent[static_cast<std::size_t>(at.sequence)]; }
 
   static Index slot(Index ordinal, Index capacity) { return capacity > 0 ? ordinal % capacity : ordinal; }
   static Index row_in(const CacheList& list, Index ordinal, Index capacity) {
@@ -230,6 +244,7 @@ class HeadCache {
   void each_list(Unit& unit, Index sequence, const F& f) {
     for (Index l = 0; l < shape_.lists; ++l) f(unit.lists[static_cast<std::size_t>(sequence * shape_.lists + l)]);
     if (shape_.beginning > 0) f(unit.beginning[static_cast<std::size_t>(sequence)]);
+    if (shape_.recent > 0) f(unit.recent[static_cast<std::size_t>(sequence)]);
   }
   template <class F>
   void each_pair(Unit& unit, Index from, Index to, const F& f) {
@@ -239,6 +254,8 @@ class HeadCache {
         unit.lists[static_cast<std::size_t>(to * lists + l)]);
     if (shape_.beginning > 0)
       f(std::as_const(unit.beginning[static_cast<std::size_t>(from)]), unit.beginning[static_cast<std::size_t>(to)]);
+    if (shape_.recent > 0)
+      f(std::as_const(unit.recent[static_cast<std::size_t>(from)]), unit.recent[static_cast<std::size_t>(to)]);
   }
 
   // Gives a list at least so many pages. A page counts only once there is room for it everywhere.

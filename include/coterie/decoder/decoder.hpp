@@ -27,7 +27,7 @@ struct DecoderConfig {
 ///
 /// Local heads keep the last keys and values of their window, routed heads the last ones of every cluster, in lists
 /// that take memory as they fill, and dense heads keep all. Each keeps max_rollback more, and the first tokens where
-/// they stay visible (globals, dense_up_to).
+/// they stay visible (globals, dense_up_to, sinks). Recent keys of routed heads are kept once more.
 ///
 /// A row is bit-identical to forward's row of the same prefix, routes included, on the same instruction set. Random
 /// routing draws the clusters of Input::step 0; dropout is off. A copy is independent of the original, but has no
@@ -39,10 +39,11 @@ struct DecoderConfig {
 ///   before it; prefill() names the one exception. Some rows of an output may be written.
 /// Allocates: nothing in step() within the tokens reserved, once a context has been used for it; otherwise where lists
 ///   grow. Lists take at most 2 sequences kv_heads (clusters + 1) (window + max_rollback) head_dim numbers, windows
-///   rounded up to 16, beside globals and dense_up_to first tokens, and 4 bytes a row and head for positions.
+///   rounded up to 16, beside globals, dense_up_to and sinks first tokens, recent + max_rollback + 1 last ones, and 4
+///   bytes a row and head for positions.
 /// Threads and determinism: the same bits for any number of workers. A decoder is used by one thread at a time.
-/// Cost: a token takes about model_dim^2 and heads * (clusters + window + memory + globals) * head_dim operations, at
-///   any position. Dense heads, and others below dense_up_to, read all tokens before.
+/// Cost: a token takes about model_dim^2 and heads * (clusters + window + memory + globals + sinks + recent) * head_dim
+///   operations, at any position. Dense heads, and others below dense_up_to, read all tokens before.
 /// Source: the cache of window and cluster members, exact because membership is by the nearest centroid: ours.
 template <class T>
 class Decoder {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <span>
 #include <utility>
 #include <vector>
@@ -10,6 +11,7 @@
 #include "coterie/decoder/cache.hpp"
 #include "coterie/decoder/step_plan.hpp"
 #include "coterie/layer/heads_pass.hpp"
+#include "coterie/plan/sinks_recent.hpp"
 
 namespace coterie::detail {
 inline namespace COTERIE_FLAGS_NAMESPACE {
@@ -50,8 +52,9 @@ class DecoderHeads {
                            .unit_cols = block.kv_cols() / units,
                            .lists = block.clustered() ? block.clusters : 1,
                            .capacity = cache_capacity(window_, max_rollback),
-                           .beginning = beginning_,
-                           .globals = globals_});
+                           .beginning = (std::max)(beginning_, block.sinks),
+                           .globals = globals_,
+                           .recent = recent_capacity(block.recent, max_rollback)});
     if (block.taps > 1) queries_.setZero(sequences * history_, block.cols());
     if (block.induction) pending_.setZero(sequences * history_, block.kv_cols());
     if (block.clustered()) labels_.assign(static_cast<std::size_t>(sequences * history_ * units), -1);
@@ -59,7 +62,7 @@ class DecoderHeads {
     distances_.resize(static_cast<std::size_t>(units));
     for (AttentionPlan& plan : plans_) {
       plan.memory_tokens = c.memory;
-      plan.combine = block.has_members() ? Combine::lse : Combine::single;
+      plan.combine = block.has_entries() ? Combine::lse : Combine::single;
     }
   }
 
@@ -143,10 +146,12 @@ class DecoderHeads {
   /// Memory for so many tokens of every sequence.
   void reserve(Index tokens) {
     cache_.reserve(tokens, max_rollback_);
-    const Index sequences = cache_.shape().sequences, entries = sequences * block_->probes;
+    const Index sequences = cache_.shape().sequences, by_position = block_->has_sinks_recent() ? 1 : 0;
+    const Index entries = sequences * (block_->probes + by_position);
     const Index memory = plans_.front().memory_tokens;
     const Index seen = window_ > 0 ? (std::max)((std::min)(tokens, window_), (std::min)(tokens, beginning_)) : tokens;
-    const Index keys = entries * (memory + globals_ + 2 * key_block + seen);
+    const Index near = (std::min)(tokens, block_->sinks) + (std::min)(tokens, block_->recent);
+    const Index keys = entries * (memory + globals_ + 2 * key_block + seen) + sequences * near;
     for (std::size_t u = 0; u < plans_.size(); ++u) {
       StepPlan::reserve(plans_[u], distances_[u], entries, keys);
       if (positions_ != StepPositions::none)
@@ -246,6 +251,10 @@ class DecoderHeads {
         const Seen seen = of_cluster(cluster);
         others |= seen.up_to - (seen.has_self ? 1 : 0) > seen.begin;
       });
+      if (block_->has_sinks_recent()) {
+        plan_sinks_recent(step, u, i, tokens, others);
+        continue;
+      }
       bool first = true;
       each_cluster(u, i, [&](Index cluster) {
         Seen seen = of_cluster(cluster);
@@ -260,6 +269,47 @@ class DecoderHeads {
       });
       step.end_row(position);
     }
+  }
+
+  // Plans the keys that token i sees by position, then those of its clusters that are between them.
+  void plan_sinks_recent(StepPlan& step, Index u, Index i, const StepTokens& tokens, bool others) {
+    const Index position = tokens.position(i), sequence = tokens.sequence(i);
+    const KeysByPosition near =
+        keys_by_position(block_->sinks, block_->recent, block_->self, others, position, position + 1);
+    // Forward lists the keys of the sequence by position.
+    step.add(
+        position, true, near.sinks, [&](Index at) { return cache_.beginning_row(u, sequence, at); },
+        near.begin - near.sinks, near.end - near.sinks,
+        [&](Index ordinal) { return cache_.recent_row(u, sequence, ordinal + near.sinks); });
+    const std::span<const std::int32_t> positions = cache_.positions(u);
+    each_cluster(u, i, [&](Index cluster) {
+      const CacheList& list = cache_.list(u, sequence, cluster);
+      const auto row_of = [&](Index ordinal) { return cache_.row(list, ordinal); };
+      const Seen seen = seen_of(u, sequence, position, cluster);
+      // The first ordinal from `begin` on whose key is at `bound` or later. The own key of an induction head's query is
+      // not in the list yet.
+      const auto first_at = [&](Index begin, Index bound) {
+        Index end = (std::min)(seen.up_to, list.end);
+        while (begin < end) {
+          const Index middle = begin + (end - begin) / 2;
+          if (positions[static_cast<std::size_t>(row_of(middle))] < bound)
+            begin = middle + 1;
+          else
+            end = middle;
+        }
+        return begin;
+      };
+      const Index begin = first_at(seen.begin, block_->sinks);
+      step.add(position, false, 0, row_of, begin, first_at(begin, near.until), row_of);
+    });
+    step.end_row(position);
+  }
+
+  // Keys that the list of recent ones keeps: rollback may remove the newest, and a step that fails displaces one more.
+  // 0: no list.
+  static Index recent_capacity(Index recent, Index rollback) {
+    constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
+    return recent > 0 ? (std::min)((std::min)(recent, most) + (std::min)(rollback, most) + 1, most) : 0;
   }
 
   struct Seen {

@@ -61,6 +61,12 @@ class LayerChecks {
     ready(context);
   }
 
+  /// An input from which routers start.
+  void start(const Input<T>& in, const Context& context) const {
+    input(in);
+    ready(context);
+  }
+
   /// The arguments of backward but for the gradients.
   void backward(const Input<T>& in, const RoutingAttentionTape<T>& of, ConstView<T> d_y) const {
     const Index n = in.x.rows();

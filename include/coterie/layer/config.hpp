@@ -54,7 +54,7 @@ struct Matching {
   /// key/value heads as heads.
   std::optional<bool> shared_qk = {};
   /// Whether a token sees itself. Automatic: never with induction, only_if_alone where shared, else visible. Memory and
-  /// globals do not count: a token that is alone in its cluster sees itself beside them.
+  /// globals do not count: a token that is alone in its cluster sees itself beside them. Sinks and recent keys count.
   std::optional<Self> self = {};
   std::optional<Logits> logits = {};      ///< automatic: normalised where shared, else raw
   std::optional<double> gain = {};        ///< logits are gain/sqrt(d) q.k; automatic: 3 where normalised, else 1
@@ -111,6 +111,10 @@ struct RoutedHeads {
   Index heads = 0;
   Index clusters = 0;  ///< required; 2 * tokens / window works well
   Index window = 0;    ///< keys of a cluster that a query sees at most, itself included; required
+  /// First keys of its sequence that a query sees beside its clusters, in one softmax; causal only. A key that is in a
+  /// cluster as well counts once.
+  Index sinks = 0;
+  Index recent = 0;  ///< the same for the last keys up to the query, itself included
   Routing routing = Routing::learned;
   Membership membership = {};
   RouterConfig router = {};  ///< learned: how centroids move
@@ -221,10 +225,13 @@ void each_field(C& settings, F&& f) {
 
 template <MaybeConst<RoutedHeads> C, class F>
 void each_field(C& settings, F&& f) {
-  auto& [heads, clusters, window, routing, membership, router, commitment, matching, positions] = settings;
+  auto& [heads, clusters, window, sinks, recent, routing, membership, router, commitment, matching, positions] =
+      settings;
   f("heads", heads);
   f("clusters", clusters);
   f("window", window);
+  f("sinks", sinks);
+  f("recent", recent);
   f("routing", routing);
   f("membership", membership);
   f("router", router);

@@ -51,6 +51,8 @@ struct HeadBlock {
   Index window = 0;     ///< keys that a query sees at most; local and routed
   Index lookahead = 0;  ///< later keys that a query sees; local
 
+  Index sinks = 0, recent = 0;  ///< first keys of the sequence, and last ones, that a query sees as well; routed
+
   // Routing; routed only.
   Index clusters = 0;
   Routing routing = Routing::learned;  ///< learned or random
@@ -90,6 +92,10 @@ struct HeadBlock {
   bool learned() const { return clustered() && routing == Routing::learned; }
   /// Whether plans come from lists of members, not from one label per token.
   bool has_members() const { return clustered() && (balanced || probes > 1); }
+  /// Whether a query sees keys by position beside those of its clusters.
+  bool has_sinks_recent() const { return sinks > 0 || recent > 0; }
+  /// Whether a row can have several entries, in one softmax (balanced: in one or in several).
+  bool has_entries() const { return has_members() || has_sinks_recent(); }
   /// Whether routers see sums over the query heads of a key/value head.
   bool sums_queries() const { return learned() && heads_per_kv() > 1; }
 };
@@ -140,6 +146,8 @@ inline Heads head_blocks(const RoutingAttentionConfig& c) {
   routed.kind = BlockKind::routed;
   set_block(routed, c.routed, c);
   routed.window = c.routed.window;
+  routed.sinks = c.routed.sinks;
+  routed.recent = c.routed.recent;
   routed.clusters = c.routed.clusters;
   routed.routing = c.routed.routing;
   const Membership& membership = c.routed.membership;

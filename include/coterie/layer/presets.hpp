@@ -16,6 +16,8 @@ namespace coterie {
 /// gives zero and its cluster counts as absent, distances are never ranks, values are never rotated. Balanced
 /// membership is not strictly causal (see balanced_members). Centroids start and move by the schedule of OnlineKMeans.
 ///
+/// The mean over clusters is no one softmax: a config with sinks or recent keys is refused.
+///
 ///     RoutingAttention<float> layer(presets::google(
 ///         {.model_dim = 256, .causal = true, .routed = {.heads = 8, .clusters = 16, .window = 512}}));
 namespace presets {

@@ -36,6 +36,9 @@ inline bool has_members(const RoutingAttentionConfig& c) {
   return c.routed.heads > 0 && (c.routed.membership.kind == MembershipKind::balanced || c.routed.membership.probes > 1);
 }
 
+/// Whether routed heads see keys by position beside those of their clusters.
+inline bool has_sinks_recent(const RoutingAttentionConfig& c) { return c.routed.sinks > 0 || c.routed.recent > 0; }
+
 /// The settings of the router of a routed key/value head.
 inline KMeansConfig router_config(const RoutingAttentionConfig& c, std::uint64_t seed) {
   return {.clusters = c.routed.clusters,
@@ -231,6 +234,21 @@ inline void check_membership(const RoutedHeads& routed, BlockFaults& faults) {
                 "0 with shared_qk (lists of keys are those of queries)", m.query_share);
 }
 
+/// Checks the keys that routed heads see by position.
+inline void check_sinks_recent(const RoutedHeads& routed, const RoutingAttentionConfig& c, BlockFaults& faults) {
+  const auto check = [&](const char* setting, Index count) {
+    faults.expect(count >= 0 && count <= largest_size, setting, join("0 to ", largest_size), count);
+    faults.expect(count <= 0 || c.causal, setting,
+                  "0 in a two-sided layer (globals and local heads see by position there)", count);
+  };
+  check("sinks", routed.sinks);
+  check("recent", routed.recent);
+  const Membership& m = routed.membership;
+  faults.expect(!has_sinks_recent(c) || m.kind != MembershipKind::balanced || m.combine == Combine::lse,
+                "membership.combine", "lse with sinks or recent keys (one softmax over them and the clusters)",
+                "another");
+}
+
 inline void check_routed(const RoutedHeads& routed, BlockFaults& faults) {
   faults.expect(routed.clusters >= 1 && routed.clusters <= largest_size, "clusters",
                 join("1 to ", largest_size, " (2 * tokens / window is a good number)"), routed.clusters);
@@ -256,6 +274,8 @@ inline void check_additions(const RoutingAttentionConfig& c, Faults& faults) {
   if (c.globals > 0) {
     faults.expect(!all_dense, "globals", "0 where all heads are dense (every token is global)", c.globals);
     faults.expect(!has_members(c), "globals", "0 with balanced membership or several probes (one entry for a token)",
+                  c.globals);
+    faults.expect(!has_sinks_recent(c), "globals", "0 with routed.sinks or routed.recent (one entry for a token)",
                   c.globals);
     const auto check_self = [&](const auto& block, const char* path) {
       faults.expect(block.heads <= 0 || c.causal || *block.matching.self == Self::visible, path,
@@ -289,7 +309,10 @@ inline void check_settings(const RoutingAttentionConfig& given, const RoutingAtt
   faults.expect(c.dropout >= 0 && c.dropout < 1, "dropout", "at least 0 and below 1", c.dropout);
   BlockFaults local(faults, "local"), routed(faults, "routed");
   if (check_block(c.local, c, "local", faults)) check_local(c.local, c, local);
-  if (check_block(c.routed, c, "routed", faults)) check_routed(c.routed, routed);
+  if (check_block(c.routed, c, "routed", faults)) {
+    check_routed(c.routed, routed);
+    check_sinks_recent(c.routed, c, routed);
+  }
   check_block(c.dense, c, "dense", faults);
   check_additions(c, faults);
   faults.raise();

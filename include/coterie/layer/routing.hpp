@@ -15,6 +15,7 @@
 #include "coterie/plan/local.hpp"
 #include "coterie/plan/members.hpp"
 #include "coterie/plan/memory.hpp"
+#include "coterie/plan/sinks_recent.hpp"
 #include "coterie/router/commitment.hpp"
 #include "coterie/router/kmeans.hpp"
 #include "coterie/router/members.hpp"
@@ -216,7 +217,7 @@ void HeadsRouting<T>::build_plans(HeadsPlans& plans) const {
   add_to_plans(plans);
 }
 
-// Builds the plans without a dense beginning, global tokens and memory.
+// Builds the plans without sinks, recent keys, a dense beginning, global tokens and memory.
 template <class T>
 void HeadsRouting<T>::build_token_plans(HeadsPlans& plans) const {
   if (block_.has_members()) return build_member_plans(plans);
@@ -315,17 +316,25 @@ void HeadsRouting<T>::build_member_plans(HeadsPlans& plans) const {
   });
 }
 
-// Adds a dense beginning, global tokens and memory. Dense heads see all tokens anyway and get memory alone.
+// Adds sinks and recent keys, a dense beginning, global tokens and memory. Dense heads see all tokens anyway and get
+// memory alone.
 template <class T>
 void HeadsRouting<T>::add_to_plans(HeadsPlans& plans) const {
   const RoutingAttentionConfig& c = layer_.config;
   const bool dense = block_.kind == BlockKind::dense;
   const Index dense_up_to = dense ? 0 : c.dense_up_to, globals = dense ? 0 : c.globals;
-  if (dense_up_to + globals + c.memory == 0) return;
+  if (dense_up_to + globals + c.memory == 0 && !block_.has_sinks_recent()) return;
   context_.for_each(static_cast<Index>(plans.count), [&](Index i, Index) {
     const auto number = static_cast<std::size_t>(i);
     AttentionPlan& plan = plans.plans[number];
     PlanScratch* const scratch = &plans.scratch[number];
+    if (block_.has_sinks_recent())
+      plan_add_sinks_recent({.sinks = block_.sinks,
+                             .recent = block_.recent,
+                             .self = block_.self,
+                             .offsets = in_.offsets,
+                             .key_offsets = in_.key_offsets},
+                            plan, scratch);
     if (dense_up_to > 0)
       plan_dense_up_to({.length = dense_up_to,
                         .causal = c.causal,

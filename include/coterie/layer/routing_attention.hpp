@@ -183,6 +183,56 @@ class RoutingAttention {
     detail::update_routers<T>(state_.routers, statistics_, context);
   }
 
+  /// Starts the routers anew by k-means on the layer's own keys over an input: a layer that takes over the weights of a
+  /// dense one gets its clusters so. Without learned routing it does nothing.
+  ///
+  /// The rows are those that routers see of keys: projected, normalised, not rotated; of shared heads the queries. Each
+  /// router takes k-means++ and Lloyd steps on a sample of them (all, up to the larger of 8192 and 64 clusters), and
+  /// goes on as after its first update. Queries take no part: each is then assigned as any row.
+  /// Requires: an input as forward takes it (ShapeError, ValueError), of which the keys of every routed head have a
+  ///   finite row (ValueError); routes are ignored. After any error, also of a task or of memory, all centroids are
+  ///   where they were.
+  /// Overwrites the whole state of the routers, but for frozen ones being frozen: they start as well.
+  /// Allocates: copies of the routers, the sample, and k-means++.
+  /// Threads and determinism: a function of the seed, the parameters, the input and the instruction set; the same bits
+  ///   for any number of workers.
+  /// Cost: the projections, and sample clusters head_dim (7 + log clusters) operations a router.
+  /// Source: as the first update of OnlineKMeans, on keys alone: ours.
+  void start_router(const Input<T>& input, Context& context) {
+    const char* const function = "RoutingAttention::start_router";
+    detail::LayerChecks<T>(function, state_).start(input, context);
+    if (state_.routers.empty()) return;
+    const detail::HeadBlock& block = state_.routed();
+    const Index rows = input.crosses() ? input.source.rows() : input.x.rows();
+    const Index most = (std::max)(Index(8192), 64 * block.clusters);
+    RouterStatistics<T> statistics(block.kv_count, block.clusters, block.head_dim,
+                                   (std::min)((std::max)(rows, Index(1)), most));
+    std::vector<OnlineKMeans<T>> started;
+    for (const OnlineKMeans<T>& router : state_.routers) started.emplace_back(router.config());
+    detail::RowPositions& positions = context.workspace().template object<Scratch>().positions;
+    detail::find_positions(input, config().causal, positions);
+    {
+      const detail::CheckedInput<T> in(input, positions);
+      Arena& arena = context.workspace().shared();
+      Arena::Scope scope(arena);
+      detail::HeadsPass<T> pass(state_, block, in, context);
+      pass.take_matrices(arena);
+      pass.project();
+      pass.convolve();
+      pass.normalise();
+      const detail::RouterRows<T> keys = detail::router_keys(block, pass.matrices());
+      const View<T> scratch = arena.matrix<T>(rows, block.head_dim);
+      const std::vector<std::int32_t> labels(static_cast<std::size_t>(rows), 0);  // a first update only counts rows
+      for (Index h = 0; h < block.kv_count; ++h)
+        started[static_cast<std::size_t>(h)].observe(keys.of(h, scratch, context), labels, statistics, h, context);
+    }
+    for (Index h = 0; h < block.kv_count; ++h)
+      if (statistics.samples(h).rows() == 0)
+        detail::fail<ValueError>(function, "x", "finite keys of every routed head", "none");
+    detail::update_routers<T>(started, statistics, context);
+    for (std::size_t h = 0; h < started.size(); ++h) state_.routers[h].copy_state(started[h]);
+  }
+
   /// Empty statistics of the routers' shapes (no heads unless routing is learned).
   RouterStatistics<T> zero_statistics() const {
     if (state_.routers.empty()) return {};

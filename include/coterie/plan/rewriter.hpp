@@ -56,6 +56,8 @@ class PlanRewriter {
   /// Scratch memory, free until finish().
   std::vector<std::int32_t>& numbers() { return scratch_.numbers; }
 
+  /// Sets how the entries of a row become one.
+  void set_combine(Combine combine) { made_.combine = combine; }
   /// Adds rows of a second key/value source to those that keys may be.
   void add_memory(Index rows) {
     made_.memory_tokens += rows;

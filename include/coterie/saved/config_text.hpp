@@ -22,13 +22,13 @@ namespace detail {
 
 /// The format of saved layers that this library writes, and the newest that it reads. A new setting, tensor or
 /// enumerator makes a new format.
-inline constexpr int format_version = 2;
+inline constexpr int format_version = 3;
 
 /// The oldest format that this library reads. Format 1, of coterie 0.1, has other names of settings.
 inline constexpr int oldest_format = 2;
 
 /// The first format that has a setting. List settings that came after format 2 here, by their paths.
-inline int first_format(std::string_view) { return 2; }
+inline int first_format(std::string_view path) { return path == "routed.sinks" || path == "routed.recent" ? 3 : 2; }
 
 /// The names of the values 0, 1, ... of an enumeration. Add new enumerators here.
 template <class E>
