@@ -7,6 +7,7 @@
 //     pretrained --model FILE                                 text dense and with the index at 5 and 10 %, and speed
 //     pretrained --model FILE --chat                          a conversation; --attention index --budget 0.05
 //     pretrained --model FILE --evaluate TEXT                 perplexity at 2, 5 and 10 % of the keys
+//     ... --prompt-budget 0.2                                 and with the prompt read through the index as well
 //     pretrained --model FILE --needles --cluster-size 16     facts planted in a long text
 //     pretrained --model FILE --time 131072                   speed of long caches
 #include <iostream>
@@ -88,8 +89,9 @@ void read(Session& session, std::span<const std::int32_t> ids, const char* title
 }
 
 /// Shares of short texts are too few keys for a good text.
-AttentionChoice for_text(AttentionChoice choice) {
+AttentionChoice for_text(AttentionChoice choice, const Settings& settings) {
   choice.least_keys = 256;
+  if (choice.index) choice.prompt_budget = settings.prompt_budget;
   return choice;
 }
 
@@ -119,7 +121,7 @@ void write_texts(const Run& run) {
   for (const Settings::Named& named : run.settings.choices({0.05, 0.10})) {
     session.choose(AttentionChoice::dense(), run.context);
     session.rollback(before, run.context);
-    session.choose(for_text(named.choice), run.context);
+    session.choose(for_text(named.choice, run.settings), run.context);
     std::printf("\n  %s:\n    ", label(named).c_str());
     write(run, session, prompt, run.tokenizer.eos(), "    ");
   }
@@ -129,7 +131,7 @@ void write_texts(const Run& run) {
 void chat(const Run& run, const GgufFile& file) {
   const ChatTemplate form(file, run.tokenizer);
   Session session(run.file.model);
-  session.choose(for_text(run.settings.choices({}).front().choice), run.context);
+  session.choose(for_text(run.settings.choices({}).front().choice, run.settings), run.context);
   const bool asks = run.settings.prompt.empty(), watched = examples::terminal_width(stdout) > 0;
   std::string message = run.settings.prompt;
   for (bool first = true;; first = false) {
@@ -149,6 +151,33 @@ std::string read_file(const std::string& name) {
   std::ifstream stream(name, std::ios::binary);
   if (!stream) throw examples::UsageError("--evaluate: cannot read the file '" + name + "'");
   return {std::istreambuf_iterator<char>(stream), {}};
+}
+
+/// Reads the prefix in blocks through the index, then scores the rest token by token through it. Returns a table row.
+std::vector<std::string> evaluate_prompt(const Run& run, std::span<const std::int32_t> all, std::size_t prefix,
+                                         const std::vector<double>& dense, Results& results) {
+  Session session(run.file.model);
+  session.choose(run.settings.prompt_index(), run.context);
+  session.count_use(true);
+  read(session, all.first(prefix), "reading through the index", run.context);
+  AttentionChoice single = run.settings.prompt_index();
+  single.prompt_budget = 0;
+  session.choose(single, run.context);
+  examples::Progress progress("scoring", 4, stderr);
+  const std::vector<double> nats = read_and_score(session, all[prefix], all.subspan(prefix + 1), run.context,
+                                                  [&](double done) { progress.show(done); });
+  const double share = run.settings.prompt_budget;
+  const std::string name = "prompt_" + (share <= 1 ? format("%.2f", share) : format("%.0f", share));
+  Score& result = results.evaluate[name] = score(nats, dense);
+  const IndexUse& use = session.use();
+  result.keys_seen = use.keys_seen / use.queries;
+  result.estimated_mass = use.estimated_mass / use.queries;
+  return {"prompt too, " + (share <= 1 ? format("%g %%", 100 * share) : format("%g keys", share)),
+          format("%.3f", result.perplexity),
+          format("%+.2f %%", 100 * result.change),
+          format("%.2f %%", 100 * result.change_error),
+          format("%.1f %%", 100 * result.keys_seen),
+          format("%.1f %%", 100 * result.estimated_mass)};
 }
 
 void evaluate(const Run& run, Session& session, const std::string& text, Results& results) {
@@ -195,6 +224,7 @@ void evaluate(const Run& run, Session& session, const std::string& text, Results
                      named.choice.index ? format("%.2f %%", 100 * result.change_error) : "",
                      format("%.1f %%", 100 * result.keys_seen), format("%.1f %%", 100 * result.estimated_mass)});
   }
+  if (run.settings.prompt_budget > 0) table.push_back(evaluate_prompt(run, all, prefix, dense, results));
   examples::print_table(table);
   std::printf(
       "\n  +-: standard error of the change over tokens. keys seen: by their own keys and values, the first and the\n"

@@ -22,6 +22,7 @@ struct AttentionChoice {
   double budget = 0.1;                ///< share, up to 1, or number of the keys that a query sees
   coterie::KeyIndexConfig keys = {};  ///< kv_heads is the model's
   double least_keys = 0;              ///< of a share: a query sees so many keys at least, if there are
+  double prompt_budget = 0;  ///< of calls that read many tokens: as budget, at least 1024 keys; 0: as single ones
 
   static AttentionChoice dense() { return {}; }
   static AttentionChoice with_index(double budget, Index keys_per_cluster) {
@@ -59,7 +60,8 @@ class HeadCache {
   RowMatrix<float> k_, v_;
 };
 
-/// A sequence that a model reads. Reading is bit-identical however tokens are cut into calls.
+/// A sequence that a model reads. Reading is bit-identical however tokens are cut into calls; with a prompt_budget it
+/// is not, for a block of a prompt sees the index of the keys before the block.
 ///
 ///     Session session(model);                                // dense attention
 ///     session.read(prompt, logits, context);                 // logits 1 x vocabulary: of the last token
@@ -202,6 +204,19 @@ class Session {
   }
 
   void attend_by_index(std::size_t l, Index rows, Context& context) {
+    if (choice_.prompt_budget > 0 && rows > choice_.keys.page) {
+      // Clusters seen whole: the queries of the block that chose one attend to it together. Short caches are seen
+      // whole.
+      double budget = choice_.prompt_budget;
+      if (budget <= 1) budget = std::max(1024.0, budget * static_cast<double>(tokens_ + rows));
+      const ConstView<float> k = caches_[l].k(tokens_ + rows), v = caches_[l].v(tokens_ + rows);
+      indexes_[l].attend(view(q_), k, v, view(attended_),
+                         {.heads = model_.config.heads, .budget = budget, .causal = true, .rank = 0}, context,
+                         counts_ ? &report_ : nullptr);
+      if (counts_) add_use(tokens_);
+      indexes_[l].append(k, v, context);
+      return;
+    }
     each_piece(l, rows, context, [&](Index first, Index count, Index piece, ConstView<float> k, ConstView<float> v) {
       const bool few = choice_.budget <= 1 && choice_.budget * static_cast<double>(piece) < choice_.least_keys;
       const double budget = few ? std::max(choice_.least_keys, 2.0) : choice_.budget;

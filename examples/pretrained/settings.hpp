@@ -17,7 +17,7 @@ struct Settings {
   std::string model, prompt, attention = "all", evaluate, json;
   std::int64_t generate = 48, time = 8192, context = 8192, scored = 1024, needle_tokens = 4096, facts = 16;
   std::int64_t cluster_size = 64, seed = 0, threads = 1;
-  double temperature = 0, budget = 0.05;
+  double temperature = 0, budget = 0.05, prompt_budget = 0;
   bool chat = false, needles = false;
 
   /// A way of attending by its name in results.
@@ -29,6 +29,12 @@ struct Settings {
   Named index(double share) const {
     return {"index_" + (share <= 1 ? examples::format("%.2f", share) : examples::format("%.0f", share)),
             AttentionChoice::with_index(share, cluster_size)};
+  }
+  /// Prompt and text through the index.
+  AttentionChoice prompt_index() const {
+    AttentionChoice choice = AttentionChoice::with_index(budget, cluster_size);
+    choice.prompt_budget = prompt_budget;
+    return choice;
   }
   /// Those that are compared; with --attention or --budget those that were asked for.
   std::vector<Named> choices(std::vector<double> shares) const {
@@ -64,6 +70,9 @@ inline Settings read_settings(int argument_count, char** arguments) {
   options.add("--budget", s.budget, 1e6,
               "of --attention index: share, or number above 1, of keys seen (default: 0.05)");
   options.add("--cluster-size", s.cluster_size, 1, 1 << 16, "keys of a cluster of the index");
+  options.add_from_zero("--prompt-budget", s.prompt_budget, 1e6,
+                        "read prompts, and the text of --evaluate once more, through the index in blocks that see this "
+                        "share or number of keys; 0: densely (default: 0)");
   options.add("--evaluate", s.evaluate, "perplexity of the last tokens of this text, everything else before them");
   options.add("--context", s.context, 4, most, "tokens of --evaluate");
   options.add("--scored", s.scored, 1, most, "the last of them, which are scored");
@@ -80,6 +89,7 @@ inline Settings read_settings(int argument_count, char** arguments) {
   };
   require(!s.model.empty(), "--model: expected a GGUF file, got none; cmake/run pretrained fetches one");
   require(!options.given("--budget") || s.attention == "index", "--budget: give --attention index too");
+  require(!options.given("--prompt-budget") || s.attention != "dense", "--prompt-budget: not with --attention dense");
   require(!options.given("--scored") || !s.evaluate.empty(), "--scored: give --evaluate too");
   require(s.scored < s.context, "--scored: expected less than --context");
   for (const char* name : {"--facts", "--needle-tokens"})
