@@ -176,8 +176,8 @@ inline std::uint64_t alignment_of(const GgufCursor& cursor, const std::map<std::
 ///
 /// Requires: version 2 or 3, little-endian; keys of 1 to 65535 bytes, tensor names of 1 to 64, none twice; known types;
 ///   no array of arrays; BOOL of 0 or 1; general.alignment UINT32, a power of two; tensors of 1 to 4 sizes of at least
-///   1, in rows of whole blocks; their bytes in the order of their names, each aligned right after the one before it;
-///   nothing after the last but its padding. Otherwise FileError, which names the key or tensor, expected and got.
+///   1, in rows of whole blocks; their bytes in the order of their descriptions, each aligned right after the last
+///   one; nothing after them but padding. Otherwise FileError, which names the key or tensor, expected and got.
 /// Allocates: a description for each key and tensor, nothing for what their lengths and counts only claim.
 /// Cost: the header's; the numbers are not touched.
 /// Source: github.com/ggml-org/ggml, docs/gguf.md. The order of tensors is that of its own reader.

@@ -124,9 +124,13 @@ class Tokenizer {
   /// it they are text as any other. Those of kind user_defined always do. Of several the leftmost is taken, then the
   /// longest. The text need not be UTF-8: a malformed byte is a character that is no letter, number or space.
   ///
+  /// Requires fewer than 2^31 bytes (ValueError).
   /// Allocates: tokens, and a table of the words seen.
   /// Cost: linear in the text, but n log n in the longest word.
   std::vector<std::int32_t> encode(std::string_view text, bool parse_special) const {
+    if (text.size() > static_cast<std::size_t>((std::numeric_limits<std::int32_t>::max)()))
+      throw coterie::ValueError("Tokenizer::encode: text: expected fewer than 2147483648 bytes, got " +
+                                std::to_string(text.size()));
     Encoder encoder{*this};
     std::size_t plain = 0;  // begin of the text that is not encoded yet
     for (std::size_t at = 0; at < text.size();) {
@@ -143,7 +147,7 @@ class Tokenizer {
     return std::move(encoder.tokens);
   }
 
-  /// The bytes of tokens, end to end: of what encode() made, the text, as long as has_byte() holds for all of its bytes.
+  /// The bytes of tokens, end to end: of what encode() made, the text, if has_byte() holds for all of its bytes.
   /// Requires tokens (ValueError).
   std::string decode(std::span<const std::int32_t> ids) const {
     std::string text;

@@ -244,6 +244,13 @@ TEST_CASE("pretrained: tokens that do not exist are refused") {
   }
 }
 
+TEST_CASE("pretrained: a text whose positions do not fit is refused before it is read") {
+  const Tokenizer tokenizer = tokenizer_of();
+  const std::string_view claimed("a", std::size_t(1) << 31);
+  REQUIRE(message_of<coterie::ValueError>([&] { tokenizer.encode(claimed, false); }) ==
+          "Tokenizer::encode: text: expected fewer than 2147483648 bytes, got 2147483648");
+}
+
 TEST_CASE("pretrained: a damaged tokenizer is refused, with key and element") {
   const std::string tokens = "key 'tokenizer.ggml.tokens': ", merges = "key 'tokenizer.ggml.merges': ";
   const auto fault = [](auto&& change) {
