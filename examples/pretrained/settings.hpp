@@ -15,7 +15,7 @@ namespace pretrained {
 
 struct Settings {
   std::string model, prompt, attention = "all", evaluate, json;
-  std::int64_t generate = 48, time = 8192, context = 8192, scored = 1024, needle_tokens = 4096, facts = 16;
+  std::int64_t generate = 64, time = 8192, context = 8192, scored = 1024, needle_tokens = 4096, facts = 16;
   std::int64_t cluster_size = 64, seed = 0, threads = 1;
   double temperature = 0, budget = 0.05, prompt_budget = 0;
   bool chat = false, needles = false;
@@ -62,7 +62,7 @@ inline Settings read_settings(int argument_count, char** arguments) {
                             "the text that it writes, how fast,\nand with --evaluate and --needles how well.");
   options.add("--model", s.model, "the GGUF file (cmake/run pretrained gives one)");
   options.add_text("--prompt", s.prompt, "text to continue; with --chat the one message to answer");
-  options.add("--generate", s.generate, 0, most, "tokens to write; 0: none");
+  options.add("--generate", s.generate, 0, most, "tokens to write; 0: none; with --chat at most, 512");
   options.add_from_zero("--temperature", s.temperature, 100, "of written tokens; 0: always the likeliest (default: 0)");
   options.add("--seed", s.seed, 0, std::int64_t(1) << 53, "of written tokens and of planted facts");
   options.add("--chat", s.chat, "answer --prompt, or else every line of standard input, by the model's template");
@@ -98,6 +98,7 @@ inline Settings read_settings(int argument_count, char** arguments) {
     require(!s.chat || !options.given(name), "--chat and " + std::string(name) + ": give one of them");
   if (s.chat && !options.given("--attention")) s.attention = "dense";
   if (s.chat && !options.given("--generate")) s.generate = 512;
+  if (!s.chat && s.prompt.empty() && !options.given("--generate")) s.generate = 12;  // an answer of a few digits
   return s;
 }
 
