@@ -26,7 +26,7 @@ Mask expected_union(const Mask& pattern, const Setting& s, Index sinks, Index re
   });
 }
 
-Mask sorted(Mask mask) {
+Mask sorted_mask(Mask mask) {
   for (auto& row : mask) std::sort(row.begin(), row.end());
   return mask;
 }
@@ -53,7 +53,7 @@ TEST_CASE("sinks and recent keys are seen beside any causal pattern, each key on
               return;
             }
             REQUIRE(plan.combine == Combine::lse);
-            REQUIRE(sorted(mask_of(plan)) == expected_union(mask_of(shown), s, sinks, recent));
+            REQUIRE(sorted_mask(mask_of(plan)) == expected_union(mask_of(shown), s, sinks, recent));
             require_distances(plan, s);
           };
           check([&](Self self, AttentionPlan& to) {

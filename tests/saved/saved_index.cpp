@@ -53,7 +53,7 @@ void require_same(const KeyIndex<float>& a, const KeyIndex<float>& b, const KeyC
 }
 
 // A saved index as lists that can be spoilt, and written again.
-struct Contents {
+struct IndexContents {
   RowMatrix<float> k, v;
   std::int64_t tokens;
   std::map<std::string, std::vector<std::int32_t>> lists;
@@ -74,12 +74,12 @@ struct Contents {
 
 // What read_index says of a file of 60 keys once it is spoilt; nothing if it reads it.
 template <class Spoil>
-std::string saved_fault(Spoil spoil) {
+std::string index_fault(Spoil spoil) {
   const KeyCache cache(60, 2, 4, 2, 7);
   const KeyIndex<float> index = index_of(cache, 58);
   const std::vector<std::byte> good = saved_bytes(index, cache, "a.");
   const SafetensorsView file = parse_safetensors(good);
-  Contents contents{cache.k, cache.v, 58, {}, {file.metadata().begin(), file.metadata().end()}, {}};
+  IndexContents contents{cache.k, cache.v, 58, {}, {file.metadata().begin(), file.metadata().end()}, {}};
   for (Index h = 0; h < 2; ++h) {
     const KeyClusters clusters = index.clusters(h);
     contents.lists["a.clusters." + std::to_string(h) + ".sizes"] = clusters.sizes;
@@ -157,48 +157,51 @@ TEST_CASE("saved index: every setting comes back; several indexes and other tens
 TEST_CASE("saved index: a file that holds no such index is refused, and says where") {
   using Catch::Matchers::Contains;
   const std::string sizes = "a.clusters.1.sizes", rows = "a.clusters.1.rows";
-  REQUIRE(saved_fault([](Contents&) {}).empty());
+  REQUIRE(index_fault([](IndexContents&) {}).empty());
   const auto fault = [&](auto spoil, const std::string& text) {
-    const std::string got = saved_fault(spoil);
+    const std::string got = index_fault(spoil);
     CHECK_THAT(got, Contains("'x'"));
     CHECK_THAT(got, Contains(text));
   };
   const std::string in_rows = "clusters.1.rows";
-  fault([&](Contents& c) { c.lists[rows][0] = -1; }, in_rows);
-  fault([&](Contents& c) { c.lists[rows][0] = 60; }, in_rows);
-  fault([&](Contents& c) { c.lists[rows][0] = 57; }, in_rows);                                // a recent key
-  fault([&](Contents& c) { c.lists[rows].back() = c.lists[rows].front(); }, in_rows);         // of another run
-  fault([&](Contents& c) { c.lists[rows][0] = 2; }, in_rows);                                 // a sink
-  fault([&](Contents& c) { std::swap(c.lists[rows][0], c.lists[rows][1]); }, in_rows);        // or of other clusters
-  fault([&](Contents& c) { c.lists[rows][1] = c.lists[rows][0]; }, in_rows);                  // twice
-  fault([&](Contents& c) { c.k(10, 7) = std::numeric_limits<float>::infinity(); }, in_rows);  // no longer in a cluster
-  fault([&](Contents& c) { c.lists[rows].pop_back(); }, "clusters.1.sizes: expected a sum of");
-  fault([&](Contents& c) { c.lists[rows].pop_back(), --c.lists[sizes].back(); }, in_rows);
-  fault([&](Contents& c) { c.lists[rows].clear(), c.lists[sizes].clear(); }, in_rows);
-  fault([&](Contents& c) { c.lists[rows].push_back(54), c.lists[sizes].push_back(1); }, "clusters.1.sizes");
-  fault([&](Contents& c) { c.lists[sizes][0] = 0; }, "clusters.1.sizes: expected at least 1, got 0");
-  fault([&](Contents& c) { c.lists[sizes][0] = -3; }, "clusters.1.sizes: expected at least 1, got -3");
-  fault([&](Contents& c) { c.lists[sizes].push_back(2147483647); }, "clusters.1.sizes: expected a sum of");
-  fault([&](Contents& c) { c.lists.erase(sizes); }, "tensor 'a.clusters.1.sizes'");
-  fault([&](Contents& c) { c.lists.erase(rows), c.others[rows] = 1; }, "dtype: expected I32, got I64");
-  fault([](Contents& c) { c.tokens = -1; }, "'a.tokens': damaged: expected 0 to 60, the rows of k, got -1");
-  fault([](Contents& c) { c.tokens = 61; }, "'a.tokens'");
-  fault([](Contents& c) { c.tokens = 40; }, "clusters.0.");
-  fault([](Contents& c) { c.k.resize(0, 0); }, "tensor 'a.k'");
-  fault([](Contents& c) { c.k = RowMatrix<float>(c.k.topRows(59)); }, "tensor 'a.v': shape");
-  fault([](Contents& c) { c.k = RowMatrix<float>(c.k.leftCols(11)); }, "tensor 'a.k'");
-  fault([](Contents& c) { c.others["a.more"] = 1; }, "expected the tensors of the index, got 'a.more'");
-  fault([](Contents& c) { c.metadata.erase("coterie.index_format"); }, "no saved index");
-  fault([](Contents& c) { c.metadata["coterie.index_format"] = "2"; }, "newer than this library");
-  fault([](Contents& c) { c.metadata["coterie.index_format"] = "0"; }, "damaged");
-  fault([](Contents& c) { c.metadata["a.config.page"] = "x"; }, "a.config.page: damaged: expected a whole number");
-  fault([](Contents& c) { c.metadata.erase("a.config.page"); }, "a.config.page: damaged: expected a value, got none");
-  fault([](Contents& c) { c.metadata["a.config.more"] = "1"; }, "'a.config.more': newer");
-  fault([](Contents& c) { c.metadata["a.config.page"] = "3"; }, "segment: expected a positive multiple of page = 3");
-  fault([](Contents& c) { c.metadata["a.config.segment"] = "4"; }, "clusters.0.");
+  fault([&](IndexContents& c) { c.lists[rows][0] = -1; }, in_rows);
+  fault([&](IndexContents& c) { c.lists[rows][0] = 60; }, in_rows);
+  fault([&](IndexContents& c) { c.lists[rows][0] = 57; }, in_rows);                          // a recent key
+  fault([&](IndexContents& c) { c.lists[rows].back() = c.lists[rows].front(); }, in_rows);   // of another run
+  fault([&](IndexContents& c) { c.lists[rows][0] = 2; }, in_rows);                           // a sink
+  fault([&](IndexContents& c) { std::swap(c.lists[rows][0], c.lists[rows][1]); }, in_rows);  // or of other clusters
+  fault([&](IndexContents& c) { c.lists[rows][1] = c.lists[rows][0]; }, in_rows);            // twice
+  fault([&](IndexContents& c) { c.k(10, 7) = std::numeric_limits<float>::infinity(); },
+        in_rows);  // no longer in a cluster
+  fault([&](IndexContents& c) { c.lists[rows].pop_back(); }, "clusters.1.sizes: expected a sum of");
+  fault([&](IndexContents& c) { c.lists[rows].pop_back(), --c.lists[sizes].back(); }, in_rows);
+  fault([&](IndexContents& c) { c.lists[rows].clear(), c.lists[sizes].clear(); }, in_rows);
+  fault([&](IndexContents& c) { c.lists[rows].push_back(54), c.lists[sizes].push_back(1); }, "clusters.1.sizes");
+  fault([&](IndexContents& c) { c.lists[sizes][0] = 0; }, "clusters.1.sizes: expected at least 1, got 0");
+  fault([&](IndexContents& c) { c.lists[sizes][0] = -3; }, "clusters.1.sizes: expected at least 1, got -3");
+  fault([&](IndexContents& c) { c.lists[sizes].push_back(2147483647); }, "clusters.1.sizes: expected a sum of");
+  fault([&](IndexContents& c) { c.lists.erase(sizes); }, "tensor 'a.clusters.1.sizes'");
+  fault([&](IndexContents& c) { c.lists.erase(rows), c.others[rows] = 1; }, "dtype: expected I32, got I64");
+  fault([](IndexContents& c) { c.tokens = -1; }, "'a.tokens': damaged: expected 0 to 60, the rows of k, got -1");
+  fault([](IndexContents& c) { c.tokens = 61; }, "'a.tokens'");
+  fault([](IndexContents& c) { c.tokens = 40; }, "clusters.0.");
+  fault([](IndexContents& c) { c.k.resize(0, 0); }, "tensor 'a.k'");
+  fault([](IndexContents& c) { c.k = RowMatrix<float>(c.k.topRows(59)); }, "tensor 'a.v': shape");
+  fault([](IndexContents& c) { c.k = RowMatrix<float>(c.k.leftCols(11)); }, "tensor 'a.k'");
+  fault([](IndexContents& c) { c.others["a.more"] = 1; }, "expected the tensors of the index, got 'a.more'");
+  fault([](IndexContents& c) { c.metadata.erase("coterie.index_format"); }, "no saved index");
+  fault([](IndexContents& c) { c.metadata["coterie.index_format"] = "2"; }, "newer than this library");
+  fault([](IndexContents& c) { c.metadata["coterie.index_format"] = "0"; }, "damaged");
+  fault([](IndexContents& c) { c.metadata["a.config.page"] = "x"; }, "a.config.page: damaged: expected a whole number");
+  fault([](IndexContents& c) { c.metadata.erase("a.config.page"); },
+        "a.config.page: damaged: expected a value, got none");
+  fault([](IndexContents& c) { c.metadata["a.config.more"] = "1"; }, "'a.config.more': newer");
+  fault([](IndexContents& c) { c.metadata["a.config.page"] = "3"; },
+        "segment: expected a positive multiple of page = 3");
+  fault([](IndexContents& c) { c.metadata["a.config.segment"] = "4"; }, "clusters.0.");
   for (const char* heads : {"0", "-2", "5", "9223372036854775807"})
-    fault([heads](Contents& c) { c.metadata["a.config.kv_heads"] = heads; }, "tensor 'a.k'");
-  fault([](Contents& c) { c.metadata["a.config.kv_heads"] = "4"; }, "tensor 'a.v'");
+    fault([heads](IndexContents& c) { c.metadata["a.config.kv_heads"] = heads; }, "tensor 'a.k'");
+  fault([](IndexContents& c) { c.metadata["a.config.kv_heads"] = "4"; }, "tensor 'a.v'");
 }
 
 TEST_CASE("saved index: a cache that is not the index's is refused; other scalars too") {
