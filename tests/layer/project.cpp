@@ -38,7 +38,7 @@ RoutingAttentionConfig grouped() {
                     .positions = {.base = 700, .layout = RotaryLayout::interleaved}}};
 }
 
-RoutingAttentionConfig three_blocks(bool shared) {
+RoutingAttentionConfig all_three_blocks(bool shared) {
   return {.model_dim = 20,
           .head_dim = 4,
           .causal = true,
@@ -66,7 +66,7 @@ void attend(const RoutingAttention<float>& layer, std::span<const AttentionPlan>
 
 TEST_CASE("project, attention and output are forward, bit by bit") {
   Context context;
-  for (const RoutingAttentionConfig& config : {grouped(), three_blocks(false), three_blocks(true)}) {
+  for (const RoutingAttentionConfig& config : {grouped(), all_three_blocks(false), all_three_blocks(true)}) {
     const RoutingAttention<float> layer(config);
     const RoutingAttentionConfig& c = layer.config();
     const Index tokens = 41;
