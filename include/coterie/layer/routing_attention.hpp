@@ -96,9 +96,9 @@ class RoutingAttention {
   ///   dense. Rows of x are one sequence; x.row(0) is at `first_position`.
   /// Formula: forward(x) = output(attention(q, k, v)), where attention sees what the blocks' heads see. Logit scales,
   ///   terms of positions other than rotary, memory and soft cap belong to attention.
-  /// Requires: matching shapes, outputs apart from x, from each other and from the parameters (ShapeError); first_position
-  ///   at least 0, the last position below 2^31, and no induction heads, whose keys carry the value of a later row
-  ///   (ValueError).
+  /// Requires: matching shapes, outputs apart from x, from each other and from the parameters (ShapeError);
+  ///   first_position at least 0, the last position below 2^31, and no induction heads, whose keys carry the value of a
+  ///   later row (ValueError).
   /// Overwrites q, k and v.
   /// Threads and determinism: a row's bits depend on that row of x and its position alone, but with key_taps.
   void project(ConstView<T> x, Index first_position, View<T> q, View<T> k, View<T> v, Context& context) const {
