@@ -9,12 +9,16 @@
 //     pretrained --model FILE --evaluate TEXT                 perplexity at 2, 5 and 10 % of the keys
 //     ... --prompt-budget 0.2                                 and with the prompt read through the index as well
 //     pretrained --model FILE --needles --cluster-size 16     facts planted in a long text
+//     pretrained --model FILE --convert routed --train-text TEXT --train-minutes 30 --save routed.st --evaluate TEXT
 //     pretrained --model FILE --time 131072                   speed of long caches
+#include <cmath>
+#include <deque>
 #include <iostream>
 #include <map>
 #include <optional>
 
 #include "pretrained/chat.hpp"
+#include "pretrained/distill.hpp"
 #include "pretrained/gguf.hpp"
 #include "pretrained/llama_file.hpp"
 #include "pretrained/needles.hpp"
@@ -22,6 +26,7 @@
 #include "pretrained/settings.hpp"
 #include "pretrained/speed.hpp"
 #include "pretrained/tokenizer.hpp"
+#include "support/corpus.hpp"
 #include "support/printable_text.hpp"
 
 namespace {
@@ -318,6 +323,117 @@ void time(const Run& run, Results& results) {
   examples::print_table(table);
 }
 
+std::vector<std::int32_t> encode_file(const Run& run, const std::string& name) {
+  const examples::Bytes bytes = examples::read_bytes(name);
+  return run.encode(std::string(bytes.begin(), bytes.end()));
+}
+
+/// A line for each number of clusters that a query sees: perplexity of --evaluate.
+void score_probes(const Run& run, const RoutedLlama& model, const char* title, Results& results) {
+  if (run.settings.evaluate.empty()) return;
+  std::vector<std::int32_t> ids = encode_file(run, run.settings.evaluate);
+  if (static_cast<Index>(ids.size()) > run.settings.context) ids.resize(std::size_t(run.settings.context));
+  if (static_cast<Index>(ids.size()) < run.settings.scored + 2)
+    throw examples::UsageError("--evaluate: the text is too short for --scored");
+  const std::vector<Index> probes{2, 4, 8, 16};
+  std::deque<RoutedLlama> models;
+  std::vector<const RoutedLlama*> pointers;
+  for (const Index p : probes) pointers.push_back(&models.emplace_back(model, RoutedChoice{.probes = p}));
+  const std::vector<RoutedScore> scores = score_routed(run.file.model, pointers, ids, run.settings.scored, run.context);
+  std::printf("\n%s; the last %lld of %zu tokens, those before them read densely:\n\n", title,
+              (long long)run.settings.scored, ids.size());
+  std::vector<std::vector<std::string>> table{{"clusters seen", "keys seen", "perplexity", "change", "+-"}};
+  for (std::size_t m = 0; m < scores.size(); ++m) {
+    const Score s = score(scores[m].nats, scores[0].nats);
+    table.push_back({m == 0 ? "dense" : format("%lld of 96", (long long)probes[m - 1]),
+                     format("%.1f %%", 100 * scores[m].keys_seen), format("%.3f", s.perplexity),
+                     m == 0 ? "" : format("%+.2f %%", 100 * s.change),
+                     m == 0 ? "" : format("%.2f %%", 100 * s.change_error)});
+    if (m > 0) {
+      Score& result =
+          results.evaluate[format("%s_%lld", title[0] == 'b' ? "routed" : "trained", (long long)probes[m - 1])];
+      result = s;
+      result.keys_seen = scores[m].keys_seen;
+    }
+  }
+  examples::print_table(table);
+}
+
+/// Text and speed of a routed model, token by token.
+void write_routed(const Run& run, const RoutedLlama& model) {
+  std::vector<std::int32_t> ids =
+      run.encode(run.settings.prompt.empty() ? "The sea was calm, and" : run.settings.prompt);
+  RoutedSession session(model);
+  RowMatrix<float> logits(1, run.file.model.config.vocabulary);
+  TokenSampler sampler({.temperature = run.settings.temperature, .seed = std::uint64_t(run.settings.seed)});
+  std::string text = run.tokenizer.decode(ids);
+  session.read(ids, logits, run.context);
+  for (Index i = 0; i < run.settings.generate; ++i) {
+    const std::int32_t token = sampler.draw(logits, session.tokens());
+    if (run.tokenizer.eos() && token == *run.tokenizer.eos()) break;
+    text += run.tokenizer.token_bytes(token);
+    session.read({&token, 1}, logits, run.context);
+  }
+  std::printf("\nrouted: %s\n", text.c_str());
+  if (run.settings.time == 0) return;
+  std::vector<std::vector<std::string>> table{{"tokens"}, {"tokens/s"}};
+  const std::vector<std::int32_t> filler = run.encode(filler_text(40000, 1));
+  RoutedSession timed(model);
+  for (const Index length : {1024, 4096, 8192, 32768}) {
+    if (length > run.settings.time) break;
+    while (timed.tokens() < length) {
+      const Index more = std::min<Index>(length - timed.tokens(), Index(filler.size()));
+      timed.read(std::span(filler).first(std::size_t(more)), View<float>(), run.context);
+    }
+    examples::Stopwatch watch;
+    for (int i = 0; i < 16; ++i) timed.read(std::span(filler).subspan(std::size_t(i), 1), logits, run.context);
+    table[0].push_back(std::to_string(length));
+    table[1].push_back(format("%.1f", 16 / watch.seconds()));
+  }
+  examples::print_table(table);
+}
+
+/// Makes or reads a routed model, trains, scores and saves it.
+void routed(const Run& run, Results& results) {
+  const Settings& s = run.settings;
+  if (!s.load.empty()) {
+    const RoutedLlama model(run.file.model, s.load);
+    write_routed(run, model);
+    return;
+  }
+  const std::vector<std::int32_t> text = encode_file(run, s.train_text);
+  constexpr std::size_t started_on = 8192, step_tokens = 2048;
+  if (text.size() <= step_tokens) throw examples::UsageError("--train-text: expected more than 2048 tokens");
+  RoutedLlama model(run.file.model, {}, std::span(text).first(std::min(text.size(), started_on)), run.context);
+  score_probes(run, model, "before training", results);
+  if (s.train_minutes > 0) {
+    Distillation distillation(model);
+    examples::Progress progress("training", 4, stderr);
+    examples::Stopwatch watch;
+    transformer::Random random(std::uint64_t(s.seed));
+    double average = 0;
+    Index step = 0;
+    for (double done = 0; done < 1; ++step) {
+      const auto at = static_cast<std::size_t>(random.below(static_cast<Index>(text.size() - step_tokens)));
+      const double rate = 1e-4 * transformer::learning_rate_factor(step, 10, done, 0.1);
+      const double loss = distillation.step(std::span(text).subspan(at, step_tokens), rate, run.context);
+      if (!std::isfinite(loss)) throw std::runtime_error("the loss is not finite at step " + std::to_string(step));
+      average = step == 0 ? loss : 0.9 * average + 0.1 * loss;
+      done = watch.seconds() / (60 * s.train_minutes);
+      progress.show(std::min(1.0, done),
+                    [&] { return format("step %lld, difference %.4f", (long long)step + 1, average); });
+    }
+    std::printf("\nTrained %lld steps of %zu tokens; squared difference of the outputs %.4f of the dense ones'.\n",
+                (long long)step, step_tokens, average);
+    score_probes(run, model, "after training", results);
+  }
+  if (!s.save.empty()) {
+    model.save(s.save);
+    std::printf("\nThe routed attention is in %s; --load %s reads it.\n", s.save.c_str(), s.save.c_str());
+  }
+  write_routed(run, model);
+}
+
 std::string json(const Settings& settings, const Results& results) {
   const auto object = [](const auto& map, const auto& value) {
     std::string text = "{";
@@ -379,6 +495,11 @@ void run(int argument_count, char** arguments) {
       "least 256 keys)\n",
       (long long)settings.cluster_size);
   Results results;
+  if (!settings.convert.empty() || !settings.load.empty()) {
+    routed(run, results);
+    json_file.write(json(settings, results));
+    return;
+  }
   if (settings.generate > 0) write_texts(run);
   if (settings.time > 0) time(run, results);
   if (!settings.evaluate.empty()) {

@@ -14,10 +14,10 @@
 namespace pretrained {
 
 struct Settings {
-  std::string model, prompt, attention = "all", evaluate, json;
+  std::string model, prompt, attention = "all", evaluate, json, convert, train_text, save, load;
   std::int64_t generate = 64, time = 8192, context = 8192, scored = 1024, needle_tokens = 4096, facts = 16;
   std::int64_t cluster_size = 64, seed = 0, threads = 1;
-  double temperature = 0, budget = 0.05, prompt_budget = 0;
+  double temperature = 0, budget = 0.05, prompt_budget = 0, train_minutes = 0;
   bool chat = false, needles = false;
 
   /// A way of attending by its name in results.
@@ -76,6 +76,12 @@ inline Settings read_settings(int argument_count, char** arguments) {
   options.add("--evaluate", s.evaluate, "perplexity of the last tokens of this text, everything else before them");
   options.add("--context", s.context, 4, most, "tokens of --evaluate");
   options.add("--scored", s.scored, 1, most, "the last of them, which are scored");
+  options.add("--convert", s.convert, {"routed"}, "make the dense heads routed ones with the same weights");
+  options.add("--train-text", s.train_text, "text for the clusters of --convert and for --train-minutes");
+  options.add_from_zero("--train-minutes", s.train_minutes, 1e6,
+                        "train the routed heads to give what the dense ones give (default: 0)");
+  options.add("--save", s.save, "write the routed attention to this file");
+  options.add("--load", s.load, "read it from this file instead of --convert");
   options.add("--needles", s.needles, "facts planted in a long text (of --evaluate, if given) that are found again");
   options.add("--facts", s.facts, 1, 16, "how many");
   options.add("--needle-tokens", s.needle_tokens, 64, most, "tokens of that text, about");
@@ -89,6 +95,10 @@ inline Settings read_settings(int argument_count, char** arguments) {
   };
   require(!s.model.empty(), "--model: expected a GGUF file, got none; cmake/run pretrained fetches one");
   require(!options.given("--budget") || s.attention == "index", "--budget: give --attention index too");
+  require(s.convert.empty() || s.load.empty(), "--convert and --load: give one of them");
+  require(s.convert.empty() == s.train_text.empty(), "--convert and --train-text: give both");
+  require(!s.convert.empty() || (s.save.empty() && !options.given("--train-minutes")),
+          "--save and --train-minutes: give --convert too");
   require(!options.given("--prompt-budget") || s.attention != "dense", "--prompt-budget: not with --attention dense");
   require(!options.given("--scored") || !s.evaluate.empty(), "--scored: give --evaluate too");
   require(s.scored < s.context, "--scored: expected less than --context");
