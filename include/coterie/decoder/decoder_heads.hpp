@@ -150,8 +150,8 @@ class DecoderHeads {
     const Index entries = sequences * (block_->probes + by_position);
     const Index memory = plans_.front().memory_tokens;
     const Index seen = window_ > 0 ? (std::max)((std::min)(tokens, window_), (std::min)(tokens, beginning_)) : tokens;
-    const Index near = (std::min)(tokens, block_->sinks) + (std::min)(tokens, block_->recent);
-    const Index keys = entries * (memory + globals_ + 2 * key_block + seen) + sequences * near;
+    const Index kept_rows = (std::min)(tokens, block_->sinks) + (std::min)(tokens, block_->recent);
+    const Index keys = entries * (memory + globals_ + 2 * key_block + seen) + sequences * kept_rows;
     for (std::size_t u = 0; u < plans_.size(); ++u) {
       StepPlan::reserve(plans_[u], distances_[u], entries, keys);
       if (positions_ != StepPositions::none)
