@@ -296,9 +296,14 @@ void time(const Run& run, Results& results) {
     table[0].push_back(std::to_string(length));
     std::string share = "-";
     for (std::size_t c = 0; c < choices.size(); ++c) {
-      session.choose(AttentionChoice::dense(), run.context);
-      session.repeat_to(length, run.context);
-      session.choose(choices[c].choice, run.context);
+      if (c == 0) {
+        session.choose(AttentionChoice::dense(), run.context);
+        session.repeat_to(length, run.context);
+      }
+      if (choices[c].choice.index && session.choice().index)
+        session.set_budget(choices[c].choice.budget);
+      else
+        session.choose(choices[c].choice, run.context);
       const double speed = tokens_per_second(session, 16, run.context);
       results.tokens_per_second[choices[c].name][length] = speed;
       table[c + 1].push_back(format("%.1f", speed));

@@ -14,8 +14,8 @@ class HeadErrors {
   HeadErrors(Index layers, Index heads)
       : squares_(RowMatrix<double>::Zero(layers, heads)), queries_(static_cast<std::size_t>(layers), 0.0) {}
 
-  /// Adds the queries of a layer. Shapes: out, dense queries x heads*d. Queries whose dense output is zero do not
-  ///   count.
+  /// Adds the queries of a layer; those whose dense output is zero do not count.
+  /// Shapes: out, dense queries x heads*d.
   void add(Index layer, ConstView<float> out, ConstView<float> dense) {
     const Index heads = squares_.cols(), d = dense.cols() / heads;
     for (Index h = 0; h < heads; ++h)

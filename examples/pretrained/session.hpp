@@ -93,6 +93,9 @@ class Session {
     }
   }
 
+  /// Another budget for the index that is there. Requires a session that reads through one.
+  void set_budget(double budget) { choice_.budget = budget; }
+
   /// Has dense reading attend through indexes as well, with each of these budgets, and compare the outputs. They are
   /// those of `choice` and of the tokens so far; ends with the next choose(). Requires a dense session.
   void compare_heads(const AttentionChoice& choice, std::vector<double> budgets, Context& context) {
