@@ -274,13 +274,13 @@ class DecoderHeads {
   // Plans the keys that token i sees by position, then those of its clusters that are between them.
   void plan_sinks_recent(StepPlan& step, Index u, Index i, const StepTokens& tokens, bool others) {
     const Index position = tokens.position(i), sequence = tokens.sequence(i);
-    const KeysByPosition near =
+    const KeysByPosition by_position_keys =
         keys_by_position(block_->sinks, block_->recent, block_->self, others, position, position + 1);
     // Forward lists the keys of the sequence by position.
     step.add(
-        position, true, near.sinks, [&](Index at) { return cache_.beginning_row(u, sequence, at); },
-        near.begin - near.sinks, near.end - near.sinks,
-        [&](Index ordinal) { return cache_.recent_row(u, sequence, ordinal + near.sinks); });
+        position, true, by_position_keys.sinks, [&](Index at) { return cache_.beginning_row(u, sequence, at); },
+        by_position_keys.begin - by_position_keys.sinks, by_position_keys.end - by_position_keys.sinks,
+        [&](Index ordinal) { return cache_.recent_row(u, sequence, ordinal + by_position_keys.sinks); });
     const std::span<const std::int32_t> positions = cache_.positions(u);
     each_cluster(u, i, [&](Index cluster) {
       const CacheList& list = cache_.list(u, sequence, cluster);
@@ -300,7 +300,7 @@ class DecoderHeads {
         return begin;
       };
       const Index begin = first_at(seen.begin, block_->sinks);
-      step.add(position, false, 0, row_of, begin, first_at(begin, near.until), row_of);
+      step.add(position, false, 0, row_of, begin, first_at(begin, by_position_keys.until), row_of);
     });
     step.end_row(position);
   }
