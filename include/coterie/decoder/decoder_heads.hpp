@@ -150,8 +150,8 @@ class DecoderHeads {
     const Index entries = sequences * (block_->probes + by_position);
     const Index memory = plans_.front().memory_tokens;
     const Index seen = window_ > 0 ? (std::max)((std::min)(tokens, window_), (std::min)(tokens, beginning_)) : tokens;
-    const Index near = (std::min)(tokens, block_->sinks) + (std::min)(tokens, block_->recent);
-    const Index keys = entries * (memory + globals_ + 2 * key_block + seen) + sequences * near;
+    const Index kept_rows = (std::min)(tokens, block_->sinks) + (std::min)(tokens, block_->recent);
+    const Index keys = entries * (memory + globals_ + 2 * key_block + seen) + sequences * kept_rows;
     for (std::size_t u = 0; u < plans_.size(); ++u) {
       StepPlan::reserve(plans_[u], distances_[u], entries, keys);
       if (positions_ != StepPositions::none)
@@ -274,13 +274,13 @@ class DecoderHeads {
   // Plans the keys that token i sees by position, then those of its clusters that are between them.
   void plan_sinks_recent(StepPlan& step, Index u, Index i, const StepTokens& tokens, bool others) {
     const Index position = tokens.position(i), sequence = tokens.sequence(i);
-    const KeysByPosition near =
+    const KeysByPosition by_position_keys =
         keys_by_position(block_->sinks, block_->recent, block_->self, others, position, position + 1);
     // Forward lists the keys of the sequence by position.
     step.add(
-        position, true, near.sinks, [&](Index at) { return cache_.beginning_row(u, sequence, at); },
-        near.begin - near.sinks, near.end - near.sinks,
-        [&](Index ordinal) { return cache_.recent_row(u, sequence, ordinal + near.sinks); });
+        position, true, by_position_keys.sinks, [&](Index at) { return cache_.beginning_row(u, sequence, at); },
+        by_position_keys.begin - by_position_keys.sinks, by_position_keys.end - by_position_keys.sinks,
+        [&](Index ordinal) { return cache_.recent_row(u, sequence, ordinal + by_position_keys.sinks); });
     const std::span<const std::int32_t> positions = cache_.positions(u);
     each_cluster(u, i, [&](Index cluster) {
       const CacheList& list = cache_.list(u, sequence, cluster);
@@ -300,7 +300,7 @@ class DecoderHeads {
         return begin;
       };
       const Index begin = first_at(seen.begin, block_->sinks);
-      step.add(position, false, 0, row_of, begin, first_at(begin, near.until), row_of);
+      step.add(position, false, 0, row_of, begin, first_at(begin, by_position_keys.until), row_of);
     });
     step.end_row(position);
   }

@@ -236,13 +236,13 @@ inline void check_membership(const RoutedHeads& routed, BlockFaults& faults) {
 
 /// Checks the keys that routed heads see by position.
 inline void check_sinks_recent(const RoutedHeads& routed, const RoutingAttentionConfig& c, BlockFaults& faults) {
-  const auto check = [&](const char* setting, Index count) {
+  const auto expect_count = [&](const char* setting, Index count) {
     faults.expect(count >= 0 && count <= largest_size, setting, join("0 to ", largest_size), count);
     faults.expect(count <= 0 || c.causal, setting,
                   "0 in a two-sided layer (globals and local heads see by position there)", count);
   };
-  check("sinks", routed.sinks);
-  check("recent", routed.recent);
+  expect_count("sinks", routed.sinks);
+  expect_count("recent", routed.recent);
   const Membership& m = routed.membership;
   faults.expect(!has_sinks_recent(c) || m.kind != MembershipKind::balanced || m.combine == Combine::lse,
                 "membership.combine", "lse with sinks or recent keys (one softmax over them and the clusters)",
