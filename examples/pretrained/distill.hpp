@@ -16,8 +16,9 @@ namespace pretrained {
 /// Distils a dense model into a routed one. The dense model reads a text; each routed block sees the same inputs, and
 /// is trained on the difference of its output from the dense one. No gradient passes from block to block.
 ///
-/// Loss of a block: |routed - dense|^2 / |dense|^2 over the rows of a text. Routers move after each step by the rows
-/// that they have seen, as in all training here.
+/// Loss of a block: |routed - dense|^2 / |dense|^2 over the rows of a text. Only weights are trained: centroids stay
+/// where k-means on keys has put them, for update_router, which counts queries as well, made this loss three times as
+/// large in eight steps.
 class Distillation {
  public:
   /// Refers to the model.
@@ -45,7 +46,6 @@ class Distillation {
       layer.backward(normed, tape_, d_y, d_x, block.gradients, context);
       Trained trained{layer};
       block.optimizer.step(trained, block.gradients, learning_rate);
-      layer.update_router(tape_, context);
     });
     return sum / static_cast<double>(blocks_.size());
   }
