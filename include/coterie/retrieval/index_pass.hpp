@@ -236,9 +236,13 @@ class IndexPass {
     want_ = static_cast<Index>(most) - seen;
     chosen_count_ = candidate_count_ = 0;
     candidate_begin_[0] = 0;
-    bool finite = true;
-    for (Index g = 0; g < group_; ++g) finite = finite && finite_row(rows_.row(i * group_ + g), rows_.cols());
-    if (want_ <= 0 || !finite) return;  // a query with NaN or infinity gets NaN from the keys that it sees anyway
+    bool finite = false;
+    for (Index g = 0; g < group_; ++g) finite = finite || finite_head(i, g);
+    if (!finite) {  // NaN comes from keys that are seen anyway, or from the tail, or from the first part
+      if (seen == 0 && !settings_.tail) choose_first_part();
+      return;
+    }
+    if (want_ <= 0) return;
 
     const T* choice = scores_.row(i);
     if (group_ > 1) choice = shared_choice(i);
@@ -260,13 +264,23 @@ class IndexPass {
     }
   }
 
-  /// The sum over the heads of a group of their softmax over all parts.
+  void choose_first_part() {
+    want_ = 1;
+    chosen_[0] = 0;
+    chosen_count_ = 1;
+    candidate_count_ = candidate_begin_[1] = parts_.size(0);
+  }
+
+  bool finite_head(Index i, Index g) const { return finite_row(rows_.row(i * group_ + g), rows_.cols()); }
+
+  /// The sum over the finite heads of a group of their softmax over all parts.
   const T* shared_choice(Index i) {
     const Index count = parts_.count();
     Arena::Scope scope(arena_);
     T* const weights = arena_.template take<T>(count);
     std::fill_n(choice_, count, T(0));
     for (Index g = 0; g < group_; ++g) {
+      if (!finite_head(i, g)) continue;
       std::copy_n(scores_.row(i * group_ + g), count, weights);
       const T sum = exponentials(weights, count, *std::max_element(weights, weights + count), nullptr);
       for (Index c = 0; c < count; ++c) choice_[c] += weights[c] / sum;
@@ -342,17 +356,20 @@ class IndexPass {
     add_group(std::span(&i, 1), keys_before);
   }
 
-  /// The sum over the heads of a group of the shares that their candidates have of all that is known of each.
+  /// The sum over the finite heads of a group of the shares that their candidates have of the estimates of all parts,
+  /// or of the candidates' own sum where these estimates are nothing beside it.
   const T* combine_candidates(Index i) {
     Arena::Scope scope(arena_);
     T* const weights = arena_.template take<T>((std::max)(candidate_count_, parts_.count()));
     std::fill_n(combined_, candidate_count_, T(0));
     for (Index g = 0; g < group_; ++g) {
+      if (!finite_head(i, g)) continue;
       const T reference = highest(i * group_ + g, g);
       std::copy_n(scores_.row(i * group_ + g), parts_.count(), weights);
-      const T all = exponentials(weights, parts_.count(), reference, parts_.sizes());
+      T all = exponentials(weights, parts_.count(), reference, parts_.sizes());
       std::copy_n(candidates_.row(g), candidate_count_, weights);
-      exponentials(weights, candidate_count_, reference, nullptr);
+      const T sum = exponentials(weights, candidate_count_, reference, nullptr);
+      if (all < T(1e-20)) all = sum;
       for (Index j = 0; j < candidate_count_; ++j) combined_[j] += weights[j] / all;
     }
     return combined_;
