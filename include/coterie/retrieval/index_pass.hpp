@@ -106,6 +106,8 @@ class IndexPass {
       T* const to = out.row(r / group_) + r % group_ * dv;
       if (!given(tail) || rest_[r] == 0) {
         std::copy_n(seen.row(r), dv, to);
+        if (!finite_row(rows_.row(r), rows_.cols()) && keys_seen(r) == 0)
+          std::fill_n(to, dv, std::numeric_limits<T>::quiet_NaN());
         continue;
       }
       const Shares s = shares(r);
@@ -117,13 +119,7 @@ class IndexPass {
   void report(Index head, KeyIndexReport& report) const {
     for (Index r = 0; r < rows_.rows(); ++r) {
       const Index i = r / group_, row = keys_.first + i, column = head + r % group_;
-      Index seen = 0;
-      const AttentionPlan& plan = worker_.plan;
-      for (std::int32_t j = plan.row_begin[at(r)]; j < plan.row_begin[at(r) + 1]; ++j) {
-        const Interval interval = plan.visible[at(plan.row_entries[at(j)])];
-        seen += interval.end - interval.begin;
-      }
-      report.keys_seen(row, column) = static_cast<double>(seen);
+      report.keys_seen(row, column) = static_cast<double>(keys_seen(r));
       for (auto* m : {&report.ranked_mass, &report.estimated_mass, &report.sampled_mass, &report.sampled_error})
         (*m)(row, column) = 0;
       if (parts_.count() == 0 || !settings_.tail) continue;
@@ -146,6 +142,16 @@ class IndexPass {
   struct Ratio {
     double mean = 1, error = 0;  // error: standard error
   };
+
+  Index keys_seen(Index r) const {
+    const AttentionPlan& plan = worker_.plan;
+    Index seen = 0;
+    for (std::int32_t j = plan.row_begin[at(r)]; j < plan.row_begin[at(r) + 1]; ++j) {
+      const Interval interval = plan.visible[at(plan.row_entries[at(j)])];
+      seen += interval.end - interval.begin;
+    }
+    return seen;
+  }
 
   static std::size_t at(Index i) { return static_cast<std::size_t>(i); }
   static constexpr T nothing = -std::numeric_limits<T>::infinity();
@@ -238,11 +244,7 @@ class IndexPass {
     candidate_begin_[0] = 0;
     bool finite = false;
     for (Index g = 0; g < group_; ++g) finite = finite || finite_head(i, g);
-    if (!finite) {  // NaN comes from keys that are seen anyway, or from the tail, or from the first part
-      if (seen == 0 && !settings_.tail) choose_first_part();
-      return;
-    }
-    if (want_ <= 0) return;
+    if (want_ <= 0 || !finite) return;  // NaN comes from the keys that are seen anyway, the tail, or attend()
 
     const T* choice = scores_.row(i);
     if (group_ > 1) choice = shared_choice(i);
@@ -262,13 +264,6 @@ class IndexPass {
       candidate_count_ += size;
       candidate_begin_[chosen_count_] = candidate_count_;
     }
-  }
-
-  void choose_first_part() {
-    want_ = 1;
-    chosen_[0] = 0;
-    chosen_count_ = 1;
-    candidate_count_ = candidate_begin_[1] = parts_.size(0);
   }
 
   bool finite_head(Index i, Index g) const { return finite_row(rows_.row(i * group_ + g), rows_.cols()); }
