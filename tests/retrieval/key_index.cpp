@@ -476,6 +476,90 @@ TEST_CASE("key index: keys with NaN or infinity are seen by all queries, queries
   }
 }
 
+TEST_CASE(
+    "key index: a head with NaN leaves the others of its group alone, and is NaN even where nothing else is seen") {
+  Context context;
+  AttentionPlan dense;
+  plan_dense({.tokens = 3, .keys = 120}, dense);
+  for (const Index rank : {0, 4})
+    for (const bool tail : {false, true}) {
+      const KeyCache clean(120, 3, 4, 2, 31);
+      KeyCache cache = clean;
+      cache.q.block(1, 6, 1, 6).setConstant(std::numeric_limits<float>::quiet_NaN());
+      KeyIndex<float> index({.kv_heads = 2,
+                             .keys_per_cluster = 4,
+                             .page = 4,
+                             .segment = 40,
+                             .sinks = 0,
+                             .recent = 0,
+                             .tail = tail,
+                             .rank = rank,
+                             .shared_choice = true});
+      index.build(cache.k, cache.v, context);
+      RowMatrix<double> expected = clean.reference(dense);
+      for (const double budget : {1.0, 0.1, 0.001}) {
+        RowMatrix<float> out = cache.attend(index, {.budget = budget}, context);
+        CAPTURE(rank, tail, budget);
+        for (Index e = 5; e < 10; ++e) REQUIRE(std::isnan(out(1, e)));
+        out.block(1, 5, 1, 5).setZero();
+        REQUIRE(out.allFinite());
+        expected.block(1, 5, 1, 5).setZero();
+        if (budget == 1) REQUIRE(difference(out, expected) < 2e-6);
+      }
+      // All heads of the group, and no part is chosen for anybody.
+      cache.q.row(1).setConstant(std::numeric_limits<float>::quiet_NaN());
+      for (const double budget : {1.0, 0.001}) {
+        const RowMatrix<float> out = cache.attend(index, {.budget = budget}, context);
+        for (Index e = 0; e < out.cols(); ++e) REQUIRE(std::isnan(out(1, e)));
+        REQUIRE((out.row(0).allFinite() && out.row(2).allFinite()));
+      }
+    }
+}
+
+TEST_CASE("key index: a shared choice ranks by the better key, however far all keys are above their means") {
+  // Means are 0, so that what is known of the parts is nothing beside the best keys: 2^-1000 of it.
+  const Index n = 64, d = 4;
+  for (const float size : {1.0f, 30.0f}) {
+    KeyCache cache(n, 1, 2, 1, 32, d, 3);
+    cache.k.setZero();
+    for (Index j = 0; j < n; ++j) cache.k(j, j % 2 == 0 ? 0 : 1) = (j / 2 % 2 == 0 ? 1 : -1) * size * float(1 + j / 4);
+    cache.q.setZero();
+    cache.q(0, 0) = cache.q(0, d + 1) = size;
+    Context context;
+    KeyIndex<float> index({.keys_per_cluster = 64,
+                           .page = 64,
+                           .segment = 64,
+                           .sinks = 0,
+                           .recent = 0,
+                           .tail = false,
+                           .shared_choice = true});
+    index.build(cache.k, cache.v, context);
+    REQUIRE(index.parts(0) == 1);
+    const auto seen = seen_by(cache, index, {.heads = 2, .budget = 4, .scale = 1}, context);
+    // The best key of either head: rows of the last group of four.
+    for (const auto& rows : seen)
+      for (const Index row : {60, 61}) REQUIRE(rows[0].count(row) == 1);
+  }
+}
+
+TEST_CASE("key index: a prompt no longer than the sinks, and a budget above all numbers of keys") {
+  const KeyCache cache(12, 12, 4, 2, 33);
+  Context context;
+  AttentionPlan dense;
+  plan_dense({.tokens = 12, .keys = 12, .causal = true}, dense);
+  for (const Index rank : {0, 4}) {
+    KeyIndex<float> index({.kv_heads = 2, .sinks = 20, .rank = rank});
+    index.build(cache.k, cache.v, context);
+    for (const double budget : {1.0, 1e19, 1e300})
+      REQUIRE(difference(cache.attend(index, {.budget = budget, .causal = true}, context), cache.reference(dense)) <
+              2e-6);
+  }
+  KeyIndex<float> index({.kv_heads = 2, .page = 2, .segment = 4, .sinks = 0, .recent = 0});
+  index.build(cache.k, cache.v, context);
+  plan_dense({.tokens = 12, .keys = 12}, dense);
+  REQUIRE(difference(cache.attend(index, {.budget = 1e300}, context), cache.reference(dense)) < 2e-6);
+}
+
 TEST_CASE("key index: nothing allocates after warm-up, whatever the queries, for any number of workers") {
   const KeyCache cache(2000, 300, 4, 2, 10, 16, 16);
   for (const Index workers : {1, 3})
@@ -498,6 +582,14 @@ TEST_CASE("key index: nothing allocates after warm-up, whatever the queries, for
         for (Index i = 0; i < 300; i += 3) attend(i, 1);
         for (Index i = 0; i < 5; ++i) attend(i, 290 - i);
         REQUIRE(allocations() == before);
+        // Causal, with a report that has its size.
+        KeyIndexReport report;
+        const KeyIndexQuery causal{.heads = 4, .budget = 0.15, .causal = true, .samples = 2};
+        const auto last = view(cache.q).rows(0, 60);
+        index.attend(last, cache.k, cache.v, view(out).rows(0, 60), causal, context, &report);
+        const long then = allocations();
+        index.attend(last, cache.k, cache.v, view(out).rows(0, 60), causal, context, &report);
+        REQUIRE(allocations() == then);
       }
 }
 

@@ -106,6 +106,8 @@ class IndexPass {
       T* const to = out.row(r / group_) + r % group_ * dv;
       if (!given(tail) || rest_[r] == 0) {
         std::copy_n(seen.row(r), dv, to);
+        if (!finite_row(rows_.row(r), rows_.cols()) && keys_seen(r) == 0)
+          std::fill_n(to, dv, std::numeric_limits<T>::quiet_NaN());
         continue;
       }
       const Shares s = shares(r);
@@ -117,13 +119,7 @@ class IndexPass {
   void report(Index head, KeyIndexReport& report) const {
     for (Index r = 0; r < rows_.rows(); ++r) {
       const Index i = r / group_, row = keys_.first + i, column = head + r % group_;
-      Index seen = 0;
-      const AttentionPlan& plan = worker_.plan;
-      for (std::int32_t j = plan.row_begin[at(r)]; j < plan.row_begin[at(r) + 1]; ++j) {
-        const Interval interval = plan.visible[at(plan.row_entries[at(j)])];
-        seen += interval.end - interval.begin;
-      }
-      report.keys_seen(row, column) = static_cast<double>(seen);
+      report.keys_seen(row, column) = static_cast<double>(keys_seen(r));
       for (auto* m : {&report.ranked_mass, &report.estimated_mass, &report.sampled_mass, &report.sampled_error})
         (*m)(row, column) = 0;
       if (parts_.count() == 0 || !settings_.tail) continue;
@@ -146,6 +142,16 @@ class IndexPass {
   struct Ratio {
     double mean = 1, error = 0;  // error: standard error
   };
+
+  Index keys_seen(Index r) const {
+    const AttentionPlan& plan = worker_.plan;
+    Index seen = 0;
+    for (std::int32_t j = plan.row_begin[at(r)]; j < plan.row_begin[at(r) + 1]; ++j) {
+      const Interval interval = plan.visible[at(plan.row_entries[at(j)])];
+      seen += interval.end - interval.begin;
+    }
+    return seen;
+  }
 
   static std::size_t at(Index i) { return static_cast<std::size_t>(i); }
   static constexpr T nothing = -std::numeric_limits<T>::infinity();
@@ -236,9 +242,9 @@ class IndexPass {
     want_ = static_cast<Index>(most) - seen;
     chosen_count_ = candidate_count_ = 0;
     candidate_begin_[0] = 0;
-    bool finite = true;
-    for (Index g = 0; g < group_; ++g) finite = finite && finite_row(rows_.row(i * group_ + g), rows_.cols());
-    if (want_ <= 0 || !finite) return;  // a query with NaN or infinity gets NaN from the keys that it sees anyway
+    bool finite = false;
+    for (Index g = 0; g < group_; ++g) finite = finite || finite_head(i, g);
+    if (want_ <= 0 || !finite) return;  // NaN comes from the keys that are seen anyway, the tail, or attend()
 
     const T* choice = scores_.row(i);
     if (group_ > 1) choice = shared_choice(i);
@@ -260,13 +266,16 @@ class IndexPass {
     }
   }
 
-  /// The sum over the heads of a group of their softmax over all parts.
+  bool finite_head(Index i, Index g) const { return finite_row(rows_.row(i * group_ + g), rows_.cols()); }
+
+  /// The sum over the finite heads of a group of their softmax over all parts.
   const T* shared_choice(Index i) {
     const Index count = parts_.count();
     Arena::Scope scope(arena_);
     T* const weights = arena_.template take<T>(count);
     std::fill_n(choice_, count, T(0));
     for (Index g = 0; g < group_; ++g) {
+      if (!finite_head(i, g)) continue;
       std::copy_n(scores_.row(i * group_ + g), count, weights);
       const T sum = exponentials(weights, count, *std::max_element(weights, weights + count), nullptr);
       for (Index c = 0; c < count; ++c) choice_[c] += weights[c] / sum;
@@ -342,17 +351,20 @@ class IndexPass {
     add_group(std::span(&i, 1), keys_before);
   }
 
-  /// The sum over the heads of a group of the shares that their candidates have of all that is known of each.
+  /// The sum over the finite heads of a group of the shares that their candidates have of the estimates of all parts,
+  /// or of the candidates' own sum where these estimates are nothing beside it.
   const T* combine_candidates(Index i) {
     Arena::Scope scope(arena_);
     T* const weights = arena_.template take<T>((std::max)(candidate_count_, parts_.count()));
     std::fill_n(combined_, candidate_count_, T(0));
     for (Index g = 0; g < group_; ++g) {
+      if (!finite_head(i, g)) continue;
       const T reference = highest(i * group_ + g, g);
       std::copy_n(scores_.row(i * group_ + g), parts_.count(), weights);
-      const T all = exponentials(weights, parts_.count(), reference, parts_.sizes());
+      T all = exponentials(weights, parts_.count(), reference, parts_.sizes());
       std::copy_n(candidates_.row(g), candidate_count_, weights);
-      exponentials(weights, candidate_count_, reference, nullptr);
+      const T sum = exponentials(weights, candidate_count_, reference, nullptr);
+      if (all < T(1e-20)) all = sum;
       for (Index j = 0; j < candidate_count_; ++j) combined_[j] += weights[j] / all;
     }
     return combined_;

@@ -298,8 +298,8 @@ class KeyIndex {
     return {segment_row(of.begin), segment_row(of.end)};
   }
 
-  /// Keys from this row on are in no part; or from the sinks' end, where there are none.
-  Index parts_end() const { return (std::min)(tokens_, segment_row(segments_) + pages_ * config_.page); }
+  /// Keys from this row on are in no part; where there are no parts all keys.
+  Index parts_end() const { return segments_ + pages_ > 0 ? segment_row(segments_) + pages_ * config_.page : 0; }
 
   /// Makes the index that of the first `tokens` rows, or on error leaves it as it is.
   /// Takes clusters from `clusters`, where there are some, in place of k-means; for an index without keys.
@@ -392,10 +392,10 @@ class KeyIndex {
     faults.expect(query.rank >= -1, "rank", "at least -1", query.rank);
     faults.expect(query.samples >= 0, "samples", "at least 0", query.samples);
     if (query.causal) {
-      faults.expect(q.rows() <= k.rows(), "q", detail::join("at most ", k.rows(), " rows"), q.rows());
-      faults.expect(parts_end() <= k.rows() - q.rows() + (q.rows() > 0 ? 1 : 0), "causal",
-                    "parts that hold no row behind the first query's",
-                    detail::join("parts up to row ", parts_end() - 1, ", the query's is ", k.rows() - q.rows()));
+      if (q.rows() > k.rows()) faults.expect(false, "q", detail::join("at most ", k.rows(), " rows"), q.rows());
+      if (parts_end() > k.rows() - q.rows() + (q.rows() > 0 ? 1 : 0))  // messages allocate
+        faults.expect(false, "causal", "parts that hold no row behind the first query's",
+                      detail::join("parts up to row ", parts_end() - 1, ", the query's is ", k.rows() - q.rows()));
     }
     faults.raise();
     check_rows(function, k, tokens_);
@@ -430,7 +430,8 @@ class KeyIndex {
     const Index rows = most * sizes.group, always = config_.sinks + loose + k.rows() - parts_end();
     const double budget = query.budget <= 1 ? query.budget * static_cast<double>(k.rows()) : query.budget;
     if (sizes.settings.rank > 0)
-      scratch.reserve(rows, most + 1, 2 * rows, always + most * (std::min)(keys, static_cast<Index>(budget) + 1));
+      scratch.reserve(rows, most + 1, 2 * rows,
+                      always + most * static_cast<Index>((std::min)(static_cast<double>(keys), budget + 1)));
     else
       scratch.reserve(rows, parts + 1, rows * (parts + 1), always + keys);
     context.for_each(sizes.heads / sizes.group * chunks, [&](Index task, Index worker) {
