@@ -80,16 +80,21 @@ struct RoutedLlama {
     }
   }
 
-  /// Reads what save() wrote. Requires: layers of the model's sizes (coterie::FileError).
+  /// Reads what save() wrote. Requires: layers that a conversion of this model makes (coterie::FileError).
   RoutedLlama(const Llama& model, const std::filesystem::path& path) : dense(model) {
     const coterie::SafetensorsView file = coterie::read_safetensors(path);
     for (std::size_t l = 0; l < model.blocks.size(); ++l) {
       attention.push_back(coterie::read_layer<float>(file, prefix(l)));
-      const coterie::RoutingAttentionConfig &got = attention.back().config(),
-                                            &dense_config = model.blocks[l].attention.config();
-      if (got.model_dim != dense_config.model_dim || got.head_dim != dense_config.head_dim ||
-          got.kv_heads != dense_config.kv_heads || got.routed.heads != dense_config.dense.heads)
-        throw coterie::FileError("'" + path.string() + "': " + prefix(l) + ": expected a layer of the model's sizes");
+      // Whatever its clusters are: the rest must be as a conversion makes it.
+      const coterie::RoutedHeads& routed = attention.back().config().routed;
+      const coterie::RoutingAttention<float> expected(
+          routed_attention(model.config, {.clusters = routed.clusters,
+                                          .probes = routed.membership.probes,
+                                          .window = routed.window,
+                                          .sinks = routed.sinks,
+                                          .recent = routed.recent}));
+      if (attention.back().config() != expected.config())
+        throw coterie::FileError("'" + path.string() + "': " + prefix(l) + ": expected a layer of this model");
     }
   }
 

@@ -99,6 +99,10 @@ inline Settings read_settings(int argument_count, char** arguments) {
   require(s.convert.empty() == s.train_text.empty(), "--convert and --train-text: give both");
   require(!s.convert.empty() || (s.save.empty() && !options.given("--train-minutes")),
           "--save and --train-minutes: give --convert too");
+  for (const char* name : {"--needles", "--chat", "--attention", "--prompt-budget"})
+    require((s.convert.empty() && s.load.empty()) || !options.given(name),
+            std::string(name) + ": not with --convert or --load");
+  require(s.load.empty() || s.evaluate.empty(), "--evaluate: not with --load");
   require(!options.given("--prompt-budget") || s.attention != "dense", "--prompt-budget: not with --attention dense");
   require(!options.given("--scored") || !s.evaluate.empty(), "--scored: give --evaluate too");
   require(s.scored < s.context, "--scored: expected less than --context");
